@@ -44,6 +44,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'llmcourse.tutor': { 'llmcourse.tutor._event': ('workshop/tutor.html#_event', 'llmcourse/tutor.py'),
                                  'llmcourse.tutor._fact': ('workshop/tutor.html#_fact', 'llmcourse/tutor.py'),
                                  'llmcourse.tutor._two_people': ('workshop/tutor.html#_two_people', 'llmcourse/tutor.py'),
+                                 'llmcourse.tutor._worked': ('workshop/tutor.html#_worked', 'llmcourse/tutor.py'),
                                  'llmcourse.tutor.chat_answer': ('workshop/tutor.html#chat_answer', 'llmcourse/tutor.py'),
                                  'llmcourse.tutor.document': ('workshop/tutor.html#document', 'llmcourse/tutor.py'),
                                  'llmcourse.tutor.draw_steps': ('workshop/tutor.html#draw_steps', 'llmcourse/tutor.py'),
