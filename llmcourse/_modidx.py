@@ -62,6 +62,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'llmcourse.models.stop_ids': ('models.html#stop_ids', 'llmcourse/models.py')},
             'llmcourse.tutor': { 'llmcourse.tutor._event': ('workshop/tutor.html#_event', 'llmcourse/tutor.py'),
                                  'llmcourse.tutor._fact': ('workshop/tutor.html#_fact', 'llmcourse/tutor.py'),
+                                 'llmcourse.tutor._read_back': ('workshop/tutor.html#_read_back', 'llmcourse/tutor.py'),
                                  'llmcourse.tutor._two_people': ('workshop/tutor.html#_two_people', 'llmcourse/tutor.py'),
                                  'llmcourse.tutor._worked': ('workshop/tutor.html#_worked', 'llmcourse/tutor.py'),
                                  'llmcourse.tutor.chat_answer': ('workshop/tutor.html#chat_answer', 'llmcourse/tutor.py'),
