@@ -204,8 +204,8 @@ def _worked(p: dict, rng: random.Random) -> str:
     after = f" The result is {p['answer']}." if rng.random() < .3 else ""
     return f"{before}{' ' if before else ''}{p['question']}{bridge}{' ' if bridge.endswith(':') else ''}{p['working']}{after}\n"
 
-# %% ../nbs/workshop/tutor.ipynb #dffffbc7
-MIXTURE = {"add": 15, "sub": 17, "story1": 16, "story2": 28, "story3": 3, "at once": 2, "numbers": 4, "copy": 3, "lesson": 1, "fact": 2, "chat": 9}
+# %% ../nbs/workshop/tutor.ipynb #95d35f29
+MIXTURE = {"add": 15, "sub": 17, "story1": 16, "story2": 30, "story3": 1, "at once": 2, "numbers": 4, "copy": 3, "lesson": 1, "fact": 2, "chat": 9}
 
 def document(rng: random.Random) -> str:
     "One document of the corpus."
