@@ -40,9 +40,10 @@ def test_base_rows_suit_k_quants():
 
 def test_scores_of_an_unseen_draw():
     "The command prints what the package promises, on problems drawn now."
-    out = subprocess.run([sys.executable, "-m", "llmcourse.cli", "x"], capture_output=True)  # imports cleanly as a module, too
-    assert out.returncode in (0, 2)
-    rows = ck.scores(n=60, seed=2026, names=["base", "sft"], progress=False)
+    words = [sys.executable, "-c", "from llmcourse.cli import cli; cli()", "scores", "--json", "--n", "60", "--checkpoints", "base,sft"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
     assert all(set(r) == {"checkpoint", "task", "n", "correct", "low", "high"} for r in rows)
     base, sft = (by_task([r for r in rows if r["checkpoint"] == f"tutor/{c}"]) for c in ("base", "sft"))
     assert base["chat format"]["correct"] == 0
