@@ -13,12 +13,12 @@ from .core import UserError, choose, file_hash, read_card, set_seed, stopwatch, 
 __all__ = ['PRETRAIN', 'LORA', 'SFT', 'GRPO', 'RL', 'BUILDERS', 'sft_rows', 'grpo_rows', 'score_model', 'scores', 'hashes',
            'verify', 'build', 'compare', 'rerun']
 
-# %% ../nbs/workshop/checkpoints.ipynb #b5b30933
+# %% ../nbs/workshop/checkpoints.ipynb #f07fdbde
 PRETRAIN = dict(tokens=6e6, batch_size=8, seed=0)
 LORA = dict(r=16, lora_alpha=32)
 SFT = dict(learning_rate=4e-3)
 GRPO = dict(learning_rate=2e-4, max_steps=50)
-RL = dict(learning_rate=2e-4, max_steps=200)
+RL = dict(learning_rate=2e-4, max_steps=120)
 
 # %% ../nbs/workshop/checkpoints.ipynb #2e77934a
 def sft_rows(
