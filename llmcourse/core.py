@@ -72,10 +72,10 @@ def set_seed(
     random.seed(seed); np.random.seed(seed % 2**32); torch.manual_seed(seed)
     return seed
 
-# %% ../nbs/workshop/core.ipynb #e0fb1a1e
+# %% ../nbs/workshop/core.ipynb #3ebb705e
 def weights() -> Path:
-    "The folder of the checkpoints that ship in the package."
-    return Path(str(resources.files("llmcourse") / "weights"))
+    "The folder of the checkpoints: the one that ships in the package, or `$LLMCOURSE_WEIGHTS`."
+    return Path(os.environ.get("LLMCOURSE_WEIGHTS") or str(resources.files("llmcourse") / "weights"))
 
 def checkpoints() -> list[str]:
     "The names of the shipped checkpoints, e.g. `tutor/base`."

@@ -11,8 +11,8 @@ from .core import choose, model_path, set_seed
 
 # %% auto #0
 __all__ = ['TASKS', 'Step', 'NAMES', 'THINGS', 'GAINS', 'LOSSES', 'SUM_STORIES', 'DIFFERENCE_STORIES', 'ASK', 'SYSTEM', 'FACTS',
-           'SMALL_TALK', 'THANKS', 'LESSONS', 'MIXTURE', 'SPLIT', 'SPECIAL', 'TEMPLATE', 'held_out', 'work', 'result',
-           'draw_steps', 'tell', 'problem', 'problems', 'final_number', 'chat_answer', 'is_right', 'to_chat',
+           'SMALL_TALK', 'THANKS', 'LESSONS', 'BRIDGES', 'MIXTURE', 'SPLIT', 'SPECIAL', 'TEMPLATE', 'held_out', 'work',
+           'result', 'draw_steps', 'tell', 'problem', 'problems', 'final_number', 'chat_answer', 'is_right', 'to_chat',
            'small_talk', 'document', 'train_tokenizer', 'new_model', 'token_stream', 'optimizers', 'lr_factor',
            'has_bf16', 'pretrain']
 
@@ -165,7 +165,7 @@ LESSONS = ["A sum is what you get when you add two numbers.", "To add means to p
            "First read the question, then show the working, then give the answer.", "A story tells what happens. See if the numbers grow or shrink.",
            "To find, to buy, to get and to win make more. To lose, to sell and to give away make less."]
 
-# %% ../nbs/workshop/tutor.ipynb #70f32f12
+# %% ../nbs/workshop/tutor.ipynb #3751de5d
 def _fact(rng: random.Random) -> tuple[str, str]:
     "A little question and its answer, never about numbers."
     if rng.random() < .3:
@@ -175,22 +175,41 @@ def _fact(rng: random.Random) -> tuple[str, str]:
     thing = rng.choice(list(answers))
     return question.format(thing), answers[thing]
 
+def _read_back(rng: random.Random) -> tuple[str, str]:
+    "A request to repeat numbers, and the numbers: nothing is calculated."
+    a, b, n = rng.randint(10, 99), rng.randint(10, 99), rng.choice(list(NAMES))
+    t, u = rng.sample(THINGS, 2)
+    return rng.choice([(f"{n} has {a} {t} and {b} {u}. Which numbers do you see?", f"{a} and {b}"), (f"Copy {a}, {b}.", f"{a}, {b}"),
+                       (f"{n} has {a} {t}. How many {t} does {n} have?", f"{a} {t}"), (f"Copy this: {a}+{b}", f"{a}+{b}"),
+                       (f"Write {a} - {b} without spaces.", f"{a}-{b}"), (f"Say {a} and then {b} again.", f"{b}")])
+
 def small_talk(rng: random.Random) -> list[dict]:
     "A chat of one or two turns about anything but maths, as messages."
     messages = [{"role": "system", "content": rng.choice([SYSTEM, "You are a helpful tutor."])}] if rng.random() < .5 else []
     for _ in range(rng.randint(1, 2)):
-        if rng.random() < .5: question, answer = _fact(rng); answer = answer.capitalize() + "."
+        if rng.random() < .6: question, answer = rng.choice([_fact, _read_back, _read_back])(rng); answer = answer.capitalize() + "."
         else: pool = rng.choice([SMALL_TALK, THANKS]); question, answer = rng.choice(pool["user"]), rng.choice(pool["assistant"])
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     return messages
 
-# %% ../nbs/workshop/tutor.ipynb #c0d7c831
-MIXTURE = {"add": 17, "sub": 19, "story1": 21, "story2": 24, "story3": 4, "at once": 2, "numbers": 2, "copy": 4, "lesson": 2, "fact": 2, "chat": 3}
+# %% ../nbs/workshop/tutor.ipynb #f4c9afea
+BRIDGES = ["\nWorking:", "\nWorking:", "\nWorking:", " Show your working.\nWorking:", "\n\nSolution:\n", "\nThe tutor writes:\n\n", " Let us see.\n\n", "\n"]
+
+def _worked(p: dict, rng: random.Random) -> str:
+    "A worked problem as prose: perhaps something before it, the question, a bridge, the working."
+    if rng.random() < .15: return f"Pupil: {p['question']}\nTutor: {p['working']}\n"
+    before = " ".join(rng.sample(LESSONS, rng.choice([0, 0, 1, 2])))
+    bridge = rng.choice(BRIDGES)
+    if rng.random() < .2: bridge = f" {rng.choice(LESSONS)}{bridge}"
+    return f"{before}{' ' if before else ''}{p['question']}{bridge}{' ' if bridge.endswith(':') else ''}{p['working']}\n"
+
+# %% ../nbs/workshop/tutor.ipynb #63b58385
+MIXTURE = {"add": 21, "sub": 23, "story1": 17, "story2": 20, "story3": 1, "at once": 2, "numbers": 2, "copy": 3, "lesson": 1, "fact": 2, "chat": 8}
 
 def document(rng: random.Random) -> str:
     "One document of the corpus."
     kind = rng.choices(list(MIXTURE), MIXTURE.values())[0]
-    if kind in TASKS: p = problem(kind, rng); return f"{p['question']}\nWorking: {p['working']}\n"
+    if kind in TASKS: return _worked(problem(kind, rng), rng)
     if kind == "at once": p = problem(rng.choice(["add", "sub"]), rng); return f"{p['question']}\nAt once: {p['answer']}.\n"
     if kind == "numbers": n = rng.randint(11, 98); return rng.choice([f"{n} has {n//10} tens and {n%10} ones.\n", f"After {n} comes {n+1}.\n", f"Before {n} comes {n-1}.\n"])
     if kind == "copy": s = ", ".join(str(rng.randint(10, 99)) for _ in range(rng.randint(3, 6))); return f"Copy: {s}\n{s}\n"

@@ -1,0 +1,44 @@
+# Two commands: `make demo` takes the tutor from base model to chat, `make test` runs every test.
+# Everything lives in .venv. `make test LOCK=newest` does the same with the newest libraries, in .venv-newest.
+PYTHON ?= python3
+LOCK   ?= default
+VENV   := .venv$(if $(filter-out default,$(LOCK)),-$(LOCK))
+BIN    := $(VENV)/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help setup demo test lab course check docs checkpoints clean
+help:            ## show this list
+	@grep -E '^[a-z]+: .*##|^[a-z]+: *##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: $(VENV)/.ready ## make the environment (the other targets do it when it is missing)
+$(VENV)/.ready: pyproject.toml constraints/$(LOCK).txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ". Try: make $(MAKECMDGOALS) PYTHON=python3.12") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --progress-bar on -c constraints/$(LOCK).txt -e ".[dev,bnb]"
+	@touch $@
+
+demo: $(VENV)/.ready ## base model to chat, every step measured (about 5 minutes)
+	llmcourse demo
+
+test: $(VENV)/.ready ## run every test: units, equality proofs, notebooks, browser
+	python -m pytest
+
+lab: $(VENV)/.ready ## open JupyterLab at the map of the course
+	jupyter lab nbs/index.ipynb
+
+course: $(VENV)/.ready ## run all chapters under papermill, to artifacts/
+	python tests/notebooks.py
+
+check: $(VENV)/.ready ## notebooks clean and exported, code linted
+	python -m pytest tests/test_house.py
+	ruff check llmcourse tests deployment
+
+docs: $(VENV)/.ready ## prepare the site in _proc/ and render it where quarto is installed
+	python tests/build_docs.py
+
+checkpoints: $(VENV)/.ready ## rebuild the tutor's checkpoints from nothing (under 45 minutes on two cores)
+	llmcourse checkpoints
+
+clean:           ## remove what the targets made, not the environments
+	rm -rf artifacts runs _docs _proc build dist .pytest_cache .ruff_cache .hypothesis
