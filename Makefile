@@ -15,7 +15,7 @@ setup: $(VENV)/.ready ## make the environment (the other targets do it when it i
 $(VENV)/.ready: pyproject.toml constraints/$(LOCK).txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ". Try: make $(MAKECMDGOALS) PYTHON=python3.12") if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --progress-bar on -c constraints/$(LOCK).txt -e ".[dev,bnb]"
+	$(BIN)/python -m pip install --quiet --progress-bar on $(PIP_INDEX_ARGS) -c constraints/$(LOCK).txt -e ".[dev,bnb]"
 	@touch $@
 
 demo: $(VENV)/.ready ## base model to chat, every step measured (about 5 minutes)

@@ -118,7 +118,7 @@ def need_space(
     free = shutil.disk_usage(path).free
     if free < size: raise UserError(f"{path}: {free/1e6:.0f} MB free, {size/1e6:.0f} MB needed. Free some space or choose another --output")
 
-# %% ../nbs/workshop/core.ipynb #b274f644
+# %% ../nbs/workshop/core.ipynb #f921ff3d
 def write_jsonl(path: str | Path, rows: Iterable[dict]) -> Path:
     "Write one JSON object a line, aside and renamed."
     with write_aside(path) as aside, aside.open("w", encoding="utf-8") as f:
@@ -129,7 +129,7 @@ def read_jsonl(path: str | Path) -> list[dict]:
     "Read one JSON object a line. Raises `UserError` that names the file and the line."
     path, rows = Path(path), []
     if not path.is_file(): raise UserError(f"{path}: no such file. Give a JSONL file, one JSON object a line")
-    try: lines = path.read_text(encoding="utf-8-sig").splitlines()
+    try: lines = path.read_text(encoding="utf-8-sig").split("\n")   # not splitlines: JSON may hold U+2028
     except UnicodeDecodeError as e: raise UserError(f"{path}: byte {e.start} is not UTF-8. Save the file as UTF-8") from None
     for i, line in enumerate(lines, 1):
         if not line.strip(): continue

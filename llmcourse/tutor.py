@@ -192,7 +192,7 @@ def small_talk(rng: random.Random) -> list[dict]:
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     return messages
 
-# %% ../nbs/workshop/tutor.ipynb #f4c9afea
+# %% ../nbs/workshop/tutor.ipynb #044aab0a
 BRIDGES = ["\nWorking:", "\nWorking:", "\nWorking:", " Show your working.\nWorking:", "\n\nSolution:\n", "\nThe tutor writes:\n\n", " Let us see.\n\n", "\n"]
 
 def _worked(p: dict, rng: random.Random) -> str:
@@ -201,10 +201,11 @@ def _worked(p: dict, rng: random.Random) -> str:
     before = " ".join(rng.sample(LESSONS, rng.choice([0, 0, 1, 2])))
     bridge = rng.choice(BRIDGES)
     if rng.random() < .2: bridge = f" {rng.choice(LESSONS)}{bridge}"
-    return f"{before}{' ' if before else ''}{p['question']}{bridge}{' ' if bridge.endswith(':') else ''}{p['working']}\n"
+    after = f" The result is {p['answer']}." if rng.random() < .3 else ""
+    return f"{before}{' ' if before else ''}{p['question']}{bridge}{' ' if bridge.endswith(':') else ''}{p['working']}{after}\n"
 
-# %% ../nbs/workshop/tutor.ipynb #63b58385
-MIXTURE = {"add": 21, "sub": 23, "story1": 17, "story2": 20, "story3": 1, "at once": 2, "numbers": 2, "copy": 3, "lesson": 1, "fact": 2, "chat": 8}
+# %% ../nbs/workshop/tutor.ipynb #3ab29a52
+MIXTURE = {"add": 15, "sub": 16, "story1": 12, "story2": 35, "story3": 1, "at once": 2, "numbers": 2, "copy": 6, "lesson": 1, "fact": 2, "chat": 8}
 
 def document(rng: random.Random) -> str:
     "One document of the corpus."
@@ -255,10 +256,10 @@ def new_model(tokenizer, **overrides):
                   bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     return LlamaForCausalLM(LlamaConfig(**config | overrides))
 
-# %% ../nbs/workshop/tutor.ipynb #e5c5e87b
+# %% ../nbs/workshop/tutor.ipynb #31949d52
 def token_stream(
     tokenizer,
-    batch_size: int = 16,  # rows a batch
+    batch_size: int = 8,   # rows a batch
     length: int = 256,     # tokens a row
     seed: int = 0,
 ) -> Iterator:             # LongTensors of shape (batch_size, length)
@@ -283,7 +284,7 @@ def lr_factor(step: int, steps: int, warmup: int = 20, decay: float = 0.4) -> fl
     "Warm up over `warmup` steps, stay, then fall linearly to zero over the last `decay` of the run."
     return min((step + 1) / warmup, 1, (steps - step) / (decay * steps))
 
-# %% ../nbs/workshop/tutor.ipynb #7eebf04d
+# %% ../nbs/workshop/tutor.ipynb #2408ab09
 def has_bf16() -> bool:
     "Does this processor have bfloat16 instructions? Without them bfloat16 is slower than float32."
     import torch
@@ -292,7 +293,7 @@ def has_bf16() -> bool:
 def pretrain(
     model, tokenizer,
     tokens: float = 6e6,      # how much to read
-    batch_size: int = 16,     # rows of 256 tokens a step
+    batch_size: int = 8,      # rows of 256 tokens a step
     seed: int = 0,
     progress: bool = True,    # show a progress bar
 ) -> list[float]:             # the loss of each step, in nats a token

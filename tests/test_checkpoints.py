@@ -1,0 +1,71 @@
+"""The shipped checkpoints are what their cards say, small enough, good enough, and can be made again."""
+import json
+import subprocess
+import sys
+
+import pytest
+
+from llmcourse import checkpoints as ck
+from llmcourse.core import read_card, weights
+
+
+def by_task(rows):
+    return {r["task"]: r for r in rows}
+
+
+def test_files_are_what_the_cards_say():
+    assert ck.verify() == ["base", "grpo", "rl", "sft"]
+
+
+def test_a_changed_file_is_found(tmp_path):
+    import shutil
+    copy = shutil.copytree(weights(), tmp_path / "weights")
+    (copy / "sft" / "adapter_config.json").write_text("{}")
+    with pytest.raises(Exception, match="adapter_config.json"):
+        ck.verify(copy)
+
+
+def test_size_and_format():
+    files = [p for p in weights().rglob("*") if p.is_file()]
+    assert sum(p.stat().st_size for p in files) < 20e6
+    assert not [p for p in files if p.suffix in (".bin", ".pt", ".pth", ".pkl")]
+
+
+def test_base_rows_suit_k_quants():
+    from safetensors import safe_open
+    with safe_open(weights() / "base" / "model.safetensors", "pt") as f:
+        shapes = [f.get_slice(k).get_shape() for k in f.keys()]
+    assert all(s[-1] % 256 == 0 for s in shapes)
+
+
+def test_scores_of_an_unseen_draw():
+    "The command prints what the package promises, on problems drawn now."
+    words = [sys.executable, "-c", "from llmcourse.cli import cli; cli()", "scores", "--json", "--n", "60", "--checkpoints", "base,sft"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    assert all(set(r) == {"checkpoint", "task", "n", "correct", "low", "high"} for r in rows)
+    base, sft = (by_task([r for r in rows if r["checkpoint"] == f"tutor/{c}"]) for c in ("base", "sft"))
+    assert base["chat format"]["correct"] == 0
+    assert all(base[t]["high"] >= .95 for t in ("add", "sub"))
+    assert all(base[f"{t} at once"]["low"] <= .15 for t in ("add", "sub"))
+    assert sft["chat format"]["high"] >= .95
+    assert sft["add"]["high"] >= .90 and sft["sub"]["high"] >= .80 and sft["story1"]["high"] >= .75
+
+
+def test_cards_hold_scores_with_intervals():
+    for name in ("base", "sft", "grpo", "rl"):
+        card = read_card(weights() / name)
+        assert all(r["n"] >= 300 and r["low"] <= r["correct"] / r["n"] <= r["high"] for r in card["after"]), name
+        json.dumps(card)
+
+
+@pytest.mark.slow
+def test_rebuilt_sft_lands_in_its_interval(tmp_path):
+    "The supervised checkpoint is made again from the shipped base, with another seed, and scores like the shipped one."
+    from llmcourse.lora import lora_config
+    from llmcourse.sft import sft
+    sft(ck.sft_rows(7), tmp_path / "sft", model="tutor/base", seed=7, peft_config=lora_config(**ck.LORA), **ck.SFT)
+    new, old = by_task(ck.score_model(tmp_path / "sft", n=60, seed=5, progress=False)), by_task(read_card(weights() / "sft")["after"])
+    for task in ("add", "sub", "story1", "story2", "chat format"):
+        assert new[task]["high"] >= old[task]["low"] - .05, (task, new[task], old[task])

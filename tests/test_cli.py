@@ -1,0 +1,143 @@
+"""The command line: help that helps, and one line, code 2 and nothing half-written for bad input."""
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llmcourse.cli import COMMANDS, main, parse, usage
+
+CHAT = {"messages": [{"role": "user", "content": "What is 12 plus 34?"}, {"role": "assistant", "content": "Answer: 46"}]}
+
+
+def bad(capsys, *words) -> str:
+    "Run a command that must refuse: code 2, one line on stderr, no traceback."
+    code = main([str(w) for w in words])
+    err = capsys.readouterr().err.strip()
+    assert code == 2, f"code {code}: {err}"
+    assert err.startswith("llmcourse: ") and len(err.splitlines()) == 1, err
+    return err
+
+
+def jsonl(path: Path, *lines) -> Path:
+    path.write_text("".join(x if isinstance(x, str) else json.dumps(x) + "\n" for x in lines))
+    return path
+
+
+def test_help_lists_every_command_and_option(capsys):
+    assert main([]) == 0 and all(name in capsys.readouterr().out for name in COMMANDS)
+    for name in COMMANDS:
+        with pytest.raises(SystemExit) as stop:
+            parse(name, ["--help"])
+        said = capsys.readouterr().out
+        assert stop.value.code == 0 and f"llmcourse {name}" in said
+    assert "llmcourse COMMAND --help" in usage()
+
+
+@pytest.mark.parametrize("words,hint", [
+    (["demp"], "did you mean 'demo'"),
+    (["sft", "--scale", "t5"], "did you mean 't4'"),
+    (["grpo", "--scale", "a10"], "did you mean 'a100'"),
+    (["course", "list", "--chapter", "99"], "unknown chapter '99'"),
+    (["scores", "--checkpoints", "tutor/bse"], "did you mean 'tutor/base'"),
+    (["eval", "--model", "tutor/ftt"], "unknown checkpoint"),
+    (["export", "--model", "./nowhere"], "no such folder"),
+    (["export", "--quant", "Q9_9"], "Q9_9"),
+    (["train", "nowhere/run.yaml"], "no such run card"),
+    (["sft", "--data", "nowhere.jsonl"], "no such file"),
+])
+def test_wrong_words(words, hint, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert hint in bad(capsys, *words)
+    assert list(p for p in tmp_path.rglob("*") if p.name != "home") == []
+
+
+@pytest.mark.parametrize("command", ["sft", "grpo", "eval"])
+@pytest.mark.parametrize("lines,place", [
+    ([], "empty"),
+    ([CHAT, "{not json\n"], "data.jsonl:2"),
+    ([CHAT, {"messages": [{"content": "no role"}]}], "data.jsonl:2"),
+    ([CHAT, {"text": "no messages"}], "data.jsonl:2"),
+    ([CHAT, "[1, 2]\n"], "data.jsonl:2"),
+], ids=["empty", "not-json", "no-role", "no-messages", "a-list"])
+def test_bad_data_names_the_line(command, lines, place, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = jsonl(tmp_path / "data.jsonl", *lines)
+    line = bad(capsys, command, "--data", data, *([] if command == "eval" else ["--output", tmp_path / "out"]))
+    assert place in line or (command != "sft" and "row 2" in line), line
+    assert not (tmp_path / "out").exists()
+
+
+def test_model_without_tokenizer_or_template(capsys, tmp_path):
+    from llmcourse.models import load
+    model, tokenizer = load("tutor/base")
+    model.save_pretrained(tmp_path / "bare")
+    assert "tokenizer" in bad(capsys, "eval", "--model", tmp_path / "bare", "--n", "1")
+    model.save_pretrained(tmp_path / "mute")
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path / "mute")
+    assert "chat template" in bad(capsys, "eval", "--model", tmp_path / "mute", "--n", "1")
+
+
+def test_adapter_of_another_base(capsys, tmp_path):
+    import shutil
+    from llmcourse.core import weights
+    from llmcourse.tutor import new_model
+    from llmcourse.models import load_tokenizer
+    other, tokenizer = tmp_path / "other", load_tokenizer("tutor/base")
+    new_model(tokenizer, num_hidden_layers=2).save_pretrained(other)
+    tokenizer.save_pretrained(other)
+    adapter = shutil.copytree(weights() / "sft", tmp_path / "adapter")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(other)}))
+    assert "adapter" in bad(capsys, "eval", "--model", adapter, "--n", "1")
+
+
+def test_too_long_a_prompt(capsys, tmp_path):
+    data = jsonl(tmp_path / "long.jsonl", {"messages": [{"role": "user", "content": "12 plus " * 2000}], "answer": "1"})
+    assert "tokens" in bad(capsys, "eval", "--data", data)
+
+
+def test_port_in_use(capsys):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        s.listen()
+        port = s.getsockname()[1]
+        assert str(port) in bad(capsys, "serve", "--port", port)
+        assert str(port) in bad(capsys, "chat", "--port", port, "--url", "http://127.0.0.1:9/v1")
+
+
+def test_open_host_needs_a_key(capsys, monkeypatch):
+    monkeypatch.delenv("LLMCOURSE_API_KEY", raising=False)
+    assert "key" in bad(capsys, "serve", "--host", "0.0.0.0", "--port", "0")
+
+
+def test_full_disk(capsys, tmp_path, monkeypatch):
+    import shutil
+    monkeypatch.chdir(tmp_path)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    for words in (["sft"], ["grpo"], ["export"], ["demo"]):
+        assert "free" in bad(capsys, *words)
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
+
+
+def test_doctor_finds_a_damaged_checkpoint(capsys, tmp_path, monkeypatch):
+    import shutil
+    from llmcourse.core import weights
+    copy = shutil.copytree(weights(), tmp_path / "weights")
+    assert main(["doctor"]) == 0
+    with (copy / "base" / "model.safetensors").open("r+b") as f:
+        f.seek(5000); f.write(b"\0\1\2\3")
+    monkeypatch.setenv("LLMCOURSE_WEIGHTS", str(copy))
+    assert main(["doctor"]) == 1
+    assert "model.safetensors" in capsys.readouterr().out
+
+
+def test_a_real_process_exits_with_2_and_no_traceback():
+    done = subprocess.run([sys.executable, "-c", "from llmcourse.cli import cli; import sys; sys.argv = ['llmcourse', 'sft', '--scale', 'x']; cli()"],
+                          capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.startswith("llmcourse: unknown scale")
