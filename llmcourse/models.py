@@ -46,7 +46,7 @@ def load(
         net, tokenizer = load(_adapter_base(path), scale, **overrides)
         try: net = PeftModel.from_pretrained(net, str(path))
         except RuntimeError as e: raise UserError(f"{path}: this adapter does not fit {_adapter_base(path)}. Give the base that it was trained on") from e
-        return (net.merge_and_unload() if merge else net).eval(), tokenizer
+        return (net.merge_and_unload().requires_grad_(True) if merge else net).eval(), tokenizer
     try: net = AutoModelForCausalLM.from_pretrained(str(path), **kwargs)
     except OSError as e: raise UserError(f"{path}: no model there ({str(e).splitlines()[0][:100]})") from None
     return net.to(dial["device"]).eval(), load_tokenizer(model)
