@@ -70,7 +70,7 @@ def _with_adapter(net, path: Path, base: str, merge: bool):
         net = PeftModel.from_pretrained(net, str(path))
         with safe_open(path / "adapter_model.safetensors", "pt") as f: saved = {k for k in f.keys() if "lora_" in k}
     except (RuntimeError, ValueError, OSError, SafetensorError) as e: raise UserError(f"{path}: this adapter does not fit {base} ({str(e).splitlines()[0][:100]}). {way}") from e
-    if odd := saved ^ {k for k in get_peft_model_state_dict(net) if "lora_" in k}:
+    if odd := saved ^ {k for k in get_peft_model_state_dict(net, save_embedding_layers=False) if "lora_" in k}:
         raise UserError(f"{path}: this adapter does not fit {base}: {len(odd)} of its matrices have no partner, e.g. {min(odd)}. {way}")
     if not merge: return net
     if getattr(net.base_model.model, "is_quantized", False): raise UserError(f"{path}: merging into a quantised base would round the adapter away. Load with merge=False, or the base in 16 bits")
