@@ -220,6 +220,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'llmcourse.models._absent': ('models.html#_absent', 'llmcourse/models.py'),
                                   'llmcourse.models._adapter_base': ('models.html#_adapter_base', 'llmcourse/models.py'),
                                   'llmcourse.models._device': ('models.html#_device', 'llmcourse/models.py'),
+                                  'llmcourse.models._hush': ('models.html#_hush', 'llmcourse/models.py'),
                                   'llmcourse.models._reply': ('models.html#_reply', 'llmcourse/models.py'),
                                   'llmcourse.models._shape': ('models.html#_shape', 'llmcourse/models.py'),
                                   'llmcourse.models._with_adapter': ('models.html#_with_adapter', 'llmcourse/models.py'),

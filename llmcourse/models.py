@@ -4,7 +4,7 @@
 
 # %% ../nbs/01_models.ipynb #ccf38b04
 from __future__ import annotations
-import json
+import json, logging
 from collections.abc import Callable
 from pathlib import Path
 from .core import Generate, Message, UserError, choose, file_hash, model_path, read_card, scale as read_scale
@@ -59,6 +59,12 @@ def _device(dial: dict) -> str:
     return dial["device"]
 
 # %% ../nbs/01_models.ipynb #72034fc7
+def _hush() -> None:
+    "A small model on a CPU loads in a blink: no progress bar, and no advice from bitsandbytes about kernels."
+    from transformers.utils import logging as hf
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    hf.disable_progress_bar()
+
 def _with_adapter(net, path: Path, base: str, merge: bool):
     "Put an adapter on its base. Raises `UserError` if it was trained on another one."
     from peft import PeftModel, get_peft_model_state_dict
@@ -104,6 +110,7 @@ def load(
     from transformers import AutoModelForCausalLM
     dial, path = read_scale(scale), Path(model_path(model))
     device, tokenizer = _device(dial), load_tokenizer(model)
+    if device == "cpu": _hush()
     if (path / "adapter_config.json").exists():
         base = _adapter_base(path)
         net, _ = load(base, scale, **overrides)
