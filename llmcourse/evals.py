@@ -15,30 +15,17 @@ from .tutor import TASKS, chat_answer, is_right, to_chat
 __all__ = ['Completion', 'grade_row', 'evaluate', 'wilson', 'score', 'summary', 'show', 'plot_scores', 'paired', 'compare',
            'judge']
 
-# %% ../nbs/04_evals.ipynb #51c63ec5
+# %% ../nbs/04_evals.ipynb #49961631
 class Completion:
     "A base model as a `Generate`: the last question goes into a plain prompt, and the model goes on with it."
     def __init__(self,
         local,                                   # a `Local`, or anything whose `.batch` takes plain texts
         prompt: str = "{question}\nWorking:",    # what the model continues; `{question}` is filled in
-    ): self.local, self.prompt = local, prompt
+    ): self.local, self.prompt, self.options = local, prompt, getattr(local, "options", {})
     def batch(self, chats: list) -> list[str]: return self.local.batch([self.prompt.replace("{question}", c[-1]["content"]) for c in chats])
     def __call__(self, messages: list[Message]) -> str: return self.batch([messages])[0]
 
-# %% ../nbs/04_evals.ipynb #96692d6a
-def grade_row(
-    row: dict,    # a problem of the tutor, or your own row with a reference
-    reply: str,   # what the model said
-) -> bool:        # was it right?
-    """Compare a reply with the row's reference: `answer`, `ideal` (a text or a list of them), or the last assistant turn.
-    A tutor's answer counts only in its format, `Answer: N` on the last line; any other text must be equal up to case and spacing."""
-    reference = _reference(row)
-    if reference is None: raise UserError("row without a reference: give it an \"answer\", or let the last message be the assistant's")
-    if row.get("task") in TASKS and isinstance(reference, (str, int)) and str(reference).isdigit(): return is_right(reply, reference)
-    wanted = reference if isinstance(reference, list) else [reference]
-    return any(chat_answer(reply) == chat_answer(str(w)) if chat_answer(str(w)) else _normal(reply) == _normal(w) for w in wanted)
-
-# %% ../nbs/04_evals.ipynb #1426534b
+# %% ../nbs/04_evals.ipynb #0a406656
 def _reference(row: dict):
     "What the reply is compared with: `answer`, else `ideal`, else the last turn if it is the assistant's."
     for key in ("answer", "ideal"):
@@ -51,7 +38,19 @@ def _normal(text) -> str:
     text = " ".join(unicodedata.normalize("NFKC", str(text)).casefold().split())
     return text.strip("'\"`“”‘’ ").rstrip(".!").strip("'\"`“”‘’ ")
 
-# %% ../nbs/04_evals.ipynb #49086a02
+def grade_row(
+    row: dict,    # a problem of the tutor, or your own row with a reference
+    reply: str,   # what the model said
+) -> bool:        # was it right?
+    """Compare a reply with the row's reference: `answer`, `ideal` (a text or a list of them), or the last assistant turn.
+    A tutor's answer counts only in its format, `Answer: N` on the last line; any other text must be equal up to case and spacing."""
+    reference = _reference(row)
+    if reference is None: raise UserError("row without a reference: give it an \"answer\", or let the last message be the assistant's")
+    if row.get("task") in TASKS and isinstance(reference, (str, int)) and str(reference).isdigit(): return is_right(reply, reference)
+    wanted = reference if isinstance(reference, list) else [reference]
+    return any(chat_answer(reply) == chat_answer(str(w)) if chat_answer(str(w)) else _normal(reply) == _normal(w) for w in wanted)
+
+# %% ../nbs/04_evals.ipynb #9c9a7658
 def _chat(row: dict, place: str) -> list[Message]:
     "The messages that a row puts before the model: all but the last assistant turn."
     if "question" in row and "messages" not in row:
@@ -61,7 +60,6 @@ def _chat(row: dict, place: str) -> list[Message]:
     if not messages: raise UserError(f"{place}: nothing before the assistant's turn, so there is no question")
     return messages
 
-# %% ../nbs/04_evals.ipynb #8c6df6af
 def _ask(generate: Generate, messages: list[Message], place: str) -> str:
     "One reply. Raises `UserError` that names the row."
     try: reply = generate(messages)
@@ -78,13 +76,12 @@ def _ask_batch(generate, chats: list, start: int) -> list[str]:
     if len(replies) != len(chats): raise UserError(f"rows {start + 1}-{start + len(chats)}: {len(replies)} replies to {len(chats)} questions")
     return replies
 
-# %% ../nbs/04_evals.ipynb #dd8663ad
-def _replies(generate: Generate, chats: list, workers: int, progress: bool, size: int = 64) -> list[str]:
+def _replies(generate: Generate, chats: list, workers: int, progress: bool) -> list[str]:
     "A reply to each chat, in order: by batches, by threads, or one by one."
     from tqdm.auto import tqdm
     bar = tqdm(total=len(chats), desc="evaluating", disable=not progress)
     jobs = [(generate, c, f"row {i}") for i, c in enumerate(chats, 1)]
-    replies = []
+    replies, size = [], getattr(generate, "options", {}).get("batch_size", 64)
     with bar, ThreadPoolExecutor(max(1, workers)) as pool:
         if hasattr(generate, "batch"): parts = (_ask_batch(generate, chats[i:i + size], i) for i in range(0, len(chats), size))
         elif workers > 1: parts = ([r] for r in pool.map(lambda job: _ask(*job), jobs))
@@ -129,13 +126,12 @@ def wilson(
     low, high = ((middle + side*half) / (1 + z*z/n) for side in (-1, 1))
     return max(0.0, min(low, p)) if correct else 0.0, min(1.0, max(high, p)) if correct < n else 1.0
 
-# %% ../nbs/04_evals.ipynb #3d2a6030
+# %% ../nbs/04_evals.ipynb #b24d1e32
 def score(correct: int, n: int, level: float = 0.95) -> dict:
     "One measurement: n, correct, accuracy and its interval, low to high."
     low, high = wilson(correct, n, level)
     return {"n": n, "correct": correct, "accuracy": correct / n, "low": low, "high": high}
 
-# %% ../nbs/04_evals.ipynb #07eb9ca5
 def summary(
     results: list[dict],   # from `evaluate`
     key: str = "right",    # what to count: "right" or "format"
@@ -147,7 +143,7 @@ def summary(
     if overall: groups["all"] = [r[key] for r in results]
     return [{"task": t, **score(sum(g), len(g))} for t, g in groups.items()]
 
-# %% ../nbs/04_evals.ipynb #5c7bca38
+# %% ../nbs/04_evals.ipynb #369b3f20
 def show(
     rows: list[dict],  # scores, or any other rows
 ):                     # a `DataFrame`
@@ -160,7 +156,6 @@ def show(
         return {k: f"{100 * v:.0f} %" if k in shares and isinstance(v, float) else v for k, v in row.items()}
     return pd.DataFrame([tidy(r) for r in rows])
 
-# %% ../nbs/04_evals.ipynb #fea76966
 def plot_scores(
     scores: dict[str, list[dict]] | list[dict],  # rows of `summary`, or several of them by name
     ax=None,                                     # matplotlib axes to draw on
