@@ -13,14 +13,14 @@ from .core import UserError, choose, file_hash, read_card, set_seed, stopwatch, 
 __all__ = ['PRETRAIN', 'LORA', 'SFT', 'GRPO', 'RL', 'BUILDERS', 'sft_rows', 'grpo_rows', 'score_model', 'scores', 'hashes',
            'verify', 'build', 'compare', 'rerun']
 
-# %% ../nbs/workshop/checkpoints.ipynb #d14310a7
+# %% ../nbs/workshop/checkpoints.ipynb #f07fdbde
 PRETRAIN = dict(tokens=6e6, batch_size=8, seed=0)
 LORA = dict(r=16, lora_alpha=32)
-SFT = dict(learning_rate=2e-3, per_device_train_batch_size=16, lr_scheduler_type="cosine", warmup_steps=10)
-GRPO = dict(max_steps=50)
-RL = dict(max_steps=250)
+SFT = dict(learning_rate=4e-3)
+GRPO = dict(learning_rate=2e-4, max_steps=50)
+RL = dict(learning_rate=2e-4, max_steps=120)
 
-# %% ../nbs/workshop/checkpoints.ipynb #7454089e
+# %% ../nbs/workshop/checkpoints.ipynb #2e77934a
 def sft_rows(
     seed: int = 42,   # draws the problems
     n: int = 300,     # chats of each of the four kinds
@@ -35,7 +35,7 @@ def sft_rows(
 def grpo_rows(
     seed: int = 42,                      # draws the problems
     n: int = 1000,                       # questions of each kind
-    tasks=("story3", "story2"),          # what is rewarded
+    tasks=tutor.TASKS,                   # all kinds: what is left out of the mix is forgotten
 ) -> list[dict]:                         # questions with their answers, and no working
     "The tutor's reinforcement questions."
     rows = [tutor.to_chat(p, answered=False) for p in tutor.problems(n, seed, tasks)]

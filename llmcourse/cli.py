@@ -13,15 +13,16 @@ from .core import CHAPTERS, UserError, choose
 __all__ = ['COMMANDS', 'demo', 'doctor', 'scores', 'course', 'sft', 'grpo', 'train', 'eval', 'export', 'serve', 'chat',
            'checkpoints', 'usage', 'parse', 'main', 'cli']
 
-# %% ../nbs/workshop/cli.ipynb #48c96481
+# %% ../nbs/workshop/cli.ipynb #998c6bc6
 def demo(
     output: str = "runs/demo",  # folder for everything that the demo writes
     seed: int = 42,             # draws the problems and seeds the training
     n: int = 100,               # held-out problems of each kind, for every rung of the ladder
+    steps: int = 0,             # of GRPO; 0: as many as the recipe says
 ):
     "Take the tutor from base model to chat: measure, SFT, GRPO, GGUF, serve, each step with its score."
     from llmcourse.demo import run
-    run(output, seed, n)
+    run(output, seed, n, steps)
 
 def doctor():
     "Look at this machine: versions, processor, memory, disk, GPUs, and whether the shipped checkpoints are whole."

@@ -83,8 +83,8 @@ def _quote(result: dict):
     mark = "✓" if result["right"] else "✗"
     print(f"  {result['question']}\n  {mark} {result['reply'].strip()[:220]!r}", flush=True)
 
-# %% ../nbs/workshop/demo.ipynb #5ce1e2ce
-def _train(output: Path, seed: int, problems: list[dict], base: list[dict]) -> list[dict]:
+# %% ../nbs/workshop/demo.ipynb #1e8176af
+def _train(output: Path, seed: int, steps: int, problems: list[dict], base: list[dict]) -> list[dict]:
     "The rungs that are made by training: SFT on the base, GRPO on the SFT."
     from llmcourse.checkpoints import GRPO, LORA, SFT, grpo_rows, sft_rows
     from llmcourse.lora import lora_config, merge
@@ -96,7 +96,7 @@ def _train(output: Path, seed: int, problems: list[dict], base: list[dict]) -> l
         adapter = sft(sft_rows(seed), output / "sft", seed=seed, peft_config=lora_config(**LORA), **SFT)
     rungs.append(rung("SFT, plain LoRA", _measure(adapter, problems), took["seconds"], adapter))
     _say("GRPO: a reward for the right answer, and no more examples")
-    with stopwatch() as took: reinforced = grpo(grpo_rows(seed), output / "grpo", model=adapter, seed=seed, **GRPO)
+    with stopwatch() as took: reinforced = grpo(grpo_rows(seed), output / "grpo", model=adapter, seed=seed, **GRPO | ({"max_steps": steps} if steps else {}))
     return rungs + [rung("GRPO, exact match", _measure(reinforced, problems), took["seconds"], reinforced)]
 
 def _ship(output: Path, problems: list[dict]) -> dict:
@@ -110,18 +110,19 @@ def _ship(output: Path, problems: list[dict]) -> dict:
     _quote(results[-1])
     return rung("… as GGUF Q8_0, served", results, took["seconds"], gguf)
 
-# %% ../nbs/workshop/demo.ipynb #6a5917bc
+# %% ../nbs/workshop/demo.ipynb #f21bc382
 def run(
     output: str | Path = "runs/demo",  # folder for everything
     seed: int = 42,                    # draws problems, seeds training
     n: int = 100,                      # held-out problems of each of the five kinds
+    steps: int = 0,                    # of GRPO; 0: as many as the recipe says
 ) -> list[dict]:                       # the ladder
     "Take the tutor from base model to chat. Raises `UserError` before it starts if the disk is too full."
     output = Path(output); core.need_space(output, 200_000_000)
     problems = tutor.problems(n, seed + 1, split="test")
     with stopwatch() as total:
         _say(f"The base tutor, asked {len(problems)} held-out problems as a chat")
-        ladder = _train(output, seed, problems, _measure("tutor/base", problems))
+        ladder = _train(output, seed, steps, problems, _measure("tutor/base", problems))
         ladder.append(_ship(output, problems))
     core.write_jsonl(output / "ladder.jsonl", ladder)
     picture = draw_ladder(ladder, output / "ladder.png")

@@ -204,8 +204,8 @@ def _worked(p: dict, rng: random.Random) -> str:
     after = f" The result is {p['answer']}." if rng.random() < .3 else ""
     return f"{before}{' ' if before else ''}{p['question']}{bridge}{' ' if bridge.endswith(':') else ''}{p['working']}{after}\n"
 
-# %% ../nbs/workshop/tutor.ipynb #3ab29a52
-MIXTURE = {"add": 15, "sub": 16, "story1": 12, "story2": 35, "story3": 1, "at once": 2, "numbers": 2, "copy": 6, "lesson": 1, "fact": 2, "chat": 8}
+# %% ../nbs/workshop/tutor.ipynb #95d35f29
+MIXTURE = {"add": 15, "sub": 17, "story1": 16, "story2": 30, "story3": 1, "at once": 2, "numbers": 4, "copy": 3, "lesson": 1, "fact": 2, "chat": 9}
 
 def document(rng: random.Random) -> str:
     "One document of the corpus."
@@ -226,9 +226,9 @@ TEMPLATE = """{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m
 {% else %}{{ m['content'] | trim + '<|eot_id|>' }}{% endif %}{% endfor %}\
 {% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"""
 
-# %% ../nbs/workshop/tutor.ipynb #f6f1e32c
+# %% ../nbs/workshop/tutor.ipynb #cdd99d2f
 def train_tokenizer(
-    vocab_size: int = 768,  # tokens, special ones included
+    vocab_size: int = 1024, # tokens, special ones included
     n_docs: int = 20_000,   # documents to learn merges from
     seed: int = 0,
 ):                          # a `PreTrainedTokenizerFast`
@@ -238,21 +238,20 @@ def train_tokenizer(
     bpe, rng = Tokenizer(models.BPE(ignore_merges=True)), random.Random(seed)
     llama3 = [pre.Split(Regex(SPLIT), "isolated"), pre.ByteLevel(add_prefix_space=False, use_regex=False)]
     docs = (re.sub(r"<\|\w+\|>", "\n", document(rng)) for _ in range(n_docs))
-    bpe.pre_tokenizer = pre.Sequence([pre.Digits(individual_digits=True), *llama3])
-    bpe.train_from_iterator(docs, trainers.BpeTrainer(vocab_size=vocab_size - len(SPECIAL), initial_alphabet=pre.ByteLevel.alphabet(), show_progress=False))
     bpe.pre_tokenizer, bpe.decoder = pre.Sequence(llama3), decoders.ByteLevel()
+    bpe.train_from_iterator(docs, trainers.BpeTrainer(vocab_size=vocab_size - len(SPECIAL), initial_alphabet=pre.ByteLevel.alphabet(), show_progress=False))
     bpe.add_special_tokens(SPECIAL)
     bos = SPECIAL[0]
     bpe.post_processor = processors.TemplateProcessing(single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, bpe.token_to_id(bos))])
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=bos, eos_token="<|eot_id|>", pad_token=SPECIAL[2],
                                    chat_template=TEMPLATE, model_max_length=1024, clean_up_tokenization_spaces=False)
 
-# %% ../nbs/workshop/tutor.ipynb #9e3fbb9b
+# %% ../nbs/workshop/tutor.ipynb #030baff1
 def new_model(tokenizer, **overrides):
     "A fresh tutor: `LlamaForCausalLM` with random weights. `overrides` go to `LlamaConfig`."
     from transformers import LlamaConfig, LlamaForCausalLM
-    config = dict(vocab_size=len(tokenizer), hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
-                  num_key_value_heads=2, max_position_embeddings=1024, rope_theta=10_000.0, tie_word_embeddings=True,
+    config = dict(vocab_size=len(tokenizer), hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=8,
+                  num_key_value_heads=4, max_position_embeddings=1024, rope_theta=10_000.0, tie_word_embeddings=True,
                   bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     return LlamaForCausalLM(LlamaConfig(**config | overrides))
 

@@ -5,7 +5,7 @@ from llmcourse import demo
 
 
 def test_demo_climbs(tmp_path, capsys):
-    ladder = demo.run(tmp_path / "demo", seed=11, n=20)
+    ladder = demo.run(tmp_path / "demo", seed=11, n=20, steps=6)
     assert [r["n"] for r in ladder] == [100] * 4
     base, sft, grpo, served = (r["accuracy"] for r in ladder)
     assert base == 0 and sft > .5 and grpo > sft - .05 and served > sft - .1

@@ -82,3 +82,9 @@ def test_modelfile():
     "The Ollama Modelfile that ships is the one that the export writes for the tutor."
     text = (DEPLOY / "ollama/Modelfile").read_text()
     assert text.startswith("FROM ") and "TEMPLATE" in text and "PARAMETER stop" in text and "<|eot_id|>" in text
+
+
+def test_shipped_modelfile_is_the_exported_one(tmp_path):
+    from llmcourse.demo import export_folder
+    written = export_folder("tutor/sft", tmp_path, "Q8_0")[1]
+    assert written.read_text() == (DEPLOY / "ollama/Modelfile").read_text()
