@@ -73,7 +73,7 @@ def _check_base(folder: Path, base: str | Path) -> None:
     if then and now and then != now:
         raise UserError(f"{base}: not the base of {folder} (its weights are {now}, the adapter was trained on {then}). Give that one: merge(adapter, output, base=...)")
 
-# %% ../nbs/07_lora.ipynb #6206dde0
+# %% ../nbs/07_lora.ipynb #2ffe2763
 def merge(
     adapter: str | Path,             # the run folder of a LoRA, or `tutor/sft`
     output: str | Path,              # the folder of the merged model; an earlier run there is replaced
@@ -96,7 +96,8 @@ def merge(
     with _quiet(), write_aside(_check_output(output, base)) as aside:
         net = _fold(folder, base, scale, dtype, bool(packed))
         need_space(output.parent, sum(p.nbytes for p in net.parameters()))
-        net.save_pretrained(aside); load_tokenizer(folder).save_pretrained(aside)
+        net.save_pretrained(aside)
+        load_tokenizer(folder if (folder / "tokenizer_config.json").is_file() else base).save_pretrained(aside)
         write_card(aside, method="merge", model=str(base), model_hash=_model_hash(base), hyperparameters=dict(adapter=str(adapter),
                    adapter_hash=file_hash(folder / "adapter_model.safetensors"), dtype=dtype, dequantize=bool(packed)), scale=scale)
     return output
