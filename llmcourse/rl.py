@@ -164,7 +164,7 @@ def _trainers(method: str) -> tuple:
     import trl
     return {"grpo": (trl.GRPOConfig, trl.GRPOTrainer), "rloo": (trl.RLOOConfig, trl.RLOOTrainer)}[choose(method, ("grpo", "rloo"), "method")]
 
-# %% ../nbs/09_rl.ipynb #a8022758
+# %% ../nbs/09_rl.ipynb #6dce7ba9
 def defaults(
     dial: dict,             # from `core.scale`
     parameters: int,        # weights of the model
@@ -179,7 +179,7 @@ def defaults(
         if name not in config.__dataclass_fields__:
             raise UserError(f"{config.__name__} has no {name!r}{f': did you mean {close[0]!r}?' if close else '.'} Names are spelled as in trl.{config.__name__}")
     small, cpu = parameters < 1e8, dial["device"] == "cpu"
-    rates, batch = ((1e-3, 1e-4) if small else (1e-5, 1e-6)), 64 if small else dial["batch_size"]
+    rates, batch = ((1e-3, 2e-4) if small else (1e-5, 1e-6)), 64 if small else dial["batch_size"]
     ours = dict(learning_rate=rates[0 if lora else 1], lr_scheduler_type="constant_with_warmup", warmup_steps=5, max_steps=50, optim="adamw_torch",
                 num_generations=8, per_device_train_batch_size=batch, gradient_accumulation_steps=max(1, 64 // batch), temperature=1.0,
                 max_completion_length=dial["max_new_tokens"], beta=0.0, weight_decay=0.0, max_grad_norm=1.0, gradient_checkpointing=not cpu,
