@@ -97,9 +97,10 @@ def grpo_loss(
     if loss_type == "dr_grpo": return token_loss.sum() / (len(logps) * max_completion_length)
     return token_loss.sum() / mask.sum()   # dapo over the whole batch, bnpo within each micro-batch: here the same
 
-# %% ../nbs/09_rl.ipynb #9c6ed5af
+# %% ../nbs/09_rl.ipynb #ef166e4d
 def _prompt(row: dict, place: str) -> list[Message]:
     "What the model is asked: a problem's question, or a conversation without its last answer."
+    if not isinstance(row, dict): raise UserError(f"{place}: a {type(row).__name__}, not a row. Give {{\"messages\": […], \"answer\": …}}")
     if "question" in row and "messages" not in row and "prompt" not in row:
         return to_chat(row, answered=False)["messages"] if row.get("task") in TASKS else [{"role": "user", "content": str(row["question"])}]
     messages = check_messages(row.get("messages", row.get("prompt")), place, answered=False)
