@@ -31,7 +31,7 @@ def choose(
     "Check `name` against `names`. Raises `UserError` that suggests the closest one."
     names = list(names)
     if name in names: return name
-    close = difflib.get_close_matches(str(name), names, n=1)
+    close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}? " if close else ""
     raise UserError(f"unknown {what} {name!r}: {hint}there are {', '.join(names)}")
 
