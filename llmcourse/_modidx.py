@@ -206,8 +206,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'llmcourse.export.to_gguf': ('export.html#to_gguf', 'llmcourse/export.py')},
             'llmcourse.lora': { 'llmcourse.lora._adapter': ('lora.html#_adapter', 'llmcourse/lora.py'),
                                 'llmcourse.lora._base_config': ('lora.html#_base_config', 'llmcourse/lora.py'),
-                                'llmcourse.lora._check_base': ('lora.html#_check_base', 'llmcourse/lora.py'),
-                                'llmcourse.lora._fold': ('lora.html#_fold', 'llmcourse/lora.py'),
                                 'llmcourse.lora._method': ('lora.html#_method', 'llmcourse/lora.py'),
                                 'llmcourse.lora.linear_shapes': ('lora.html#linear_shapes', 'llmcourse/lora.py'),
                                 'llmcourse.lora.lora_config': ('lora.html#lora_config', 'llmcourse/lora.py'),
