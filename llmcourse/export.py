@@ -13,7 +13,7 @@ from .models import load, load_tokenizer, render, stop_ids
 # %% auto #0
 __all__ = ['NAMES', 'BLOCK', 'LLAMA3', 'QWEN2', 'GPT2', 'PRE', 'TEXTS', 'CHATS', 'DATE', 'DTYPES', 'KINDS', 'FALLBACK',
            'safetensors_index', 'gguf_name', 'permute', 'rope_factors', 'pre_tokenizer', 'Engine', 'check_tokens',
-           'to_gguf', 'tensor_type', 'plan_types', 'quantize', 'next_logprobs', 'parity', 'chat_pieces', 'fill',
+           'to_gguf', 'parity', 'tensor_type', 'plan_types', 'quantize', 'next_logprobs', 'chat_pieces', 'fill',
            'go_template', 'modelfile']
 
 # %% ../nbs/10_export.ipynb #f9e3e812
@@ -125,6 +125,44 @@ def rope_factors(config: dict):
         out.append(1 if wave < context / high else factor if wave > context / low else 1 / ((1 - smooth) / factor + smooth))
     return torch.tensor(out, dtype=torch.float32).numpy()
 
+# %% ../nbs/10_export.ipynb #10ec5a7d
+def _add_config(writer, config: dict, dtype: str) -> None:
+    "Write the shape of the model."
+    import gguf
+    rope = config.get("rope_parameters") or {}
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    if rope.get("rope_type") == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["factor"])
+    writer.add_rope_freq_base(rope.get("rope_theta", 10_000.0))
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_key_length(config["head_dim"])
+    writer.add_value_length(config["head_dim"])
+    writer.add_file_type(gguf.LlamaFileType["ALL_F32" if dtype == "f32" else f"MOSTLY_{dtype.upper()}"])
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_rope_dimension_count(config["head_dim"])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+
+def _add_tokenizer(writer, folder: Path, tokenizer, size: int) -> None:
+    "Write tokens, merges, special ids and the chat template."
+    import gguf, logging
+    tokens, types = _tokens(tokenizer, size)
+    logging.getLogger("gguf.vocab").setLevel(logging.ERROR)
+    special = gguf.SpecialVocab(folder, load_merges=True)
+    bos, eos = _adds(tokenizer)
+    special.add_special_token |= {"bos": bos} | ({"eos": eos} if eos or "eos" in special.add_special_token else {})
+    if isinstance(tokenizer.chat_template, str): special.chat_template = tokenizer.chat_template
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre_tokenizer(tokenizer))
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    special.add_to_gguf(writer, quiet=True)
+
 # %% ../nbs/10_export.ipynb #738c2809
 LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 QWEN2 = LLAMA3.replace("{1,3}", "")
@@ -193,7 +231,7 @@ def _tokens(tokenizer, size: int) -> tuple[list[str], list[int]]:
     if len(set(tokens)) < size: raise UserError(f"{tokenizer.name_or_path}: two ids share the text {max(tokens, key=tokens.count)!r}. llama.cpp needs each text once")
     return tokens, types
 
-# %% ../nbs/10_export.ipynb #10ec5a7d
+# %% ../nbs/10_export.ipynb #10ec5a7d-1
 def _add_config(writer, config: dict, dtype: str) -> None:
     "Write the shape of the model."
     import gguf
@@ -230,6 +268,120 @@ def _add_tokenizer(writer, folder: Path, tokenizer, size: int) -> None:
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     special.add_to_gguf(writer, quiet=True)
+
+# %% ../nbs/10_export.ipynb #29d6b457
+def _run_engine(gguf: str, n_ctx: str, n_threads: str, exact: str) -> None:
+    "What the engine's process does: serve until its standard input closes."
+    import xllamacpp as x
+    p = x.CommonParams()
+    p.model.path, p.n_ctx, p.n_parallel, p.port, p.hostnames = gguf, int(n_ctx), 1, 0, ["127.0.0.1"]
+    p.warmup = p.fit_params = False
+    p.cpuparams.n_threads = p.cpuparams_batch.n_threads = int(n_threads)
+    if exact == "True":
+        p.cache_type_k = p.cache_type_v = x.ggml_type.GGML_TYPE_F32
+        p.flash_attn_type = x.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    server = x.Server(p)
+    print("at", server.listening_address, flush=True)
+    sys.stdin.read()
+    os._exit(0)
+
+# %% ../nbs/10_export.ipynb #4e32246b
+class Engine:
+    "llama.cpp on one GGUF file, in a process of its own. Use it in a `with` block. Raises `UserError` if the file does not load."
+    def __init__(self,
+        gguf: str | Path,
+        n_ctx: int = 1024,     # tokens of context
+        n_threads: int = 1,
+        exact: bool = True,    # keep keys and values in float32, no flash attention: comparable with transformers
+        max_tokens: int = 256, # of a reply
+    ): self.args, self.max_tokens = [str(Path(gguf).resolve()), str(n_ctx), str(n_threads), str(exact)], max_tokens
+
+    def __enter__(self):
+        code = "import sys; from llmcourse.export import _run_engine; _run_engine(*sys.argv[1:])"
+        self.log = tempfile.TemporaryFile("w+", errors="replace")
+        self.process = subprocess.Popen([sys.executable, "-c", code, *self.args], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True)
+        for line in self.process.stdout:
+            if line.startswith("at "): self.url = line.split()[1]; return self
+        self.__exit__(); self.log.seek(0)
+        said = [line.strip() for line in self.log if re.search("error|unknown|missing|failed|wrong", line, re.I)] or ["no reason given"]
+        raise UserError(f"{self.args[0]}: llama.cpp cannot load it ({said[0][:200]})")
+
+    def __exit__(self, *_):
+        self.process.stdin.close()
+        try: self.process.wait(5)
+        except subprocess.TimeoutExpired: self.process.kill(); self.process.wait()
+        self.process.stdout.close()
+
+    def post(self, path: str, **body) -> dict:
+        "One request to llama.cpp's own server."
+        request = urllib.request.Request(self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        try: return json.load(urllib.request.urlopen(request, timeout=600))
+        except urllib.error.HTTPError as e: raise UserError(f"{self.args[0]}: llama.cpp answers {path} with {e.code}: {e.read().decode()[:200]}") from None
+
+    def tokenize(self, text: str) -> list[int]:
+        "Token ids of a text, special tokens read as such, with what the model adds in front and behind."
+        return self.post("/tokenize", content=text, add_special=True, parse_special=True)["tokens"]
+
+    def template(self, messages: list[Message]) -> str:
+        "The text that llama.cpp makes of a conversation, before it adds BOS."
+        return self.post("/apply-template", messages=messages, chat_template_kwargs=DATE)["prompt"]
+
+    def generate(self, ids: list[int], n: int) -> list[int]:
+        "Go on greedily from token ids for at most `n` tokens; the end token is part of the answer."
+        return self.post("/completion", prompt=ids, n_predict=n, temperature=0, return_tokens=True, cache_prompt=True)["tokens"]
+
+    def logprobs(self, ids: list[int], top: int) -> dict[int, float]:
+        "The `top` most likely next tokens and their natural log-probabilities."
+        if not hasattr(self, "plain"): self.plain = self.post("/tokenize", content="a", add_special=False)["tokens"][0]
+        # llama.cpp reports nothing for a token that ends inside a character, so let it choose a plain "a"; the report is of the model's own logits
+        reply = self.post("/completion", prompt=ids, n_predict=1, temperature=0, n_probs=top, logit_bias=[[self.plain, 1000.0]], cache_prompt=True)
+        return {p["id"]: p["logprob"] for p in reply["completion_probabilities"][0]["top_logprobs"]}
+
+    def __call__(self, messages: list[Message]) -> str:
+        "Answer a conversation greedily: an `Engine` is a `Generate`."
+        return self.post("/v1/chat/completions", messages=messages, temperature=0, max_tokens=self.max_tokens)["choices"][0]["message"]["content"]
+
+# %% ../nbs/10_export.ipynb #4566ec5e
+TEXTS = ["Hello, world!", "", " ", "  two spaces,\ta tab \t\n\n\nthree lines \n ", "1 12 123 1234 12345678901 3.14 1,000,000 ٣٤ ½ x²",
+         "I'm sure we'll see; they've DON'T'S 'LL o'clock", "naïve café Zürich ŒUVRE ß ﬁ İstanbul", "数学は楽しい。 학생 уравнение αβγ שלום नमस्ते",
+         "🙂🚀 👩‍🏫 (normal) ✅ e\u0301\u200d\ufeff", "def f(x):\n    return x**2  # ok\r\n\r\n", "47+38: ones 7+8=15, carry 1.\nAnswer: 85"]
+CHATS = [[{"role": "user", "content": "What is 47 + 38?"}],
+         [{"role": "system", "content": "You are a maths tutor."}, {"role": "user", "content": "Hi!\n\nHow are you?"}],
+         [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}, {"role": "user", "content": "数学 + 1 😀"}],
+         [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b\nc"}, {"role": "user", "content": "d"}, {"role": "assistant", "content": "e"}, {"role": "user", "content": "f"}]]
+
+# %% ../nbs/10_export.ipynb #a765c04d
+DATE = {"date_string": "26 Jul 2024"}   # Llama 3's templates name a day: unless told, transformers takes this one, and llama.cpp today
+
+def _text(tokenizer, messages: list[Message], ask: bool = True) -> str:
+    "A conversation as text, on a fixed day; `ask`: open the assistant's turn."
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask, **DATE)
+
+def _rendered(tokenizer) -> list[tuple]:
+    "The golden conversations that this template takes, each with its text."
+    out = []
+    for chat in CHATS if tokenizer.chat_template else []:
+        with contextlib.suppress(Exception): out.append((chat, _text(tokenizer, chat)))
+    if tokenizer.chat_template and not out: raise UserError(f"{tokenizer.name_or_path}: its chat template renders none of our test conversations. Set one that takes system, user and assistant turns")
+    return out
+
+# %% ../nbs/10_export.ipynb #66d72356
+def check_tokens(
+    gguf: str | Path,
+    tokenizer,         # of transformers, the one that the model was trained with
+) -> int:              # how many texts and conversations were compared
+    "Prove that llama.cpp reads texts, special tokens and conversations as transformers does. Raises `UserError` at the first difference."
+    specials = [f"a{t.content}b {t.content}\nc" for t in tokenizer.added_tokens_decoder.values()][:40]
+    with Engine(gguf) as engine:
+        pairs = [(text, engine.tokenize(text), tokenizer(text)["input_ids"]) for text in TEXTS + specials]
+        for chat, text in _rendered(tokenizer):
+            pairs.append((text, engine.tokenize(engine.template(chat)), tokenizer(text, add_special_tokens=False)["input_ids"]))
+    for text, ours, theirs in pairs:
+        if ours != theirs:
+            at = next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), min(len(ours), len(theirs)))
+            raise UserError(f"{Path(gguf).name}: llama.cpp reads {text[:60]!r} as {ours[:at + 3]}, transformers as {theirs[:at + 3]}: they part at token {at}. "
+                            "Look at the pre-tokenizer, the chat template and whether both add BOS")
+    return len(pairs)
 
 # %% ../nbs/10_export.ipynb #31c7b08c
 @contextlib.contextmanager
@@ -277,120 +429,7 @@ def _converted(name: str, array, config: dict, kind: str):
     if ".k_proj." in name: array = permute(array, config["num_key_value_heads"])
     return gguf.quants.quantize(array, gguf.GGMLQuantizationType[kind])
 
-# %% ../nbs/10_export.ipynb #29d6b457
-def _run_engine(gguf: str, n_ctx: str, n_threads: str, exact: str) -> None:
-    "What the engine's process does: serve until its standard input closes."
-    import xllamacpp as x
-    p = x.CommonParams()
-    p.model.path, p.n_ctx, p.n_parallel, p.port, p.hostnames = gguf, int(n_ctx), 1, 0, ["127.0.0.1"]
-    p.warmup = p.fit_params = False
-    p.cpuparams.n_threads = p.cpuparams_batch.n_threads = int(n_threads)
-    if exact == "True":
-        p.cache_type_k = p.cache_type_v = x.ggml_type.GGML_TYPE_F32
-        p.flash_attn_type = x.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    server = x.Server(p)
-    print("at", server.listening_address, flush=True)
-    sys.stdin.read()
-    os._exit(0)
-
-# %% ../nbs/10_export.ipynb #6a85d6a9
-class Engine:
-    "llama.cpp on one GGUF file, in a process of its own. Use it in a `with` block. Raises `UserError` if the file does not load."
-    def __init__(self,
-        gguf: str | Path,
-        n_ctx: int = 1024,     # tokens of context
-        n_threads: int = 1,
-        exact: bool = True,    # keep keys and values in float32, no flash attention: comparable with transformers
-    ): self.args = [str(Path(gguf).resolve()), str(n_ctx), str(n_threads), str(exact)]
-
-    def __enter__(self):
-        code = "import sys; from llmcourse.export import _run_engine; _run_engine(*sys.argv[1:])"
-        self.log = tempfile.TemporaryFile("w+", errors="replace")
-        self.process = subprocess.Popen([sys.executable, "-c", code, *self.args], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True)
-        for line in self.process.stdout:
-            if line.startswith("at "): self.url = line.split()[1]; return self
-        self.__exit__(); self.log.seek(0)
-        said = [line.strip() for line in self.log if re.search("error|unknown|missing|failed|wrong", line, re.I)] or ["no reason given"]
-        raise UserError(f"{self.args[0]}: llama.cpp cannot load it ({said[0][:200]})")
-
-    def __exit__(self, *_):
-        self.process.stdin.close()
-        try: self.process.wait(5)
-        except subprocess.TimeoutExpired: self.process.kill(); self.process.wait()
-        self.process.stdout.close()
-
-    def post(self, path: str, **body) -> dict:
-        "One request to llama.cpp's own server."
-        request = urllib.request.Request(self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
-        try: return json.load(urllib.request.urlopen(request, timeout=600))
-        except urllib.error.HTTPError as e: raise UserError(f"{self.args[0]}: llama.cpp answers {path} with {e.code}: {e.read().decode()[:200]}") from None
-
-    def tokenize(self, text: str) -> list[int]:
-        "Token ids of a text, special tokens read as such, with what the model adds in front and behind."
-        return self.post("/tokenize", content=text, add_special=True, parse_special=True)["tokens"]
-
-    def template(self, messages: list[Message]) -> str:
-        "The text that llama.cpp makes of a conversation, before it adds BOS."
-        return self.post("/apply-template", messages=messages, chat_template_kwargs=DATE)["prompt"]
-
-    def generate(self, ids: list[int], n: int) -> list[int]:
-        "Go on greedily from token ids for at most `n` tokens; the end token is part of the answer."
-        return self.post("/completion", prompt=ids, n_predict=n, temperature=0, return_tokens=True, cache_prompt=True)["tokens"]
-
-    def logprobs(self, ids: list[int], top: int) -> dict[int, float]:
-        "The `top` most likely next tokens and their natural log-probabilities."
-        if not hasattr(self, "plain"): self.plain = self.post("/tokenize", content="a", add_special=False)["tokens"][0]
-        # llama.cpp reports nothing for a token that ends inside a character, so let it choose a plain "a"; the report is of the model's own logits
-        reply = self.post("/completion", prompt=ids, n_predict=1, temperature=0, n_probs=top, logit_bias=[[self.plain, 1000.0]], cache_prompt=True)
-        return {p["id"]: p["logprob"] for p in reply["completion_probabilities"][0]["top_logprobs"]}
-
-    def __call__(self, messages: list[Message]) -> str:
-        "Answer a conversation greedily: an `Engine` is a `Generate`."
-        return self.post("/v1/chat/completions", messages=messages, temperature=0, max_tokens=256)["choices"][0]["message"]["content"]
-
-# %% ../nbs/10_export.ipynb #4566ec5e
-TEXTS = ["Hello, world!", "", " ", "  two spaces,\ta tab \t\n\n\nthree lines \n ", "1 12 123 1234 12345678901 3.14 1,000,000 ٣٤ ½ x²",
-         "I'm sure we'll see; they've DON'T'S 'LL o'clock", "naïve café Zürich ŒUVRE ß ﬁ İstanbul", "数学は楽しい。 학생 уравнение αβγ שלום नमस्ते",
-         "🙂🚀 👩‍🏫 (normal) ✅ e\u0301\u200d\ufeff", "def f(x):\n    return x**2  # ok\r\n\r\n", "47+38: ones 7+8=15, carry 1.\nAnswer: 85"]
-CHATS = [[{"role": "user", "content": "What is 47 + 38?"}],
-         [{"role": "system", "content": "You are a maths tutor."}, {"role": "user", "content": "Hi!\n\nHow are you?"}],
-         [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}, {"role": "user", "content": "数学 + 1 😀"}],
-         [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b\nc"}, {"role": "user", "content": "d"}, {"role": "assistant", "content": "e"}, {"role": "user", "content": "f"}]]
-
-# %% ../nbs/10_export.ipynb #a765c04d
-DATE = {"date_string": "26 Jul 2024"}   # Llama 3's templates name a day: unless told, transformers takes this one, and llama.cpp today
-
-def _text(tokenizer, messages: list[Message], ask: bool = True) -> str:
-    "A conversation as text, on a fixed day; `ask`: open the assistant's turn."
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask, **DATE)
-
-def _rendered(tokenizer) -> list[tuple]:
-    "The golden conversations that this template takes, each with its text."
-    out = []
-    for chat in CHATS if tokenizer.chat_template else []:
-        with contextlib.suppress(Exception): out.append((chat, _text(tokenizer, chat)))
-    if tokenizer.chat_template and not out: raise UserError(f"{tokenizer.name_or_path}: its chat template renders none of our test conversations. Set one that takes system, user and assistant turns")
-    return out
-
-# %% ../nbs/10_export.ipynb #66d72356
-def check_tokens(
-    gguf: str | Path,
-    tokenizer,         # of transformers, the one that the model was trained with
-) -> int:              # how many texts and conversations were compared
-    "Prove that llama.cpp reads texts, special tokens and conversations as transformers does. Raises `UserError` at the first difference."
-    specials = [f"a{t.content}b {t.content}\nc" for t in tokenizer.added_tokens_decoder.values()][:40]
-    with Engine(gguf) as engine:
-        pairs = [(text, engine.tokenize(text), tokenizer(text)["input_ids"]) for text in TEXTS + specials]
-        for chat, text in _rendered(tokenizer):
-            pairs.append((text, engine.tokenize(engine.template(chat)), tokenizer(text, add_special_tokens=False)["input_ids"]))
-    for text, ours, theirs in pairs:
-        if ours != theirs:
-            at = next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), min(len(ours), len(theirs)))
-            raise UserError(f"{Path(gguf).name}: llama.cpp reads {text[:60]!r} as {ours[:at + 3]}, transformers as {theirs[:at + 3]}: they part at token {at}. "
-                            "Look at the pre-tokenizer, the chat template and whether both add BOS")
-    return len(pairs)
-
-# %% ../nbs/10_export.ipynb #75432c00
+# %% ../nbs/10_export.ipynb #c4e365b3
 DTYPES = ("f32", "f16", "bf16", "q8_0")
 
 def to_gguf(
@@ -404,6 +443,7 @@ def to_gguf(
     choose(dtype, DTYPES, "GGUF type")
     with _model_folder(model) as (folder, name), write_aside(output) as aside:
         config, tokenizer, extra = _read_config(folder), load_tokenizer(folder), {}
+        tokenizer.name_or_path = str(model)
         tensors = _check_tensors(folder, config, safetensors_index(folder))
         if (factors := rope_factors(config)) is not None: extra["rope_freqs.weight"] = factors
         plan = {n: a.shape for n, a in extra.items()} | {gguf_name(n): t[1] for n, t in tensors.items()}
@@ -418,6 +458,29 @@ def to_gguf(
         writer.close()
         if verify: check_tokens(aside, tokenizer)
     return Path(output)
+
+# %% ../nbs/10_export.ipynb #3ad12278
+def parity(
+    gguf: str | Path,
+    model, tokenizer,          # of transformers, in float32
+    prompts: list,             # conversations (lists of messages), or plain texts
+    max_new_tokens: int = 32,
+) -> dict:                     # prompts; tokens; same: prompts with equal greedy tokens; gap: largest difference of a log-probability
+    "Let transformers and llama.cpp go on greedily with the same prompts; compare their tokens and, at each step, their 1000 best log-probabilities."
+    import torch
+    same, gap, tokens = 0, 0.0, 0
+    with Engine(gguf, n_ctx=model.config.max_position_embeddings) as engine:
+        for prompt in prompts:
+            ids = tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else tokenizer(render(tokenizer, prompt), add_special_tokens=False)["input_ids"]
+            x = torch.tensor([ids])
+            with torch.inference_mode():
+                y = model.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=stop_ids(tokenizer), pad_token_id=tokenizer.pad_token_id)
+                logprobs = model(y).logits[0].log_softmax(-1)
+            same += engine.generate(ids, max_new_tokens) == y[0, len(ids):].tolist()
+            for end in range(len(ids), y.shape[1]):
+                gap = max(gap, *(abs(logprobs[end - 1, i].item() - p) for i, p in engine.logprobs(y[0, :end].tolist(), 1000).items()))
+                tokens += 1
+    return {"prompts": len(prompts), "same": same, "tokens": tokens, "gap": gap}
 
 # %% ../nbs/10_export.ipynb #f393b259
 @functools.cache
@@ -566,29 +629,6 @@ def next_logprobs(
             found = engine.logprobs(ids, size)
             row[list(found)] = list(found.values())
     return out
-
-# %% ../nbs/10_export.ipynb #3ad12278
-def parity(
-    gguf: str | Path,
-    model, tokenizer,          # of transformers, in float32
-    prompts: list,             # conversations (lists of messages), or plain texts
-    max_new_tokens: int = 32,
-) -> dict:                     # prompts; tokens; same: prompts with equal greedy tokens; gap: largest difference of a log-probability
-    "Let transformers and llama.cpp go on greedily with the same prompts; compare their tokens and, at each step, their 1000 best log-probabilities."
-    import torch
-    same, gap, tokens = 0, 0.0, 0
-    with Engine(gguf, n_ctx=model.config.max_position_embeddings) as engine:
-        for prompt in prompts:
-            ids = tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else tokenizer(render(tokenizer, prompt), add_special_tokens=False)["input_ids"]
-            x = torch.tensor([ids])
-            with torch.inference_mode():
-                y = model.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=stop_ids(tokenizer), pad_token_id=tokenizer.pad_token_id)
-                logprobs = model(y).logits[0].log_softmax(-1)
-            same += engine.generate(ids, max_new_tokens) == y[0, len(ids):].tolist()
-            for end in range(len(ids), y.shape[1]):
-                gap = max(gap, *(abs(logprobs[end - 1, i].item() - p) for i, p in engine.logprobs(y[0, :end].tolist(), 1000).items()))
-                tokens += 1
-    return {"prompts": len(prompts), "same": same, "tokens": tokens, "gap": gap}
 
 # %% ../nbs/10_export.ipynb #de9006ac
 def chat_pieces(tokenizer) -> dict[str, str]:

@@ -97,9 +97,10 @@ def grpo_loss(
     if loss_type == "dr_grpo": return token_loss.sum() / (len(logps) * max_completion_length)
     return token_loss.sum() / mask.sum()   # dapo over the whole batch, bnpo within each micro-batch: here the same
 
-# %% ../nbs/09_rl.ipynb #9c6ed5af
+# %% ../nbs/09_rl.ipynb #ef166e4d
 def _prompt(row: dict, place: str) -> list[Message]:
     "What the model is asked: a problem's question, or a conversation without its last answer."
+    if not isinstance(row, dict): raise UserError(f"{place}: a {type(row).__name__}, not a row. Give {{\"messages\": […], \"answer\": …}}")
     if "question" in row and "messages" not in row and "prompt" not in row:
         return to_chat(row, answered=False)["messages"] if row.get("task") in TASKS else [{"role": "user", "content": str(row["question"])}]
     messages = check_messages(row.get("messages", row.get("prompt")), place, answered=False)
@@ -164,7 +165,7 @@ def _trainers(method: str) -> tuple:
     import trl
     return {"grpo": (trl.GRPOConfig, trl.GRPOTrainer), "rloo": (trl.RLOOConfig, trl.RLOOTrainer)}[choose(method, ("grpo", "rloo"), "method")]
 
-# %% ../nbs/09_rl.ipynb #a8022758
+# %% ../nbs/09_rl.ipynb #6dce7ba9
 def defaults(
     dial: dict,             # from `core.scale`
     parameters: int,        # weights of the model
@@ -179,7 +180,7 @@ def defaults(
         if name not in config.__dataclass_fields__:
             raise UserError(f"{config.__name__} has no {name!r}{f': did you mean {close[0]!r}?' if close else '.'} Names are spelled as in trl.{config.__name__}")
     small, cpu = parameters < 1e8, dial["device"] == "cpu"
-    rates, batch = ((1e-3, 1e-4) if small else (1e-5, 1e-6)), 64 if small else dial["batch_size"]
+    rates, batch = ((1e-3, 2e-4) if small else (1e-5, 1e-6)), 64 if small else dial["batch_size"]
     ours = dict(learning_rate=rates[0 if lora else 1], lr_scheduler_type="constant_with_warmup", warmup_steps=5, max_steps=50, optim="adamw_torch",
                 num_generations=8, per_device_train_batch_size=batch, gradient_accumulation_steps=max(1, 64 // batch), temperature=1.0,
                 max_completion_length=dial["max_new_tokens"], beta=0.0, weight_decay=0.0, max_grad_norm=1.0, gradient_checkpointing=not cpu,

@@ -1,4 +1,5 @@
 """Every test runs offline, with its own home, and on the threads of this machine."""
+import logging
 import os
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 def own_home(tmp_path, monkeypatch):
     "Progress and chat databases of a test go to its own folder."
     monkeypatch.setenv("LLMCOURSE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(logging, "raiseExceptions", False)   # a library may hold a stream that pytest has closed
 
 
 def pytest_collection_modifyitems(items):

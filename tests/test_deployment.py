@@ -81,7 +81,7 @@ def test_dockerfile():
 def test_modelfile():
     "The Ollama Modelfile that ships is the one that the export writes for the tutor."
     text = (DEPLOY / "ollama/Modelfile").read_text()
-    assert text.startswith("FROM ") and "TEMPLATE" in text and "PARAMETER stop" in text and "<|eot_id|>" in text
+    assert "\nFROM ./" in text and "TEMPLATE" in text and "PARAMETER stop" in text and "<|eot_id|>" in text
 
 
 def test_shipped_modelfile_is_the_exported_one(tmp_path):

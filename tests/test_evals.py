@@ -4,10 +4,15 @@ import itertools, math, random, threading, time
 import pytest
 from hypothesis import given, settings, strategies as st
 
+from llmcourse import check
+from llmcourse.check import ToDo
 from llmcourse.core import UserError
-from llmcourse.evals import Completion, compare, evaluate, grade_row, paired, plot_scores, score, show, summary, wilson
+from llmcourse.evals import Completion, compare, evaluate, grade_row, judge, paired, plot_scores, score, show, summary, wilson
+from llmcourse.exercises.evals import EXERCISES
 from llmcourse.tutor import problems, to_chat
 
+settings.register_profile("no deadline", deadline=None)   # a busy machine is not a bug
+settings.load_profile("no deadline")
 counts = st.integers(1, 2000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
 
 
@@ -95,10 +100,10 @@ def test_paired_refuses_unequal_lists():
 
 
 def test_paired_on_many_rows_is_quick_and_finite():
-    start = time.perf_counter()
+    start = time.process_time()
     assert paired([True] * 2000 + [False] * 1800, [False] * 2000 + [True] * 1800)["p"] == pytest.approx(0.0012, abs=2e-4)
     assert paired([True] * 3000, [False] * 3000)["p"] < 1e-300
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 # --- grading ---------------------------------------------------------------------------------------------------------
@@ -150,7 +155,7 @@ def test_evaluate_keeps_order(workers):
 
 def test_threads_run_side_by_side():
     seen = set()
-    gate = threading.Barrier(4, timeout=5)
+    gate = threading.Barrier(4, timeout=60)
     def waits(messages): gate.wait(); seen.add(threading.get_ident()); return "Answer: 1"
     evaluate(waits, ROWS, workers=4, progress=False)
     assert len(seen) == 4
@@ -258,3 +263,23 @@ def test_show_and_plot():
     rows = summary(results(1, 0, 1, 1))
     assert show(rows).to_dict("records") == [{"task": "add", "n": 4, "correct": 3, "accuracy": "75 %", "95 % interval": "30–95 %"}]
     assert len(plot_scores({"A": rows, "B": rows}).containers) == 2 and len(plot_scores(rows).containers) == 1
+
+
+# --- exercises and the judge -----------------------------------------------------------------------------------------
+
+def exercise_cases(): return [(ex, why) for ex in EXERCISES for why in ex.wrong]
+
+
+@pytest.mark.parametrize("ex, why", exercise_cases(), ids=lambda x: x if isinstance(x, str) else x.id)
+def test_exercises_reject_what_they_list(ex, why):
+    assert len(ex.wrong) >= 2
+    with pytest.raises(ToDo): check.grade(ex, lambda *args: ...)
+    with pytest.raises(AssertionError) as e: check.grade(ex, ex.wrong[why])
+    assert not isinstance(e.value, ToDo) and "raised" not in str(e.value) and len(str(e.value)) > 20
+
+
+@pytest.mark.parametrize("reply, mark", [("Score: 7", 7), ("I think\nScore: 10 of 10", 10), ("Score: 11", None), ("Score: 7.5", None), ("seven", None), ("", None)])
+def test_judge_reads_a_mark_or_none(reply, mark):
+    asked = []
+    def model(messages): asked.append(messages[-1]["content"]); return reply
+    assert judge(model, "What is 2+2?", "4") == mark and "2+2" in asked[0] and "\n4\n" in asked[0]

@@ -31,7 +31,7 @@ def test_wheel_holds_weights_and_dial(wheel):
                  "weights/grpo/run.yaml", "weights/rl/model.safetensors", "exercises/sft.py", "cli.py"):
         assert f"llmcourse/{part}" in names, part
     assert not [n for n in names if n.startswith(("tests/", "nbs/")) or ".ipynb" in n]
-    assert sum(i.file_size for i in wheel.infolist() if "/weights/" in i.filename) < 20e6
+    assert sum(i.compress_size for i in wheel.infolist() if "/weights/" in i.filename) < 20e6
 
 
 @pytest.mark.parametrize("lock", ["default", "newest"])

@@ -1,0 +1,557 @@
+"""Chapter 11: turns, votes and threads in SQLite; streaming, stopping, failing; the page in a real browser."""
+import contextlib
+import http.server
+import importlib
+import json
+import os
+import shutil
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from llmcourse.chat import (FLAG, MIGRATIONS, READ_ALOUD, Desk, answer, build, export_votes, launch, open_db, path_to, plain, save_turn, save_vote,
+                            shorten, stream_reply, take_turn, view, votes)
+from llmcourse.core import UserError, read_jsonl
+from llmcourse.serve import connect
+
+REPLY = "47+38: ones 7+8=15, carry 1, tens 4+3+1=8, so 85.\nAnswer: 85"
+CHAT = [{"role": "system", "content": "You are a tutor."}, {"role": "user", "content": "What is 47 + 38?"}]
+
+
+class Fake:
+    "An OpenAI-compatible server that says what it is told to say, as slowly, as badly as it is told to."
+    def __init__(self, reply=REPLY):
+        self.reply, self.delay, self.room, self.dies_after, self.finish, self.usage, self.status = reply, 0, 10_000, None, "stop", True, 200
+        self.requests, self.closed = [], threading.Event()
+        fake = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def log_message(self, *words): pass
+            def do_GET(self): self.say({"object": "list", "data": [{"id": "tutor", "object": "model", "created": 0, "owned_by": "us"}]})
+            def do_POST(self): fake.chat(self, json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+
+            def say(self, body, status=200):
+                body = json.dumps(body).encode()
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
+        self.client = connect(self.url, max_retries=0)
+
+    def chat(self, to, body):
+        self.requests.append(body)
+        n = sum(len(m["content"]) + 5 for m in body["messages"])
+        if self.status != 200: return to.say({"error": {"message": "no such luck", "code": self.status}}, self.status)
+        if n > self.room: return to.say({"error": {"code": 400, "type": "exceed_context_size_error", "message": f"request ({n} tokens) exceeds the available context size"}}, 400)
+        to.send_response(200)
+        to.send_header("Content-Type", "text/event-stream")
+        to.end_headers()
+        event = lambda **more: to.wfile.write(f"data: {json.dumps({'id': 'x', 'object': 'chat.completion.chunk', 'created': 0, 'model': 'fake', 'choices': []} | more)}\n\n".encode())
+        delta = lambda content, end=None: event(choices=[{"index": 0, "delta": {"content": content}, "finish_reason": end}])
+        words = (self.reply(body) if callable(self.reply) else self.reply).replace(" ", " \0").split("\0")
+        with contextlib.suppress(OSError):
+            for i, word in enumerate(words):
+                if i == self.dies_after: return
+                time.sleep(self.delay)
+                delta(word)
+            delta(None, self.finish)
+            if self.usage: event(usage={"prompt_tokens": n, "completion_tokens": len(words), "total_tokens": n + len(words)})
+            to.wfile.write(b"data: [DONE]\n\n")
+            return
+        self.closed.set()
+
+    def stop(self):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+@pytest.fixture
+def fake():
+    fake = Fake()
+    yield fake
+    fake.stop()
+
+
+@pytest.fixture
+def db(tmp_path):
+    return tmp_path / "chat.db"
+
+
+def ask(fake, db, messages=CHAT, stop=None, **options):
+    *_, path = take_turn(db, fake.client, "fake", messages, stop, **options)
+    return path
+
+
+def sql(db, text):
+    con = open_db(db)
+    try:
+        return [tuple(row) for row in con.execute(text)]
+    finally:
+        con.close()
+
+
+# the database
+
+@pytest.mark.parametrize("version", range(1, len(MIGRATIONS)))
+def test_an_old_database_is_upgraded_and_keeps_its_rows(db, version):
+    con = sqlite3.connect(db)
+    for step in MIGRATIONS[:version]:
+        con.executescript(step)
+    con.executescript(f"PRAGMA user_version = {version}; INSERT INTO conversations (id, token) VALUES (1, 't');"
+                      "INSERT INTO messages (conversation, role, content) VALUES (1, 'user', 'q'), (1, 'assistant', 'a'); INSERT INTO votes (message, vote) VALUES (2, 1)")
+    con.close()
+    assert sql(db, "PRAGMA user_version") == [(len(MIGRATIONS),)]
+    assert sql(db, "PRAGMA journal_mode") == [("wal",)]
+    assert votes(db)[0]["reply"] == "a"
+
+
+def test_a_failed_upgrade_changes_nothing(db, monkeypatch):
+    open_db(db).close()
+    monkeypatch.setattr("llmcourse.chat.MIGRATIONS", MIGRATIONS + ["ALTER TABLE messages ADD COLUMN mood TEXT; ALTER TABLE nowhere ADD COLUMN x"])
+    with pytest.raises(UserError, match="nowhere"):
+        open_db(db)
+    monkeypatch.undo()
+    assert "mood" not in str(sql(db, "SELECT sql FROM sqlite_master"))
+
+
+def test_files_that_are_not_ours_are_refused_and_left_alone(tmp_path):
+    text, other, newer = tmp_path / "notes.txt", tmp_path / "other.db", tmp_path / "newer.db"
+    text.write_text("these are my notes, not a database at all, and they are long enough " * 20)
+    for path, script in ((other, "CREATE TABLE mine (x)"), (newer, "PRAGMA user_version = 99")):
+        con = sqlite3.connect(path)
+        con.executescript(script)
+        con.close()
+    for path, say in ((text, "not a database"), (other, "another program"), (newer, "newer"), (tmp_path, "Give another file"), (text / "chat.db", "Give another file")):
+        before = path.read_bytes() if path.is_file() else None
+        with pytest.raises(UserError, match=say):
+            open_db(path)
+        assert not path.is_file() or path.read_bytes() == before
+    with pytest.raises(UserError):
+        build("http://127.0.0.1:9/v1", other)
+
+
+def test_twelve_threads_make_one_database(tmp_path):
+    for i in range(3):
+        with ThreadPoolExecutor(12) as pool:
+            list(pool.map(lambda k: save_turn(tmp_path / f"{i}.db", CHAT), range(12)))
+        assert sql(tmp_path / f"{i}.db", "SELECT count(*), count(DISTINCT conversation), count(DISTINCT id) FROM messages") == [(24, 12, 24)]
+
+
+def test_eight_threads_write_and_nothing_is_lost_or_mixed(db):
+    def talk(who):
+        path = []
+        for i in range(6):
+            path = save_turn(db, path + [{"role": "user", "content": f"{who}?{i}"}, {"role": "assistant", "content": f"{who}!{i}"}])
+            save_vote(db, path[-1]["id"], vote=1 if i % 2 else -1)
+        return path
+    with ThreadPoolExecutor(8) as pool:
+        paths = list(pool.map(talk, range(8)))
+    for who, path in enumerate(paths):
+        found = path_to(db, path[-1]["id"])
+        assert [m["content"] for m in found] == [f"{who}{mark}{i}" for i in range(6) for mark in "?!"]
+        assert [m["vote"] for m in found] == [None, -1, None, 1] * 3
+    assert sql(db, "PRAGMA integrity_check") == [("ok",)]
+
+
+def test_a_turn_that_cannot_be_saved_leaves_nothing(db):
+    with pytest.raises(sqlite3.IntegrityError):
+        save_turn(db, CHAT + [{"role": "robot", "content": "beep"}])
+    assert sql(db, "SELECT count(*) FROM messages") == sql(db, "SELECT count(*) FROM conversations") == [(0,)]
+
+
+def test_a_conversation_is_a_tree(db):
+    first = save_turn(db, CHAT + [{"role": "assistant", "content": "one"}])
+    second = save_turn(db, first[:2] + [{"role": "assistant", "content": "two"}])
+    edited = save_turn(db, first[:1] + [{"role": "user", "content": "other"}, {"role": "assistant", "content": "three"}])
+    for path in (first, second, edited):
+        assert plain(path_to(db, path[-1]["id"])) == plain(path)
+    assert sql(db, "SELECT count(*), count(DISTINCT conversation) FROM messages") == [(6, 1)]
+    assert save_turn(db, first) == first
+    assert path_to(db, None) == path_to(db, 99) == []
+
+
+# votes
+
+def test_a_vote_changes_and_is_taken_back_and_the_correction_stays(db):
+    reply = save_turn(db, CHAT + [{"role": "assistant", "content": "Answer: 75"}])[-1]["id"]
+    for vote in (1, -1, 1, -1):
+        save_vote(db, reply, vote=vote)
+        assert [r["vote"] for r in votes(db)] == [vote]
+    save_vote(db, reply, correction="Answer: 85")
+    save_vote(db, reply, vote=None)
+    assert [(r["vote"], r["correction"]) for r in votes(db)] == [(None, "Answer: 85")]
+    save_vote(db, reply, correction=None)
+    assert votes(db) == [] and sql(db, "SELECT count(*) FROM votes") == [(1,)]
+
+
+@pytest.mark.parametrize("message, change", [(2, {"vote": 1}), (99, {"vote": 1}), (None, {"vote": 1}), (3, {"vote": 2}), (3, {"vote": ""}), (3, {"mood": 1})])
+def test_votes_that_mean_nothing_are_refused(db, message, change):
+    save_turn(db, CHAT + [{"role": "assistant", "content": "85"}])
+    with pytest.raises(UserError):
+        save_vote(db, message, **change)
+    assert sql(db, "SELECT count(*) FROM votes") == [(0,)]
+
+
+def test_exported_prompt_is_what_the_model_saw(fake, db, tmp_path):
+    with pytest.raises(UserError, match="no votes"):
+        export_votes(db, tmp_path / "votes.jsonl")
+    fake.room = 160
+    path = ask(fake, db)
+    path = ask(fake, db, path + [{"role": "user", "content": "And 30 + 41? " * 4}])
+    save_vote(db, path[-1]["id"], vote=-1, correction="Answer: 71")
+    row, = read_jsonl(export_votes(db, tmp_path / "votes.jsonl"))
+    assert row["prompt"] == fake.requests[-1]["messages"] and len(row["prompt"]) == 2 and row["prompt"][0] == CHAT[0]
+    assert (row["reply"], row["vote"], row["correction"], row["model"], row["status"]) == (REPLY, -1, "Answer: 71", "fake", "done")
+    assert list(row) == ["prompt", "reply", "vote", "correction", "model", "status", "message"]
+
+
+# streaming
+
+def test_a_turn_is_saved_with_its_facts(fake, db):
+    looks = list(take_turn(db, fake.client, "fake", CHAT, temperature=0.5))
+    assert fake.requests[0]["messages"] == CHAT and fake.requests[0]["temperature"] == 0.5
+    texts = [path[-1]["content"] for path in looks[1:]]
+    assert len(set(texts)) > 5 and all(b.startswith(a) for a, b in zip(texts, texts[1:])) and texts[-1] == REPLY
+    saved = path_to(db, looks[-1][-1]["id"])[-1]
+    assert (saved["model"], saved["status"], saved["completion_tokens"], saved["dropped"]) == ("fake", "done", 9, 0)
+    assert 0 < saved["ttft"] <= saved["seconds"] < 30 and saved["prompt_tokens"] > 20
+
+
+def test_stop_works_between_tokens(fake, db):
+    fake.delay, stop = 0.05, threading.Event()
+    for path in take_turn(db, fake.client, "fake", CHAT, stop):
+        if path[-1]["content"].count(" ") == 3: stop.set()
+    saved = path_to(db, path[-1]["id"])[-1]
+    assert saved["status"] == "stopped" and REPLY.startswith(saved["content"]) and 0 < len(saved["content"]) < len(REPLY)
+    assert fake.closed.wait(5), "the server was not told to stop"
+
+
+def test_stop_works_before_the_first_token(fake, db):
+    fake.delay, stop = 20, threading.Event()
+    threading.Timer(0.2, stop.set).start()
+    start = time.perf_counter()
+    assert ask(fake, db, stop=stop)[-1]["status"] == "stopped"
+    assert time.perf_counter() - start < 10
+
+
+def test_a_page_that_is_closed_leaves_a_stopped_turn(fake, db):
+    fake.delay = 0.05
+    turn = take_turn(db, fake.client, "fake", CHAT)
+    for _ in range(4): next(turn)
+    turn.close()
+    assert sql(db, "SELECT role, status FROM messages WHERE id > 1") == [("user", None), ("assistant", "stopped")]
+
+
+def test_a_server_that_dies_in_the_middle(fake, db):
+    fake.dies_after = 3
+    reply = ask(fake, db)[-1]
+    assert reply["status"] == "failed" and "broke off" in reply["note"] and REPLY.startswith(reply["content"]) and reply["content"]
+
+
+def test_a_server_that_is_gone(fake, db):
+    path = ask(fake, db)
+    fake.stop()
+    reply = ask(fake, db, path + [{"role": "user", "content": "Still there?"}])[-1]
+    assert reply["status"] == "failed" and "does not answer" in reply["note"] and fake.url in reply["note"] and not reply["content"]
+    assert "does not answer" in view(path_to(db, reply["id"]))[-1]["content"]
+
+
+@pytest.mark.parametrize("status, say", [(401, "key"), (404, "404"), (500, "500"), (400, "no such luck")])
+def test_a_server_that_refuses(fake, db, status, say):
+    fake.status = status
+    assert say in ask(fake, db)[-1]["note"]
+
+
+def test_cut_and_full(fake):
+    fake.finish = "length"
+    assert [*stream_reply(fake.client, "fake", CHAT, max_tokens=9)][-1]["status"] == "cut"
+    assert [*stream_reply(fake.client, "fake", CHAT, max_tokens=500)][-1]["status"] == "full"
+    fake.usage = False
+    assert [*stream_reply(fake.client, "fake", CHAT, max_tokens=500)][-1]["status"] == "cut"
+    fake.finish = "stop"
+    last = [*stream_reply(fake.client, "fake", CHAT)][-1]
+    assert last["status"] == "done" and "completion_tokens" not in last
+
+
+def test_oldest_turns_are_left_out_and_stay_out(fake, db):
+    fake.room, path = 200, CHAT[:1]
+    for i in range(5):
+        path = ask(fake, db, path + [{"role": "user", "content": f"question {i}"}])
+        assert fake.requests[-1]["messages"][0] == CHAT[0] and fake.requests[-1]["messages"][-1]["content"] == f"question {i}"
+    assert path[-1]["status"] == "done" and path[-1]["dropped"] > 0
+    refused = sum(sum(len(m["content"]) + 5 for m in r["messages"]) > fake.room for r in fake.requests)
+    assert refused <= 3, "each turn begins with what was left out before"
+    assert f"{path[-1]['dropped']} oldest messages were not sent" in view(path)[-1]["content"]
+
+
+def test_a_question_that_is_too_long_alone(fake, db):
+    fake.room = 30
+    reply = ask(fake, db)[-1]
+    assert reply["status"] == "full" and len(fake.requests) == 1 and "no room" in view([reply])[0]["content"]
+
+
+def test_remember(fake, db):
+    path = CHAT[:1]
+    for i, sent in ((0, 2), (1, 4), (2, 4), (3, 4)):
+        path = ask(fake, db, path + [{"role": "user", "content": f"question {i}"}], remember=1)
+        assert len(fake.requests[-1]["messages"]) == sent and fake.requests[-1]["messages"][0] == CHAT[0]
+    assert path[-1]["dropped"] == 4
+    path = ask(fake, db, path + [{"role": "user", "content": "alone"}], remember=0)
+    assert fake.requests[-1]["messages"] == [CHAT[0], {"role": "user", "content": "alone"}] and len(path) == 11
+
+
+def test_shorten():
+    u, a = ({"role": r, "content": "x"} for r in ("user", "assistant"))
+    s = CHAT[0]
+    assert shorten([s, u, a, u]) == [s, u] and shorten([s, u]) == [s, u] and shorten([u, a, a, u, a, u]) == [u, a, u]
+
+
+# the desk behind the page
+
+def test_retry_edit_and_dead_branches(fake, db):
+    desk = Desk(fake.url, db)
+    *_, path = desk.ask("first", None, "sys", "tab")
+    assert fake.requests[-1]["temperature"] == 0
+    *_, again = desk.retry(path[-1]["id"], "tab")
+    assert fake.requests[-1]["temperature"] > 0 and again[1]["id"] == path[1]["id"] and again[2]["id"] != path[2]["id"]
+    *_, other = desk.edit("second", path[1]["id"], again[-1]["id"], "tab")
+    assert [m["content"] for m in other] == ["sys", "second", REPLY]
+    fake.status = 500
+    *_, dead = desk.ask("third", other[-1]["id"], "sys", "tab")
+    fake.status = 200
+    *_, alive = desk.ask("fourth", dead[-1]["id"], "sys", "tab")
+    assert [m["content"] for m in fake.requests[-1]["messages"]] == ["sys", "second", REPLY, "fourth"]
+    assert [*desk.ask("  ", None, "sys", "tab")] == [*desk.retry(None, "tab")] == []
+    assert plain(desk.restore(path_to(db, alive[-1]["id"])[0]["token"])) == plain(alive) and desk.restore("guess") == desk.restore(None) == []
+
+
+def test_only_messages_of_this_page_are_mine(fake, db):
+    desk = Desk(fake.url, db)
+    (*_, mine), (*_, yours) = desk.ask("a", None, "", "me"), desk.ask("b", None, "", "you")
+    assert desk.mine(mine[-1]["id"], mine[-1]["id"]) and desk.mine(yours[-1]["id"], mine[-1]["id"]) is None
+    assert [*desk.edit("c", yours[0]["id"], mine[-1]["id"], "me")] == []
+
+
+def test_one_turn_at_a_time_in_a_tab(fake, db):
+    fake.delay, desk = 0.02, Desk(fake.url, db)
+    turn = desk.ask("a", None, "", "tab")
+    next(turn)
+    assert [*desk.ask("b", None, "", "tab")] == []
+    desk.stop("tab")
+    *_, path = turn
+    assert path[-1]["status"] == "stopped" and desk.stops == {}
+    desk.stop("tab")
+
+
+def test_view_shows_what_happened_and_carries_ids():
+    rows = view([CHAT[0], {"role": "assistant", "content": "x", "status": "stopped", "dropped": 2, "id": 7}])
+    assert rows == [{"role": "assistant", "content": f"x\n\n*{FLAG} the 2 oldest messages were not sent to the model*\n\n*{FLAG} stopped*", "metadata": {"id": 7}}]
+    assert FLAG in READ_ALOUD
+
+
+# the page
+
+def test_open_hosts_bad_passwords_and_ports_in_use(fake, db):
+    for host in ("0.0.0.0", "::", "192.168.0.7", "example.org"):
+        with pytest.raises(UserError, match="auth"):
+            launch(fake.url, db, host=host)
+    for auth in (("me", ""), ("", "x"), [("me", "x"), ("you", "")]):
+        with pytest.raises(UserError, match="empty"):
+            launch(fake.url, db, host="0.0.0.0", auth=auth)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        s.listen()
+        with pytest.raises(UserError, match=str(s.getsockname()[1])):
+            launch(fake.url, db, port=s.getsockname()[1])
+    fake.stop()
+    with pytest.raises(UserError, match="Start a server"):
+        launch(fake.url, db, port=0)
+
+
+def get(url, **headers):
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(urllib.request.Request(url, headers=headers), timeout=30) as page:
+        return page.headers, page.read().decode()
+
+
+def test_the_page_is_private(fake, db):
+    app = launch(fake.url, db, port=0, block=False, auth=("me", "secret"))
+    try:
+        headers, text = get(app.local_url)
+        assert "default-src 'self'" in headers["content-security-policy"] and "secret" not in text
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            get(app.local_url + "config")
+        assert app.share is False and app.analytics_enabled is False and app.local_url.startswith("http://127.0.0.1:")
+    finally:
+        app.close()
+
+
+def chromium(playwright) -> str:
+    "The browser's path. Where there is none: CI installs one, anywhere else the test is skipped."
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    find = lambda: next((p for p in [*map(shutil.which, names), playwright.chromium.executable_path] if p and Path(p).exists()), None)
+    if not find() and os.environ.get("CI"):
+        root = [] if not hasattr(os, "geteuid") or os.geteuid() == 0 else ["sudo"]
+        if shutil.which("apt-get"): subprocess.run([*root, "apt-get", "install", "-y", "chromium"], check=False)
+        if not find(): subprocess.run([sys.executable, "-m", "playwright", "install", "--with-deps", "chromium"], check=True)
+    return find() or pytest.skip("no Chromium here; install one to run the browser tests: apt-get install chromium")
+
+
+FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync".split()
+
+
+@pytest.fixture
+def page(fake, db, monkeypatch):
+    api = pytest.importorskip("playwright.sync_api") if not os.environ.get("CI") else importlib.import_module("playwright.sync_api")
+    monkeypatch.chdir(db.parent)
+    app = launch(fake.url, db.name, port=0, block=False)
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium(playwright), args=FLAGS)
+        page = browser.new_page(viewport={"width": 900, "height": 900})
+        page.asked = []
+        page.on("request", lambda request: page.asked.append(request.url))
+        page.goto(app.local_url)
+        page.get_by_placeholder("Ask, and press Enter").wait_for(timeout=60_000)
+        yield page
+        browser.close()
+    app.close()
+
+
+def say(page, text):
+    page.get_by_placeholder("Ask, and press Enter").fill(text)
+    page.get_by_placeholder("Ask, and press Enter").press("Enter")
+
+
+def until(condition, seconds=20):
+    "Wait for the database or the server to get there."
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if found := condition(): return found
+        time.sleep(0.05)
+    raise AssertionError("it did not happen in time")
+
+
+def test_browser_asks_votes_and_reloads(page, fake, db):
+    fake.delay = 0.05
+    say(page, "What is 47 + 38?")
+    page.get_by_text("47+38: ones").wait_for(timeout=30_000)
+    assert "Answer: 85" not in page.content(), "the answer should grow before our eyes"
+    page.get_by_text("Answer: 85").wait_for(timeout=30_000)
+    until(lambda: sql(db, "SELECT role, content, status FROM messages WHERE role != 'system'") == [("user", CHAT[1]["content"], None), ("assistant", REPLY, "done")])
+    page.get_by_label("Like", exact=True).click()
+    until(lambda: sql(db, "SELECT message, vote FROM votes") == [(3, 1)])
+    page.reload()
+    page.get_by_label("Liked", exact=True).wait_for(timeout=30_000)
+    assert page.get_by_text("Answer: 85").is_visible()
+    page.get_by_label("Liked", exact=True).click()
+    until(lambda: sql(db, "SELECT message, vote FROM votes") == [(3, None)])
+    say(page, "And 30 + 41?")
+    until(lambda: sql(db, "SELECT count(*) FROM messages") == [(5,)])
+    assert [m["content"] for m in fake.requests[-1]["messages"]][1:] == ["What is 47 + 38?", REPLY, "And 30 + 41?"]
+    assert [url for url in page.asked if not url.startswith((page.url, "data:", "blob:"))] == []
+
+
+def test_browser_corrects(page, fake, db):
+    "Leaves the picture that the chapter shows in artifacts/chat.png."
+    say(page, "What is 47 + 38?")
+    page.get_by_label("Like", exact=True).click(timeout=30_000)
+    until(lambda: sql(db, "SELECT vote FROM votes") == [(1,)])
+    fake.reply = (wrong := "30+41: ones 0+1=1, carry 1, tens 3+4+1=8, so 81.\nAnswer: 81")
+    say(page, "What is 30 + 41?")
+    page.get_by_text("Answer: 81").wait_for(timeout=30_000)
+    until(lambda: sql(db, "SELECT count(*) FROM messages") == [(5,)])
+    page.get_by_label("Dislike", exact=True).last.click()
+    form = page.get_by_label("What should it have said?")
+    form.wait_for()
+    until(lambda: form.input_value() == wrong)
+    form.fill("30+41: ones 0+1=1, carry 0, tens 3+4+0=7, so 71.\nAnswer: 71")
+    (artifacts := Path(__file__).parent.parent / "artifacts").mkdir(exist_ok=True)
+    page.screenshot(path=artifacts / "chat.png")
+    page.get_by_role("button", name="Save correction").click()
+    until(lambda: [(r["vote"], (r["correction"] or "")[-10:]) for r in votes(db)] == [(1, ""), (-1, "Answer: 71")])
+    form.wait_for(state="hidden")
+
+
+def test_browser_stops_and_reads_on(page, fake, db):
+    fake.delay = 0.3
+    say(page, "What is 47 + 38?")
+    page.get_by_text("47+38: ones").wait_for(timeout=30_000)
+    page.locator("button.stop-button").click()
+    page.get_by_text(f"{FLAG} stopped").wait_for(timeout=10_000)
+    assert sql(db, "SELECT status FROM messages WHERE role = 'assistant'") == [("stopped",)]
+    fake.delay = 0
+    page.get_by_label("Retry", exact=True).click()
+    page.get_by_text("Answer: 85").wait_for(timeout=30_000)
+    until(lambda: sql(db, "SELECT parent, status FROM messages WHERE role = 'assistant'") == [(2, "stopped"), (2, "done")])
+
+
+def test_browser_edits_and_the_vote_goes_with_the_message(page, fake, db):
+    fake.reply = lambda body: "Answer to " + body["messages"][-1]["content"]
+    for i, text in enumerate(("first", "second"), 1):
+        say(page, text)
+        page.get_by_text(f"Answer to {text}").wait_for(timeout=30_000)
+        until(lambda: sql(db, "SELECT count(*) FROM messages") == [(1 + 2 * i,)])
+    page.get_by_label("Like", exact=True).first.click()
+    until(lambda: [v["reply"] for v in votes(db)] == ["Answer to first"])
+    page.get_by_label("Edit", exact=True).first.click()
+    page.locator("textarea.edit-textarea").fill("third")
+    page.get_by_label("Submit", exact=True).click()
+    page.get_by_text("Answer to third").wait_for(timeout=30_000)
+    until(lambda: sql(db, "SELECT count(*) FROM messages") == [(7,)])
+    page.get_by_text("Answer to second").wait_for(state="hidden")
+    page.get_by_label("Dislike", exact=True).click()
+    until(lambda: [(v["reply"], v["vote"], len(v["prompt"])) for v in votes(db)] == [("Answer to first", 1, 2), ("Answer to third", -1, 2)])
+
+
+def test_browser_survives_the_server(page, fake, db):
+    say(page, "What is 47 + 38?")
+    page.get_by_text("Answer: 85").wait_for(timeout=30_000)
+    fake.stop()
+    say(page, "Still there?")
+    page.get_by_text("does not answer any more").wait_for(timeout=30_000)
+    assert "Traceback" not in page.content() and page.get_by_text("Answer: 85").is_visible()
+    page.get_by_role("button", name="New chat").click()
+    page.get_by_text("Answer: 85").wait_for(state="hidden")
+
+
+def test_browser_loads_nothing_from_elsewhere_and_speaks_with_a_local_voice(page, fake, db):
+    hits = []
+
+    class Spy(http.server.BaseHTTPRequestHandler):
+        def log_message(self, *words): pass
+        def do_GET(self): hits.append(self.path); self.send_error(404)
+
+    spy = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Spy)
+    threading.Thread(target=spy.serve_forever, args=(0.05,), daemon=True).start()
+    fake.reply = f"Look: ![a picture](http://127.0.0.1:{spy.server_address[1]}/who-reads-this.png) and that is all"
+    say(page, "Show me a picture")
+    page.get_by_text("and that is all").wait_for(timeout=30_000)
+    until(lambda: sql(db, "SELECT count(*) FROM messages") == [(3,)])
+    page.wait_for_timeout(500)
+    assert page.locator("img[src*='who-reads-this']").count() == 1 and hits == []
+    spy.shutdown()
+    page.evaluate("""() => {
+        window.spoken = [];
+        const voices = [{name: "cloud", lang: "en-US", localService: false}, {name: "here", lang: "en-GB", localService: true}];
+        window.SpeechSynthesisUtterance = function (text) { this.text = text; };
+        const fake = {speaking: false, getVoices: () => voices, speak: say => { window.spoken.push([say.text, say.voice.name]); fake.speaking = true; }, cancel: () => { fake.speaking = false; }};
+        Object.defineProperty(window, "speechSynthesis", {value: fake, configurable: true});
+    }""")
+    for _ in range(2):
+        page.get_by_role("button", name="Read aloud").click()
+    until(lambda: page.evaluate("window.spoken.length === 1 && !window.speechSynthesis.speaking"))
+    assert page.evaluate("window.spoken") == [[fake.reply, "here"]]
