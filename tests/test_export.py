@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from llmcourse.core import UserError
-from llmcourse.export import (CHATS, DTYPES, KINDS, LLAMA3, QWEN2, TEXTS, Engine, check_tokens, next_logprobs, parity, permute, plan_types,
+from llmcourse.export import (CHATS, DTYPES, KINDS, LLAMA3, QWEN2, TEXTS, Engine, check_tokens, modelfile, next_logprobs, parity, permute, plan_types,
                               pre_tokenizer, quantize, rope_factors, to_gguf)
 
 gguf = pytest.importorskip("gguf")
@@ -303,3 +303,69 @@ def test_rope_factors_stretch_only_long_waves():
     factors = rope_factors(dict(head_dim=64, rope_parameters=ROPE))
     assert factors[0] == 1 and factors[-1] == 8 and (np.diff(factors) >= 0).all() and len(factors) == 32
     assert rope_factors(dict(head_dim=64, rope_parameters=dict(rope_type="default", rope_theta=1e4))) is None
+
+
+# --- Modelfile -------------------------------------------------------------------------------------------------------
+
+def go(template, messages):
+    "The little of Go's text/template that our Modelfiles use. (Go 1.27's own engine gave the same texts when this was written.)"
+    import re
+    parts = re.split(r"\{\{ (.*?) \}\}", template)          # text, action, text, action, …
+    system = any(m["role"] == "system" for m in messages)
+    def block(i, dot):
+        "Run from part i to the end of the block; give the text and where it ended."
+        out = parts[i]
+        while i + 1 < len(parts):
+            action, i = parts[i + 1], i + 2
+            if action == "end" or action.startswith("else if"): return out, i - 1
+            if action == ".Content": out += dot["content"]
+            elif action == "range .Messages":
+                for m in messages: text, at = block(i, m); out += text
+                i = at + 1
+            elif action.startswith("if"):
+                done = False
+                while True:
+                    yes = not system if action == "if not .System" else re.search(r'eq .Role "(\w+)"', action)[1] == (dot or {}).get("role")
+                    text, at = block(i, dot)
+                    if yes and not done: out, done = out + text, True
+                    action, i = parts[at], at + 1
+                    if action == "end": break
+            out += parts[i]
+        return out, i
+    return block(0, None)[0]
+
+
+CHATML = ("{% for m in messages %}{% if loop.first and m['role'] != 'system' %}{{ '<|im_start|>system\nBe nice.<|im_end|>\n' }}{% endif %}"
+          "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+DATED = ("{{ bos_token }}{{ '<|start_header_id|>system<|end_header_id|>\n\nToday: ' + date_string|default('1 Jan 2024') + '\n\n' }}"
+         "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content']|trim }}{% set messages = messages[1:] %}{% endif %}{{ '<|eot_id|>' }}" + TEMPLATE.replace("{{ bos_token }}", ""))
+
+
+@pytest.mark.parametrize("template, bos", [(TEMPLATE, True), (CHATML, False), (DATED, True)], ids=["llama3", "chatml with a default system", "llama3.1 with a date"])
+def test_modelfile_says_what_the_chat_template_says(template, bos, gqa, tmp_path):
+    tok = make_tokenizer(template=template, bos=bos)
+    text = modelfile(gqa[3], tok, tmp_path / "Modelfile").read_text()
+    body = text.split('"""')[1]
+    for chat in CHATS:
+        want = tok.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, date_string="26 Jul 2024")
+        assert go(body, chat) == want.removeprefix(tok.bos_token if bos else "")
+
+
+def test_modelfile_has_all_it_needs(gqa, tmp_path):
+    tok = make_tokenizer()
+    lines = modelfile(gqa[3], tok, tmp_path / "Modelfile", num_ctx=256).read_text().splitlines()
+    stops = {line.split('"')[1] for line in lines if line.startswith("PARAMETER stop")}
+    assert stops == {"<|eot_id|>", "<|end_of_text|>"} and "PARAMETER num_ctx 256" in lines
+    source = next(line for line in lines if line.startswith("FROM ")).removeprefix("FROM ")
+    assert (tmp_path / source).resolve() == Path(gqa[3]).resolve()
+    assert "<|begin_of_text|>" not in "".join(lines)                    # the engine adds it
+    with pytest.raises(UserError, match="made for 512"): modelfile(gqa[3], tok, tmp_path / "Modelfile", num_ctx=1000)
+
+
+@pytest.mark.parametrize("template, message", [
+    (TEMPLATE.replace("'<|eot_id|>'", "('' if loop.index == 3 else '<|eot_id|>')"), "more than"),      # counts the turns
+    ("{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}{{ m['content'] }}{% endfor %}", "refuses"),
+    (TEMPLATE.replace("\n\n", " {{ ", 1), "cannot"), (TEMPLATE.replace("\n\n", "\u200b", 1), "cannot"), (None, "no chat template")])
+def test_templates_that_a_modelfile_cannot_say_are_refused(template, message, gqa, tmp_path):
+    with pytest.raises(UserError, match=message): modelfile(gqa[3], make_tokenizer(template=template), tmp_path / "Modelfile")
+    assert not list(tmp_path.iterdir())
