@@ -129,8 +129,8 @@ def test_loss_and_mask_equal_trl(other, tokenizer, tmp_path):
     trainer = SFTTrainer(net, args=args, train_dataset=Dataset.from_list(ROWS), processing_class=tokenizer)
     theirs = [trainer.train_dataset[i] for i in range(len(ROWS))]
     assert [(r["input_ids"], r["labels"]) for r in theirs] == [tuple(tokenize(tokenizer, r["messages"]).values()) for r in ROWS]
-    batch = trainer.data_collator(theirs)
-    assert abs(trainer.compute_loss(net, dict(batch)).item() - by_hand(net, batch)) < 1e-5
+    batch, plain = trainer.data_collator(theirs), load(other)[0]
+    assert abs(trainer.compute_loss(net, dict(batch)).item() - by_hand(plain, batch)) < 1e-5
 
 
 def test_eight_times_one_is_one_times_eight(other, tmp_path):
