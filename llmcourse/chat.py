@@ -26,7 +26,7 @@ CREATE TABLE votes (message INTEGER PRIMARY KEY REFERENCES messages, vote INTEGE
 """ALTER TABLE messages ADD COLUMN dropped INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE messages ADD COLUMN note TEXT"""]
 
-# %% ../nbs/11_chat.ipynb #06dbe3ce
+# %% ../nbs/11_chat.ipynb #7ea48026
 def _migrate(con: sqlite3.Connection, path: Path) -> None:
     "Take the steps of `MIGRATIONS` that this file has not seen, in one transaction."
     if con.execute("PRAGMA user_version").fetchone()[0] == len(MIGRATIONS): return
@@ -49,7 +49,6 @@ def _use_wal(con: sqlite3.Connection, seconds: float = 30) -> None:
             if time.monotonic() > end: raise
             time.sleep(0.02)
 
-# %% ../nbs/11_chat.ipynb #252c4970
 def open_db(
     path: str | Path,       # the SQLite file; made if it is not there
 ) -> sqlite3.Connection:    # for this thread only; rows read like dicts
@@ -67,7 +66,7 @@ def open_db(
     except UserError: con.close(); raise
     return con
 
-# %% ../nbs/11_chat.ipynb #74f25879
+# %% ../nbs/11_chat.ipynb #09dc7f84
 @contextlib.contextmanager
 def _reading(db: str | Path):
     "A connection for one operation."
@@ -83,7 +82,6 @@ def _writing(db: str | Path):
         yield con
         con.execute("COMMIT")
 
-# %% ../nbs/11_chat.ipynb #a57634d2
 FACTS = ("model", "status", "ttft", "seconds", "prompt_tokens", "completion_tokens", "dropped", "note")
 
 def save_turn(
@@ -103,7 +101,6 @@ def save_turn(
             saved.append(m); parent = m["id"]
     return saved
 
-# %% ../nbs/11_chat.ipynb #ccb9da49
 def path_to(
     db: str | Path,
     message: int | None,   # the id of the last message to show
@@ -158,7 +155,7 @@ def export_votes(db: str | Path, path: str | Path) -> Path:
     if not rows: raise UserError(f"{db}: no votes yet. Chat first, and press a thumb")
     return write_jsonl(path, rows)
 
-# %% ../nbs/11_chat.ipynb #f5abb242
+# %% ../nbs/11_chat.ipynb #3f1a0a87
 def _chunks(ask, stop: threading.Event) -> Iterator:
     "Read a stream in a thread of its own, until it ends or `stop` is set."
     inbox, gone = queue.Queue(), threading.Event()
@@ -180,7 +177,6 @@ def _chunks(ask, stop: threading.Event) -> Iterator:
             yield item
     finally: gone.set()
 
-# %% ../nbs/11_chat.ipynb #2a39ce5d
 def _too_long(error: Exception) -> bool:
     "Does the server say that the conversation does not fit into the model's context?"
     return getattr(error, "status_code", 0) in (400, 413, 422) and bool(re.search(r"context.?(length|size|window)|too long|must be <=", str(error), re.I))
@@ -222,7 +218,7 @@ def stream_reply(
     except Exception as e: status, reply = ("full", reply) if _too_long(e) else ("failed", reply | {"note": _why(e, client.base_url)})
     yield reply | {"status": status, "seconds": time.perf_counter() - start}
 
-# %% ../nbs/11_chat.ipynb #51070cca
+# %% ../nbs/11_chat.ipynb #09b969af
 def shorten(messages: list[Message]) -> list[Message]:
     "The same conversation without its oldest turn; the system prompt and the last question stay."
     head = [m for m in messages[:1] if m["role"] == "system"]
@@ -243,7 +239,6 @@ def answer(
         if reply["status"] != "full" or len(shorter) == len(kept): return
         kept = shorter
 
-# %% ../nbs/11_chat.ipynb #783d664b
 def take_turn(
     db: str | Path, client, model: str,
     messages: list[dict],                  # a path that ends in a question; its new messages have no id yet
@@ -309,7 +304,7 @@ class Desk:
             leaf = con.execute("SELECT max(m.id) FROM messages m JOIN conversations c ON c.id = m.conversation WHERE c.token = ?", [token]).fetchone()[0]
         return path_to(self.db, leaf)
 
-# %% ../nbs/11_chat.ipynb #4d99658b
+# %% ../nbs/11_chat.ipynb #67fac26d
 FLAG = "⚑"
 
 def view(messages: list[dict]) -> list[dict]:   # for `gr.Chatbot`: role, content, metadata with the id
@@ -321,7 +316,6 @@ def view(messages: list[dict]) -> list[dict]:   # for `gr.Chatbot`: role, conten
     return [{"role": m["role"], "content": m["content"] + "".join(f"\n\n*{FLAG} {n}*" for n in notes(m)), "metadata": {"id": m["id"]} if "id" in m else {}}
             for m in messages if m["role"] != "system"]
 
-# %% ../nbs/11_chat.ipynb #b0036ec7
 READ_ALOUD = """async (shown) => {
   const speech = window.speechSynthesis, last = (shown || []).filter(m => m.role === "assistant").pop();
   if (speech.speaking) { speech.cancel(); return ""; }
@@ -363,7 +357,7 @@ def _correct(desk: Desk, message: int | None, leaf: int | None, text: str):
     if desk.mine(message, leaf): save_vote(desk.db, message, correction=text.strip() or None); gr.Info("Saved. Thank you!")
     return gr.Group(visible=False)
 
-# %% ../nbs/11_chat.ipynb #5d16cbf2
+# %% ../nbs/11_chat.ipynb #5c553b57
 def _layout(desk: Desk) -> dict:
     "The things on the page, by name."
     import gradio as gr
@@ -379,7 +373,6 @@ def _layout(desk: Desk) -> dict:
     with gr.Accordion("System prompt of the next new chat", open=False): page["system"] = gr.Textbox(desk.system, label="System prompt", show_label=False, lines=2)
     return page
 
-# %% ../nbs/11_chat.ipynb #5e2c80a2
 def _id(shown: list[dict], index: int) -> int | None:
     "The database's id of a message on the page."
     return (shown[index].get("metadata") or {}).get("id") if index < len(shown) else None
@@ -408,7 +401,6 @@ def _wire(app, desk: Desk, page: dict, users: int) -> None:
     p.read.click(None, [p.shown], [p.said], js=READ_ALOUD)
     app.load(lambda token: _page(desk, desk.restore(token)), [p.memory], out, **quick)
 
-# %% ../nbs/11_chat.ipynb #821de36a
 def build(
     url: str,                   # an OpenAI-compatible server; ends in /v1
     db: str | Path,             # the SQLite file for turns and votes
