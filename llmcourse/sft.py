@@ -184,11 +184,12 @@ def _check_output(output: str | Path, model: str | Path) -> Path:
     return output
 
 def _lora_card(peft_config) -> dict | None:
-    "A `LoraConfig` as plain values: what differs from its defaults."
+    "A `LoraConfig` as plain values: the usual settings, and all that differs from PEFT's defaults."
     if peft_config is None: return None
     plain = lambda v: sorted(v) if isinstance(v, (set, frozenset)) else getattr(v, "value", v)
     default, left_out = type(peft_config)().to_dict(), ("base_model_name_or_path", "inference_mode", "auto_mapping")
-    return {k: plain(v) for k, v in peft_config.to_dict().items() if plain(v) != plain(default.get(k)) and k not in left_out} | {"peft_type": plain(peft_config.peft_type)}
+    always = ("peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "bias", "use_rslora", "use_dora")
+    return {k: plain(v) for k, v in peft_config.to_dict().items() if k in always or plain(v) != plain(default.get(k)) and k not in left_out}
 
 def _readme(card: dict) -> str:
     "The run as a model card in the Hub's form."

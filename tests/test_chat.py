@@ -228,7 +228,7 @@ def test_a_turn_is_saved_with_its_facts(fake, db):
     texts = [path[-1]["content"] for path in looks[1:]]
     assert len(set(texts)) > 5 and all(b.startswith(a) for a, b in zip(texts, texts[1:])) and texts[-1] == REPLY
     saved = path_to(db, looks[-1][-1]["id"])[-1]
-    assert (saved["model"], saved["status"], saved["completion_tokens"], saved["dropped"]) == ("fake", "done", 9, 0)
+    assert (saved["model"], saved["status"], saved["completion_tokens"], saved["dropped"]) == ("fake", "done", 10, 0)
     assert 0 < saved["ttft"] <= saved["seconds"] < 30 and saved["prompt_tokens"] > 20
 
 
@@ -524,7 +524,7 @@ def test_browser_survives_the_server(page, fake, db):
     say(page, "Still there?")
     page.get_by_text("does not answer any more").wait_for(timeout=30_000)
     assert "Traceback" not in page.content() and page.get_by_text("Answer: 85").is_visible()
-    page.get_by_role("button", name="New chat").click()
+    page.get_by_role("button", name="New chat", exact=True).click()
     page.get_by_text("Answer: 85").wait_for(state="hidden")
 
 

@@ -331,7 +331,8 @@ print(server.process.pid, server.folder, flush=True)
 def test_no_orphan(gguf, end, how):
     "However the parent ends, its server ends with it, and takes its folder along."
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(module.__file__).parent.parent), os.environ.get("PYTHONPATH", "")])}
-    parent = subprocess.Popen([sys.executable, "-c", PARENT.format(end=end), str(gguf)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env, start_new_session=True)
+    parent = subprocess.Popen([sys.executable, "-c", PARENT.format(end=end), str(gguf)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env, start_new_session=True,
+                              preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))   # a shell's background job ignores it, and hands that on
     pid, folder = parent.stdout.readline().split()
     if how is not None:
         assert alive(int(pid))

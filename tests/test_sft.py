@@ -258,28 +258,29 @@ def test_a_run_folder_is_whole(other, tmp_path, capfd):
 @pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
 def test_the_same_card_gives_the_same_weights(adapter, other, lora, tmp_path):
     config = dict(lora.to_dict())
-    first = sft(ROWS, tmp_path / "a", other, peft_config=lora if adapter else None, seed=7, learning_rate=3e-3)
+    first = sft(ROWS, tmp_path / "a", other, peft_config=lora if adapter else None, seed=7, learning_rate=3e-3, per_device_train_batch_size=4)
     again = rerun(first / "run.yaml", tmp_path / "b")
-    third = sft(ROWS, tmp_path / "c", other, peft_config=lora if adapter else None, seed=8, learning_rate=3e-3)
+    third = sft(ROWS, tmp_path / "c", other, peft_config=lora if adapter else None, seed=8, learning_rate=3e-3, per_device_train_batch_size=4)
     assert weights_hash(first) == weights_hash(again) != weights_hash(third)
     a, b = read_card(first), read_card(again)
     assert {k for k in a if a[k] != b[k]} <= {"seconds"}
     assert lora.to_dict() == config, "the caller's config was changed"
     if adapter:
-        assert a["hyperparameters"]["peft_config"] == dict(peft_type="LORA", task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules="all-linear")
+        assert a["hyperparameters"]["peft_config"] == dict(
+            peft_type="LORA", task_type="CAUSAL_LM", r=4, lora_alpha=8, lora_dropout=0.0, target_modules="all-linear", bias="none", use_rslora=False, use_dora=False)
 
 
 def test_rerun_refuses_what_has_changed(other, tmp_path):
     import shutil
     model = shutil.copytree(other, tmp_path / "model")
-    run = sft(ROWS, tmp_path / "run", model, max_steps=1)
+    run = sft(ROWS, tmp_path / "run", model, max_steps=2)
     (run / "train.jsonl").write_text(json.dumps(ROWS[0]))
     with pytest.raises(UserError, match="train.jsonl: changed since the run"):
         rerun(run, tmp_path / "again")
     (run / "train.jsonl").unlink()
     with pytest.raises(UserError, match="are gone"):
         rerun(run, tmp_path / "again")
-    sft(ROWS, run, model, max_steps=1)
+    sft(ROWS, run, model, max_steps=2)
     shutil.copy(run / "model.safetensors", model)
     with pytest.raises(UserError, match="model: changed since the run"):
         rerun(run, tmp_path / "again")
@@ -311,7 +312,7 @@ def test_pad_that_is_eos_still_trains_the_end(own, other, tmp_path):
     folder = shutil.copytree(other, tmp_path / "model")
     own.pad_token = own.eos_token
     own.save_pretrained(folder)
-    run = sft(ROWS, tmp_path / "run", folder, num_train_epochs=30, learning_rate=1e-2, per_device_train_batch_size=16)
+    run = sft(ROWS, tmp_path / "run", folder, num_train_epochs=30, learning_rate=1e-2, per_device_train_batch_size=4)
     net, tokenizer = load(run)
     row = tokenize(tokenizer, ROWS[0]["messages"])
     with torch.no_grad():
