@@ -6,7 +6,7 @@
 from __future__ import annotations
 import contextlib, copy, difflib, html, json, sys, warnings
 from pathlib import Path
-from .core import (Message, UserError, check_messages, file_hash, model_path, need_space, read_card, read_chats,
+from .core import (Message, UserError, check_messages, file_hash, json_lines, model_path, need_space, read_card, read_chats,
                             set_seed, stopwatch, write_aside, write_card, write_jsonl, scale as read_scale)
 from .models import load, stop_ids, weights_hash
 
@@ -158,8 +158,7 @@ def _bar(name: str):
 def _rows(rows) -> tuple[list[dict], list[str]]:
     "Conversations from a list or a JSONL file, each one checked, and the place of each: `file:line` or `rows[i]`."
     if isinstance(rows, (str, Path)):
-        chats, lines = read_chats(rows), Path(rows).read_text(encoding="utf-8-sig").split("\n")
-        return chats, [f"{rows}:{i}" for i, line in enumerate(lines, 1) if line.strip()]
+        return read_chats(rows), [f"{rows}:{i}" for i, _ in json_lines(rows)]
     rows = list(rows)
     if not rows: raise UserError("no rows. Give at least one conversation {\"messages\": […]}")
     for i, row in enumerate(rows): check_messages(row.get("messages") if isinstance(row, dict) else None, f"rows[{i}]")
