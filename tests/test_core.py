@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from llmcourse.core import UserError, file_hash, read_card, read_jsonl, scale, write_aside, write_card, write_jsonl
+from llmcourse.core import UserError, file_hash, read_card, read_chats, read_jsonl, scale, write_aside, write_card, write_jsonl
 
 
 def test_own_settings_win_key_by_key(tmp_path):
