@@ -90,7 +90,7 @@ def last_complete(
     if found: raise UserError(f"{folder}: none of its {len(found)} checkpoints is whole. Delete {Path(folder).parent} to start from the beginning")
     return None
 
-# %% ../nbs/workshop/runs.ipynb #e2611368
+# %% ../nbs/workshop/runs.ipynb #94a16ae2
 PLAN = ("method", "model", "model_hash", "data_hash", "seed", "scale", "hyperparameters")   # what makes a run this run: fields of its card
 
 def check_output(
@@ -107,7 +107,7 @@ def check_output(
 
 def _differences(old: dict, new: dict) -> list[str]:
     "The fields in which two plans differ, hyperparameters one by one: `learning_rate 0.004, now 0.001`."
-    flat = lambda plan: {k: v for k, v in plan.items() if k != "hyperparameters"} | plan["hyperparameters"]
+    flat = lambda plan: {k: plan.get(k) for k in PLAN[:-1]} | plan["hyperparameters"]
     old, new = flat(old), flat(new)
     return [f"{k} {old.get(k)}, now {new.get(k)}" for k in old | new if old.get(k) != new.get(k)]
 
