@@ -195,7 +195,7 @@ def fit(
     (folder / "training_args.bin").unlink(missing_ok=True)
     return trainer.state.log_history, round(time.perf_counter() - keeper.start, 2)
 
-# %% ../nbs/workshop/runs.ipynb #a6575992
+# %% ../nbs/workshop/runs.ipynb #dcdf80f3
 def lora_fields(
     peft_config,     # a `LoraConfig`, or None
 ) -> dict | None:    # plain values
@@ -213,7 +213,7 @@ def adapter(
     if not fields: return None
     from peft import get_peft_config
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as kinds
-    config = kinds[choose(fields.get("peft_type"), kinds, "peft_type")]
+    config = kinds[choose(fields.get("peft_type"), [k.value for k in kinds], "peft_type")]
     for name in fields: choose(name, config.__dataclass_fields__, f"field of a {config.__name__}:")
     return get_peft_config(dict(fields))
 
