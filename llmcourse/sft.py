@@ -8,7 +8,7 @@ import copy, difflib, html, warnings
 from pathlib import Path
 from .core import Message, UserError, check_messages, json_lines, need_space, read_chats, set_seed, write_jsonl, scale as read_scale
 from .models import load, stop_ids, weights_hash
-from .runs import adapter, base_name, check_output, finish, fit, lora_fields, open_card, quiet, rows_hash, run_folder
+from .runs import adapter, base_name, check_output, finish, fit, lora_fields, open_card, quiet, rehearse, rows_hash, run_folder
 
 # %% auto #0
 __all__ = ['DATE', 'tokenize', 'XRay', 'xray', 'preflight', 'hyperparameters', 'sft', 'rerun']
@@ -168,7 +168,9 @@ def sft(
                     hyperparameters=hyper | {"peft_config": lora_fields(peft_config)})
         with run_folder(output, plan, keep) as folder:
             write_jsonl(folder / "train.jsonl", rows)
-            log, seconds = fit(_trainer(net, tokenizer, encoded, folder, hyper, peft_config, seed, dial["device"]), folder, "SFT")
+            trainer = _trainer(net, tokenizer, encoded, folder, hyper, peft_config, seed, dial["device"])
+            rehearse(trainer)
+            log, seconds = fit(trainer, folder, "SFT")
             finish(folder, plan, log, seconds=seconds)
     return output
 
@@ -178,7 +180,9 @@ def _trainer(net, tokenizer, encoded: list[dict], folder: Path, hyper: dict, pef
     from trl import SFTConfig, SFTTrainer
     settings = dict(output_dir=str(folder), seed=seed, data_seed=seed, use_cpu=device == "cpu", report_to="none", disable_tqdm=True)
     settings |= hyper | {"assistant_only_loss": False}           # our labels say it already
-    return SFTTrainer(net, args=SFTConfig(**settings), train_dataset=Dataset.from_list(encoded), processing_class=tokenizer,
+    try: args = SFTConfig(**settings)
+    except (TypeError, ValueError) as e: raise UserError(f"SFTConfig: {e}") from e
+    return SFTTrainer(net, args=args, train_dataset=Dataset.from_list(encoded), processing_class=tokenizer,
                       peft_config=copy.deepcopy(peft_config))    # PEFT writes into the one it is given
 
 # %% ../nbs/06_sft.ipynb #f75dadb1

@@ -216,3 +216,72 @@ def test_a_card_with_a_misspelt_field_is_refused(small, tmp_path):
         (run / "run.yaml").write_text(text.replace(right, wrong))
         with pytest.raises(UserError, match=f"did you mean '{right.split(': ')[-1].strip(':')}'"): rerun(run, tmp_path / "again")
     assert not (tmp_path / "again").exists()
+
+
+# the dress rehearsal: each fault is planted, and named
+
+def trainer(small, tmp_path, rows=ROWS, net=None, **more):
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+    from llmcourse.models import load
+    from llmcourse.sft import tokenize
+    model, tokenizer = load(small)
+    settings = dict(output_dir=str(tmp_path), use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none", max_length=512) | more
+    encoded = [tokenize(tokenizer, r["messages"]) for r in rows]
+    return SFTTrainer(net or model, args=SFTConfig(**settings), train_dataset=Dataset.from_list(encoded), processing_class=tokenizer)
+
+
+def test_a_sound_trainer_passes_and_stays_as_it_was(small, tmp_path):
+    import torch
+    from llmcourse.runs import rehearse
+    t = trainer(small, tmp_path)
+    before, state = {k: v.clone() for k, v in t.model.state_dict().items()}, torch.get_rng_state()
+    start = time.perf_counter()
+    found = rehearse(t)
+    assert time.perf_counter() - start < 2 and set(found) == {"vocabulary", "schedule", "packing", "gradient"}
+    assert torch.equal(state, torch.get_rng_state()) and all(torch.equal(v, before[k]) for k, v in t.model.state_dict().items())
+    assert all(p.grad is None for p in t.model.parameters())
+
+
+def test_it_names_a_token_without_an_embedding(small, tmp_path):
+    from llmcourse.runs import rehearse
+    t = trainer(small, tmp_path)
+    t.model.resize_token_embeddings(200)
+    with pytest.raises(UserError, match="vocabulary: the rows hold token .* 200 embeddings"): rehearse(t)
+
+
+@pytest.mark.parametrize("settings", [dict(max_steps=1, warmup_steps=1), dict(learning_rate=0.0), dict(num_train_epochs=1, per_device_train_batch_size=64, warmup_steps=0.1)])
+def test_it_names_a_schedule_that_never_learns(small, tmp_path, settings):
+    from llmcourse.runs import rehearse
+    with pytest.raises(UserError, match="schedule: the learning rate is 0 in all"): rehearse(trainer(small, tmp_path, **settings))
+    with pytest.warns(UserWarning, match="all 3 steps are warm-up"): rehearse(trainer(small, tmp_path, max_steps=3, warmup_steps=10))
+
+
+def test_it_names_frozen_weights_and_a_loss_that_is_no_number(small, tmp_path):
+    from llmcourse.runs import rehearse
+    t = trainer(small, tmp_path)
+    t.model.requires_grad_(False)
+    with pytest.raises(UserError, match="gradient: no weight gets one"): rehearse(t)
+    t = trainer(small, tmp_path)
+    t.model.get_input_embeddings().weight.data[:] = float("nan")
+    with pytest.raises(UserError, match="the loss of the longest batch is nan"): rehearse(t)
+
+
+def test_it_names_what_to_change_when_memory_is_short(small, tmp_path, monkeypatch):
+    import torch
+    from llmcourse.runs import rehearse
+    t = trainer(small, tmp_path)
+    def full(*args, **kwargs): raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    monkeypatch.setattr(t.model, "forward", full)
+    with pytest.raises(UserError, match="out of memory: halve per_device_train_batch_size.* 8 rows of up to"): rehearse(t)
+
+
+def test_packing_is_measured(small, tmp_path):
+    "Packed rows give their own logits, or packing is refused: here the positions that tell the rows apart are lost."
+    from llmcourse.runs import rehearse
+    t = trainer(small, tmp_path, packing=True)
+    assert "logits as alone" in rehearse(t)["packing"]
+    right = type(t.model).forward
+    def blind(self, *args, position_ids=None, **kwargs): return right(self, *args, **kwargs)
+    t.model.forward = blind.__get__(t.model)
+    with pytest.raises(UserError, match="packing: rows in one batch see each other"): rehearse(t)
