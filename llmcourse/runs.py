@@ -10,8 +10,9 @@ from .core import UserError, choose, file_hash, model_path, read_card, write_asi
 from .models import weights_hash
 
 # %% auto #0
-__all__ = ['NEEDED', 'PLAN', 'KEPT', 'quiet', 'bar', 'seal', 'check_checkpoint', 'last_complete', 'check_output', 'run_folder',
-           'Paused', 'fit', 'lora_fields', 'adapter', 'rows_hash', 'base_name', 'finish', 'open_card', 'drill']
+__all__ = ['NEEDED', 'PLAN', 'KEPT', 'OUT_OF_MEMORY', 'quiet', 'bar', 'seal', 'check_checkpoint', 'last_complete', 'check_output',
+           'run_folder', 'Paused', 'fit', 'check_vocabulary', 'check_schedule', 'check_packing', 'check_gradient',
+           'rehearse', 'lora_fields', 'adapter', 'rows_hash', 'base_name', 'finish', 'open_card', 'drill']
 
 # %% ../nbs/workshop/runs.ipynb #77631e7f
 @contextlib.contextmanager
@@ -197,7 +198,7 @@ def fit(
     (folder / "training_args.bin").unlink(missing_ok=True)
     return trainer.state.log_history, round(time.perf_counter() - keeper.start, 2)
 
-# %% ../nbs/workshop/runs.ipynb #125981b9
+# %% ../nbs/workshop/runs.ipynb #1237a00e
 def _longest(trainer) -> list[dict]:
     "As many of the longest rows as a step takes on one device."
     rows = sorted(trainer.train_dataset, key=lambda row: len(row["input_ids"]))
@@ -223,7 +224,7 @@ def check_schedule(trainer) -> str:
     return f"{steps} steps, {warm} of them warm-up, up to a learning rate of {args.learning_rate}"
 
 def check_packing(trainer, close: float = 1e-2) -> str:
-    "In a packed batch each row gives the logits that it gives alone. Source: Krell et al. 2021, "Efficient sequence packing without cross-contamination"."
+    "In a packed batch each row gives the logits that it gives alone. Source: Krell et al. 2021, Efficient Sequence Packing without Cross-contamination."
     if not getattr(trainer.args, "packing", False): return "off"
     import torch
     batch = {k: v.to(trainer.model.device) for k, v in trainer.data_collator(_longest(trainer)[-1:]).items() if k in ("input_ids", "position_ids")}
