@@ -452,6 +452,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'llmcourse.sft.XRay._repr_html_': ('sft.html#xray._repr_html_', 'llmcourse/sft.py'),
                                'llmcourse.sft._draw': ('sft.html#_draw', 'llmcourse/sft.py'),
                                'llmcourse.sft._encode': ('sft.html#_encode', 'llmcourse/sft.py'),
+                               'llmcourse.sft._grouped': ('sft.html#_grouped', 'llmcourse/sft.py'),
                                'llmcourse.sft._rows': ('sft.html#_rows', 'llmcourse/sft.py'),
                                'llmcourse.sft._spans': ('sft.html#_spans', 'llmcourse/sft.py'),
                                'llmcourse.sft._trainer': ('sft.html#_trainer', 'llmcourse/sft.py'),

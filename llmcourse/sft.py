@@ -8,6 +8,7 @@ import copy, difflib, html, warnings
 from pathlib import Path
 from .core import Message, UserError, check_messages, json_lines, need_space, read_chats, set_seed, write_jsonl, scale as read_scale
 from .models import load, stop_ids, weights_hash
+from .tutor import has_bf16
 from .runs import adapter, base_name, check_output, finish, fit, lora_fields, open_card, quiet, rehearse, rows_hash, run_folder
 
 # %% auto #0
@@ -116,10 +117,11 @@ def hyperparameters(
         close = difflib.get_close_matches(name, fields, 1)
         if name not in fields: raise UserError(f"SFTConfig has no {name!r}{f': did you mean {close[0]!r}?' if close else '.'} Names are spelled as in trl.SFTConfig")
     rates, gpu = ((4e-3, 1e-3) if parameters < 1e8 else (2e-4, 2e-5)), dial["device"] != "cpu"
-    ours = dict(learning_rate=rates[0 if lora else 1], num_train_epochs=1, lr_scheduler_type="cosine", warmup_steps=0.1, optim="adamw_torch",
+    ours = dict(learning_rate=rates[0 if lora else 1], num_train_epochs=1, lr_scheduler_type="cosine", warmup_steps=0.1, optim="adamw_torch_fused",
                 weight_decay=0.0, max_grad_norm=1.0, per_device_train_batch_size=dial["batch_size"], gradient_accumulation_steps=dial["grad_accum"],
                 max_length=dial["max_length"], assistant_only_loss=True, packing=False, gradient_checkpointing=gpu,
-                bf16=gpu and dial["dtype"] == "bfloat16", fp16=dial["dtype"] == "float16", logging_steps=5,
+                bf16=dial["dtype"] == "bfloat16" if gpu else has_bf16(), fp16=dial["dtype"] == "float16",
+                train_sampling_strategy="random" if gpu else "group_by_length", logging_steps=5,
                 save_strategy="steps" if gpu or "save_steps" in overrides else "no", save_steps=100)
     return ours | overrides
 
@@ -174,15 +176,33 @@ def sft(
             finish(folder, plan, log, seconds=seconds)
     return output
 
+def _grouped(seed: int):
+    "TRL's `SFTTrainer`, whose batches of equally long rows depend on seed and epoch alone, so that a resumed run sees the same ones."
+    import torch
+    from transformers.trainer_pt_utils import LengthGroupedSampler
+    from trl import SFTTrainer
+    class Sampler(LengthGroupedSampler):
+        epoch = 0
+        def set_epoch(self, epoch): self.epoch = epoch
+        def __iter__(self):
+            self.generator = torch.Generator().manual_seed(seed + self.epoch)
+            return super().__iter__()
+    class Trainer(SFTTrainer):
+        def _get_train_sampler(self, train_dataset=None):
+            if self.args.train_sampling_strategy != "group_by_length": return super()._get_train_sampler(train_dataset)
+            return Sampler(self.args.train_batch_size * self.args.gradient_accumulation_steps, lengths=[len(ids) for ids in self.train_dataset["input_ids"]])
+    return Trainer
+
 def _trainer(net, tokenizer, encoded: list[dict], folder: Path, hyper: dict, peft_config, seed: int, device: str):
     "TRL's `SFTTrainer`, with everything that a run needs."
     from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTConfig
+    if device == "cpu": net.set_attn_implementation("eager")     # short rows: the backward pass of the fused kernel is slower on a CPU
     settings = dict(output_dir=str(folder), seed=seed, data_seed=seed, use_cpu=device == "cpu", report_to="none", disable_tqdm=True)
     settings |= hyper | {"assistant_only_loss": False}           # our labels say it already
     try: args = SFTConfig(**settings)
     except (TypeError, ValueError) as e: raise UserError(f"SFTConfig: {e}") from e
-    return SFTTrainer(net, args=args, train_dataset=Dataset.from_list(encoded), processing_class=tokenizer,
+    return _grouped(seed)(net, args=args, train_dataset=Dataset.from_list(encoded), processing_class=tokenizer,
                       peft_config=copy.deepcopy(peft_config))    # PEFT writes into the one it is given
 
 # %% ../nbs/06_sft.ipynb #f75dadb1

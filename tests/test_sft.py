@@ -9,7 +9,7 @@ import torch
 from llmcourse.core import UserError, read_card, read_jsonl, scale as read_scale
 from llmcourse.models import load, load_tokenizer, stop_ids
 from llmcourse.sft import hyperparameters, preflight, rerun, sft, tokenize, xray
-from llmcourse.tutor import problems, small_talk, to_chat
+from llmcourse.tutor import has_bf16, problems, small_talk, to_chat
 
 ROWS = [{"messages": to_chat(p)["messages"]} for p in problems(4, 0, ("add", "sub", "story1", "story2"))]
 CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
@@ -320,7 +320,7 @@ def test_pad_that_is_eos_still_trains_the_end(own, other, tmp_path):
     assert probs[tokenizer.eos_token_id] > .5
 
 
-@pytest.mark.parametrize("name,bf16,fp16", [("cpu", False, False), ("t4", False, True), ("a100", True, False)])
+@pytest.mark.parametrize("name,bf16,fp16", [("cpu", has_bf16(), False), ("t4", False, True), ("a100", True, False)])
 def test_the_dial_decides_precision_and_size_decides_the_rate(name, bf16, fp16):
     big = hyperparameters(read_scale(name), 8_000_000_000, lora=True)
     assert (big["bf16"], big["fp16"], big["gradient_checkpointing"]) == (bf16, fp16, name != "cpu")
