@@ -146,7 +146,7 @@ def _encode(tokenizer, rows: list[dict], places: list[str], assistant_only_loss:
 
 _check_output, _lora_card, _model_hash, _quiet = check_output, lora_fields, weights_hash, quiet   # the names that chapters 07 and 09 import
 
-# %% ../nbs/06_sft.ipynb #538000f7
+# %% ../nbs/06_sft.ipynb #f3b25fcf
 def sft(
     rows,                               # conversations, {"messages": […]} each, or the path of a JSONL file of them
     output: str | Path,                 # the run folder; an earlier run there is replaced
@@ -154,7 +154,8 @@ def sft(
     scale: str = "cpu",                 # a section of settings.ini
     peft_config=None,                   # a `peft.LoraConfig`: train an adapter; None: train all weights
     seed: int = 42,
-    **overrides,                        # spelled as in `trl.SFTConfig`: learning_rate, num_train_epochs, save_steps, …
+    callbacks=(),                       # transformers' `TrainerCallback`s, such as `runs.live_plot()`
+    **overrides,                        # spelled as in `trl.SFTConfig`: learning_rate, save_steps, report_to="wandb", …
 ) -> Path:                              # the run folder: weights, tokenizer, train.jsonl, metrics.jsonl, run.yaml, README.md
     "Supervised fine-tuning with TRL. Raises `UserError` for rows, names or a template that cannot work, before anything is trained."
     dial, (rows, places), output = read_scale(scale), _rows(rows), check_output(output, model)
@@ -172,7 +173,7 @@ def sft(
             write_jsonl(folder / "train.jsonl", rows)
             trainer = _trainer(net, tokenizer, encoded, folder, hyper, peft_config, seed, dial["device"])
             rehearse(trainer)
-            log, seconds = fit(trainer, folder, "SFT")
+            log, seconds = fit(trainer, folder, "SFT", callbacks=callbacks)
             finish(folder, plan, log, seconds=seconds)
     return output
 
