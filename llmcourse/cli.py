@@ -4,7 +4,7 @@
 
 # %% ../nbs/workshop/cli.ipynb #3a904c3b
 from __future__ import annotations
-import contextlib, inspect, json, logging, os, sys
+import contextlib, inspect, json, logging, os, signal, sys
 from pathlib import Path
 from . import __version__
 from .core import CHAPTERS, UserError, choose
@@ -61,38 +61,49 @@ def course(
         print(f"{number} {name:<8} {''.join('✓' if i in done else '·' for i in ids):<5} {sum(i in done for i in ids)} of {len(ids)} exercises")
 
 # %% ../nbs/workshop/cli.ipynb #0db236c2
+def _start(scale: str, tutor: str) -> str:
+    "The model that a training begins with when none is named."
+    from llmcourse.core import scale as read_scale
+    return tutor if scale == "cpu" else read_scale(scale)["model"]
+
 def sft(
-    model: str = "tutor/base",  # a checkpoint, a folder, or a Hub name
+    model: str = "",            # a checkpoint, a folder, or a Hub name; by default tutor/base, on a GPU scale the scale's own
     data: str = "",             # JSONL of chats; the tutor's own by default
     output: str = "runs/sft",   # the run folder
     scale: str = "cpu",         # a section of settings.ini: cpu, t4, l4, a100, h100
     full: bool = False,         # move all weights instead of a LoRA
     r: int = 16,                # rank of the LoRA
     epochs: float = 1.0,        # times through the data
-    learning_rate: float = 0.0, # peak learning rate; the recipe's own by default
+    learning_rate: float = 0.0, # peak learning rate; by default one that suits the model's size
+    save_steps: int = 0,        # keep a checkpoint every so many steps: after an interruption the same command goes on; 0: only on GPU scales
     seed: int = 42,             # of data order, dropout and weights
 ):
     "Fine-tune on chats (supervised), by LoRA unless --full."
-    from llmcourse.checkpoints import sft_rows, LORA, SFT
+    from llmcourse.checkpoints import sft_rows
     from llmcourse.lora import lora_config
     from llmcourse.sft import sft as train
-    options = dict(SFT, num_train_epochs=epochs) | ({"learning_rate": learning_rate} if learning_rate else {})
-    config = None if full else lora_config(**LORA | {"r": r, "lora_alpha": 2 * r})
-    print(train(data or sft_rows(seed), output, model=model, scale=scale, peft_config=config, seed=seed, **options))
+    rate = {k: v for k, v in dict(learning_rate=learning_rate, save_steps=save_steps).items() if v}
+    config = None if full else lora_config(r=r, lora_alpha=2 * r)
+    print(train(data or sft_rows(seed), output, model or _start(scale, "tutor/base"), scale, config, seed, num_train_epochs=epochs, **rate))
 
 def grpo(
-    model: str = "tutor/sft",   # where to start: a model that keeps the format already
+    model: str = "",            # a model that keeps the format already; by default tutor/sft, on a GPU scale the scale's own
     data: str = "",             # JSONL with messages and answer; the tutor's own problems by default
     output: str = "runs/grpo",  # the run folder
     scale: str = "cpu",         # a section of settings.ini: cpu, t4, l4, a100, h100
-    steps: int = 0,             # optimizer steps; the recipe's own by default (under 3 minutes on two cores)
+    steps: int = 50,            # optimizer steps; 50 take the tutor under 3 minutes on two cores
+    r: int = 0,                 # rank of a LoRA; 0 moves all weights
+    learning_rate: float = 0.0, # peak learning rate; by default one that suits the model's size
+    save_steps: int = 0,        # keep a checkpoint every so many steps: after an interruption the same command goes on; 0: only on GPU scales
     seed: int = 42,             # of sampling and data order
 ):
     "Reinforce by a reward: GRPO with exact match of the answer."
-    from llmcourse.checkpoints import GRPO, grpo_rows
+    from llmcourse.checkpoints import grpo_rows
+    from llmcourse.lora import lora_config
     from llmcourse.rl import grpo as train
-    options = dict(GRPO) | ({"max_steps": steps} if steps else {})
-    print(train(data or grpo_rows(seed), output, model=model, scale=scale, seed=seed, **options))
+    rate = {k: v for k, v in dict(learning_rate=learning_rate, save_steps=save_steps).items() if v}
+    config = lora_config(r=r, lora_alpha=2 * r) if r else None
+    print(train(data or grpo_rows(seed), output, model or _start(scale, "tutor/sft"), scale=scale, peft_config=config, seed=seed, max_steps=steps, **rate))
 
 def train(
     card: str,                   # a run.yaml, or the folder that holds it
@@ -147,10 +158,9 @@ def serve(
 ):
     "Serve a model behind an OpenAI-compatible URL until Ctrl-C."
     from llmcourse.demo import served
-    import time
     with served(model, port, host, key or os.environ.get("LLMCOURSE_API_KEY"), engine, quant) as server:
         print(f"serving {model} at {server.url}\n  OPENAI_BASE_URL={server.url}\nCtrl-C stops it", flush=True)
-        while True: time.sleep(1)
+        server.wait()
 
 def chat(
     model: str = "tutor/sft",  # what to serve and chat with
@@ -192,13 +202,14 @@ def parse(name: str, argv: list[str]):
 # %% ../nbs/workshop/cli.ipynb #0ad1e421
 def main(
     argv: list[str] | None = None,  # the words after `llmcourse`
-) -> int:                           # exit code: 0 fine, 1 the doctor found something, 2 bad input, 130 interrupted
+) -> int:                           # exit code: 0 fine, 1 the doctor found something, 2 bad input, 75 paused with work left, 130 interrupted
     "Run one command."
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help", "help"): print(usage()); return 0
     if argv[0] in ("-V", "--version"): print(__version__); return 0
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)   # on a CPU it recommends kernels that nobody asked for
+    with contextlib.suppress(ValueError): signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))   # so that what is half-written goes away
     try: return COMMANDS[choose(argv[0], COMMANDS, "command")](**parse(argv[0], argv[1:])) or 0
     except UserError as e: print(f"llmcourse: {e}", file=sys.stderr); return 2
     except OSError as e:

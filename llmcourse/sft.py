@@ -4,11 +4,12 @@
 
 # %% ../nbs/06_sft.ipynb #fbf2f792
 from __future__ import annotations
-import contextlib, copy, difflib, html, json, sys, warnings
+import copy, difflib, html, warnings
 from pathlib import Path
-from .core import (Message, UserError, check_messages, file_hash, model_path, need_space, read_card, read_chats,
-                            set_seed, stopwatch, write_aside, write_card, write_jsonl, scale as read_scale)
+from .core import Message, UserError, check_messages, json_lines, need_space, read_chats, set_seed, write_jsonl, scale as read_scale
 from .models import load, stop_ids, weights_hash
+from .tutor import has_bf16
+from .runs import adapter, base_name, check_output, finish, fit, lora_fields, open_card, quiet, rehearse, rows_hash, run_folder
 
 # %% auto #0
 __all__ = ['DATE', 'tokenize', 'XRay', 'xray', 'preflight', 'hyperparameters', 'sft', 'rerun']
@@ -116,50 +117,19 @@ def hyperparameters(
         close = difflib.get_close_matches(name, fields, 1)
         if name not in fields: raise UserError(f"SFTConfig has no {name!r}{f': did you mean {close[0]!r}?' if close else '.'} Names are spelled as in trl.SFTConfig")
     rates, gpu = ((4e-3, 1e-3) if parameters < 1e8 else (2e-4, 2e-5)), dial["device"] != "cpu"
-    ours = dict(learning_rate=rates[0 if lora else 1], num_train_epochs=1, lr_scheduler_type="cosine", warmup_steps=0.1, optim="adamw_torch",
+    ours = dict(learning_rate=rates[0 if lora else 1], num_train_epochs=1, lr_scheduler_type="cosine", warmup_steps=0.1, optim="adamw_torch_fused",
                 weight_decay=0.0, max_grad_norm=1.0, per_device_train_batch_size=dial["batch_size"], gradient_accumulation_steps=dial["grad_accum"],
                 max_length=dial["max_length"], assistant_only_loss=True, packing=False, gradient_checkpointing=gpu,
-                bf16=gpu and dial["dtype"] == "bfloat16", fp16=dial["dtype"] == "float16", logging_steps=5)
+                bf16=dial["dtype"] == "bfloat16" if gpu else has_bf16(), fp16=dial["dtype"] == "float16",
+                train_sampling_strategy="random" if gpu else "group_by_length", logging_steps=5,
+                save_strategy="steps" if gpu or "save_steps" in overrides else "no", save_steps=100)
     return ours | overrides
 
 # %% ../nbs/06_sft.ipynb #359890f4
-_model_hash = weights_hash   # the name that chapters 07 and 09 import
-
-@contextlib.contextmanager
-def _quiet():
-    "Hold back the libraries' log lines, bars and telemetry: one bar of ours is enough."
-    import datasets, huggingface_hub
-    from transformers.utils import logging
-    huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True
-    level, bars, more = logging.get_verbosity(), logging.is_progress_bar_enabled(), datasets.is_progress_bar_enabled()
-    logging.set_verbosity_error(); logging.disable_progress_bar(); datasets.disable_progress_bars()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if bars: logging.enable_progress_bar()
-        if more: datasets.enable_progress_bars()
-
-def _bar(name: str):
-    "A trainer callback: one progress bar with the loss, plain text in a terminal and in a notebook."
-    from tqdm import tqdm
-    from transformers import TrainerCallback
-    place = sys.stdout if "ipykernel" in sys.modules else sys.stderr
-    class Bar(TrainerCallback):
-        def on_train_begin(self, args, state, control, **kw): self.bar = tqdm(total=state.max_steps, desc=name, unit="step", file=place, ncols=90)
-        def on_step_end(self, args, state, control, **kw): self.bar.update(state.global_step - self.bar.n)
-        def on_log(self, args, state, control, logs=None, **kw):
-            if "loss" in (logs or {}): self.bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
-        def on_train_end(self, args, state, control, **kw): self.bar.close()
-    return Bar()
-
 def _rows(rows) -> tuple[list[dict], list[str]]:
     "Conversations from a list or a JSONL file, each one checked, and the place of each: `file:line` or `rows[i]`."
     if isinstance(rows, (str, Path)):
-        chats, lines = read_chats(rows), Path(rows).read_text(encoding="utf-8-sig").split("\n")
-        return chats, [f"{rows}:{i}" for i, line in enumerate(lines, 1) if line.strip()]
+        return read_chats(rows), [f"{rows}:{i}" for i, _ in json_lines(rows)]
     rows = list(rows)
     if not rows: raise UserError("no rows. Give at least one conversation {\"messages\": […]}")
     for i, row in enumerate(rows): check_messages(row.get("messages") if isinstance(row, dict) else None, f"rows[{i}]")
@@ -174,45 +144,7 @@ def _encode(tokenizer, rows: list[dict], places: list[str], assistant_only_loss:
         except TemplateError as e: raise UserError(f"{place}: the model's chat template refuses this conversation: {e}") from None
     return encoded
 
-def _check_output(output: str | Path, model: str | Path) -> Path:
-    "Refuse to write over anything but an earlier run."
-    output, source = Path(output), Path(model_path(model))
-    if output.exists() and not (output / "run.yaml").is_file() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{output}: exists and is not a training run. Choose another output folder")
-    if source.is_dir() and output.resolve() in (source.resolve(), *source.resolve().parents):
-        raise UserError(f"{output}: holds the model that you start from. Choose another output folder")
-    return output
-
-def _lora_card(peft_config) -> dict | None:
-    "A `LoraConfig` as plain values: the usual settings, and all that differs from PEFT's defaults."
-    if peft_config is None: return None
-    plain = lambda v: sorted(v) if isinstance(v, (set, frozenset)) else getattr(v, "value", v)
-    default, left_out = type(peft_config)().to_dict(), ("base_model_name_or_path", "inference_mode", "auto_mapping")
-    always = ("peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "bias", "use_rslora", "use_dora")
-    return {k: plain(v) for k, v in peft_config.to_dict().items() if k in always or plain(v) != plain(default.get(k)) and k not in left_out}
-
-def _readme(card: dict) -> str:
-    "The run as a model card in the Hub's form."
-    library = "peft" if card["hyperparameters"]["peft_config"] else "transformers"
-    head = ["---", f"base_model: {card['model']}", f"library_name: {library}", "pipeline_tag: text-generation", "tags: [sft, trl, llmcourse]", "---", "",
-            "# A supervised fine-tune", "", "Trained with TRL's SFTTrainer by the llmcourse package; `run.yaml` repeats it.", ""]
-    facts = {"started from": f"`{card['model']}` ({card['model_hash']})", "trained on": f"{card['data']} ({card['data_hash']})", "seconds": card["seconds"], "seed": card["seed"]}
-    return "\n".join([*head, *(f"* {k}: {v}" for k, v in (facts | card["hyperparameters"]).items()), ""])
-
-def _finish(aside: Path, model, hyper: dict, peft_config, seed: int, scale: str, log: list[dict]) -> None:
-    "Name the base in the adapter, and write run.yaml and README.md."
-    source = Path(model_path(model))
-    name = str(source.resolve()) if source.is_dir() and not str(model).startswith("tutor/") else str(model)
-    if (adapter := aside / "adapter_config.json").exists():
-        fields = json.loads(adapter.read_text()) | {"base_model_name_or_path": name}
-        fields["target_modules"] = sorted(fields["target_modules"]) if isinstance(fields["target_modules"], list) else fields["target_modules"]
-        adapter.write_text(json.dumps(fields, indent=2, sort_keys=True))
-    seconds = next((round(l["train_runtime"], 2) for l in log if "train_runtime" in l), None)
-    files = {p.name: file_hash(p) for p in sorted(aside.iterdir()) if p.suffix in (".safetensors", ".json", ".jinja")}
-    card = dict(method="sft", model=name, model_hash=weights_hash(name), data="train.jsonl", data_hash=file_hash(aside / "train.jsonl"),
-                seed=seed, scale=scale, hyperparameters=hyper | {"peft_config": _lora_card(peft_config)}, seconds=seconds, files=files)
-    write_card(aside, **card)
-    (aside / "README.md").write_text(_readme(card), encoding="utf-8")
+_check_output, _lora_card, _model_hash, _quiet = check_output, lora_fields, weights_hash, quiet   # the names that chapters 07 and 09 import
 
 # %% ../nbs/06_sft.ipynb #1c829683
 def sft(
@@ -222,40 +154,56 @@ def sft(
     scale: str = "cpu",                 # a section of settings.ini
     peft_config=None,                   # a `peft.LoraConfig`: train an adapter; None: train all weights
     seed: int = 42,
-    **overrides,                        # spelled as in `trl.SFTConfig`: learning_rate, num_train_epochs, …
+    **overrides,                        # spelled as in `trl.SFTConfig`: learning_rate, num_train_epochs, save_steps, …
 ) -> Path:                              # the run folder: weights, tokenizer, train.jsonl, metrics.jsonl, run.yaml, README.md
     "Supervised fine-tuning with TRL. Raises `UserError` for rows, names or a template that cannot work, before anything is trained."
-    dial, (rows, places), output = read_scale(scale), _rows(rows), _check_output(output, model)
+    dial, (rows, places), output = read_scale(scale), _rows(rows), check_output(output, model)
     exact = dict(dtype="float32") if peft_config is None or dial["device"] == "cpu" else {}   # full: weights in float32, autocast on top
     set_seed(seed)
-    with _quiet(), write_aside(output) as aside:
+    with quiet():
         net, tokenizer = load(model, scale, **exact)
         hyper = hyperparameters(dial, net.num_parameters(), peft_config is not None, **overrides)
-        encoded = _encode(tokenizer, rows, places, hyper["assistant_only_loss"])
+        encoded, keep = _encode(tokenizer, rows, places, hyper["assistant_only_loss"]), hyper["save_strategy"] != "no"
         preflight(tokenizer, encoded, hyper["max_length"])
-        need_space(output.parent, 5 * net.num_parameters())
-        aside.mkdir()
-        write_jsonl(aside / "train.jsonl", rows)
-        log = _train(net, tokenizer, encoded, aside, hyper, peft_config, seed, dial["device"])
-        write_jsonl(aside / "metrics.jsonl", log)
-        _finish(aside, model, hyper, peft_config, seed, scale, log)
+        need_space(output.parent, (5 + keep * (36 if peft_config is None else 2)) * net.num_parameters())
+        plan = dict(method="sft", model=base_name(model), model_hash=weights_hash(model), data_hash=rows_hash(rows), seed=seed, scale=scale,
+                    hyperparameters=hyper | {"peft_config": lora_fields(peft_config)})
+        with run_folder(output, plan, keep) as folder:
+            write_jsonl(folder / "train.jsonl", rows)
+            trainer = _trainer(net, tokenizer, encoded, folder, hyper, peft_config, seed, dial["device"])
+            rehearse(trainer)
+            log, seconds = fit(trainer, folder, "SFT")
+            finish(folder, plan, log, seconds=seconds)
     return output
 
-def _train(net, tokenizer, encoded: list[dict], aside: Path, hyper: dict, peft_config, seed: int, device: str) -> list[dict]:
-    "Hand everything to TRL's `SFTTrainer`, train, save into `aside`, return the log."
+def _grouped(seed: int):
+    "TRL's `SFTTrainer`, whose batches of equally long rows depend on seed and epoch alone, so that a resumed run sees the same ones."
+    import torch
+    from transformers.trainer_pt_utils import LengthGroupedSampler
+    from trl import SFTTrainer
+    class Sampler(LengthGroupedSampler):
+        epoch = 0
+        def set_epoch(self, epoch): self.epoch = epoch
+        def __iter__(self):
+            self.generator = torch.Generator().manual_seed(seed + self.epoch)
+            return super().__iter__()
+    class Trainer(SFTTrainer):
+        def _get_train_sampler(self, train_dataset=None):
+            if self.args.train_sampling_strategy != "group_by_length": return super()._get_train_sampler(train_dataset)
+            return Sampler(self.args.train_batch_size * self.args.gradient_accumulation_steps, lengths=[len(ids) for ids in self.train_dataset["input_ids"]])
+    return Trainer
+
+def _trainer(net, tokenizer, encoded: list[dict], folder: Path, hyper: dict, peft_config, seed: int, device: str):
+    "TRL's `SFTTrainer`, with everything that a run needs."
     from datasets import Dataset
-    from transformers import PrinterCallback
-    from trl import SFTConfig, SFTTrainer
-    settings = dict(output_dir=str(aside), seed=seed, data_seed=seed, use_cpu=device == "cpu", report_to="none", save_strategy="no", disable_tqdm=True)
+    from trl import SFTConfig
+    if device == "cpu": net.set_attn_implementation("eager")     # short rows: the backward pass of the fused kernel is slower on a CPU
+    settings = dict(output_dir=str(folder), seed=seed, data_seed=seed, use_cpu=device == "cpu", report_to="none", disable_tqdm=True)
     settings |= hyper | {"assistant_only_loss": False}           # our labels say it already
-    trainer = SFTTrainer(net, args=SFTConfig(**settings), train_dataset=Dataset.from_list(encoded), processing_class=tokenizer,
-                         peft_config=copy.deepcopy(peft_config))  # PEFT writes into the one it is given
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(_bar("SFT"))
-    trainer.train()
-    trainer.save_model(str(aside)); tokenizer.save_pretrained(str(aside))
-    (aside / "training_args.bin").unlink(missing_ok=True)
-    return trainer.state.log_history
+    try: args = SFTConfig(**settings)
+    except (TypeError, ValueError) as e: raise UserError(f"SFTConfig: {e}") from e
+    return _grouped(seed)(net, args=args, train_dataset=Dataset.from_list(encoded), processing_class=tokenizer,
+                      peft_config=copy.deepcopy(peft_config))    # PEFT writes into the one it is given
 
 # %% ../nbs/06_sft.ipynb #f75dadb1
 def rerun(
@@ -263,12 +211,7 @@ def rerun(
     output: str | Path,   # where the repeated run goes
 ) -> Path:                # the new run folder
     "Repeat a run from its card. Raises `UserError` if the model or the data are no longer what they were."
-    from peft import get_peft_config
-    fields, card = read_card(card), Path(card)
-    if fields.get("method") != "sft": raise UserError(f"{card}: a card of method {fields.get('method')!r}, not sft")
-    data, hyper = (card if card.is_dir() else card.parent) / fields["data"], dict(fields["hyperparameters"])
-    if not data.is_file(): raise UserError(f"{data}: the rows of this run are gone. Bring them back, or train anew with sft()")
-    for what, now, then in ((data, file_hash(data), fields["data_hash"]), (fields["model"], weights_hash(fields["model"]), fields["model_hash"])):
-        if now != then: raise UserError(f"{what}: changed since the run (it is {now}, the card says {then}). Bring the old one back, or train anew with sft()")
-    lora = hyper.pop("peft_config", None)
-    return sft(data, output, fields["model"], fields["scale"], get_peft_config(lora) if lora else None, fields["seed"], **hyper)
+    fields, data = open_card(card, ("sft",))
+    hyper = dict(fields["hyperparameters"])
+    peft_config = adapter(hyper.pop("peft_config", None))
+    return sft(data, output, fields["model"], fields["scale"], peft_config, fields["seed"], **hyper)
