@@ -405,6 +405,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'llmcourse.runs.finish': ('workshop/runs.html#finish', 'llmcourse/runs.py'),
                                 'llmcourse.runs.fit': ('workshop/runs.html#fit', 'llmcourse/runs.py'),
                                 'llmcourse.runs.last_complete': ('workshop/runs.html#last_complete', 'llmcourse/runs.py'),
+                                'llmcourse.runs.live_plot': ('workshop/runs.html#live_plot', 'llmcourse/runs.py'),
                                 'llmcourse.runs.lora_fields': ('workshop/runs.html#lora_fields', 'llmcourse/runs.py'),
                                 'llmcourse.runs.open_card': ('workshop/runs.html#open_card', 'llmcourse/runs.py'),
                                 'llmcourse.runs.quiet': ('workshop/runs.html#quiet', 'llmcourse/runs.py'),

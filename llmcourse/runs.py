@@ -10,9 +10,10 @@ from .core import UserError, choose, file_hash, model_path, read_card, write_asi
 from .models import weights_hash
 
 # %% auto #0
-__all__ = ['NEEDED', 'PLAN', 'KEPT', 'OUT_OF_MEMORY', 'quiet', 'bar', 'seal', 'check_checkpoint', 'last_complete', 'check_output',
-           'run_folder', 'Paused', 'fit', 'check_vocabulary', 'check_schedule', 'check_packing', 'check_gradient',
-           'rehearse', 'lora_fields', 'adapter', 'rows_hash', 'base_name', 'finish', 'open_card', 'drill']
+__all__ = ['NEEDED', 'PLAN', 'KEPT', 'OUT_OF_MEMORY', 'quiet', 'bar', 'live_plot', 'seal', 'check_checkpoint', 'last_complete',
+           'check_output', 'run_folder', 'Paused', 'fit', 'check_vocabulary', 'check_schedule', 'check_packing',
+           'check_gradient', 'rehearse', 'lora_fields', 'adapter', 'rows_hash', 'base_name', 'finish', 'open_card',
+           'drill']
 
 # %% ../nbs/workshop/runs.ipynb #77631e7f
 @contextlib.contextmanager
@@ -48,6 +49,30 @@ def bar(
             if what in (logs or {}): self.bar.set_postfix({what: f"{float(logs[what]):.3f}"})
         def on_train_end(self, args, state, control, **kw): self.bar.close()
     return Bar()
+
+# %% ../nbs/workshop/runs.ipynb #0281e7e4
+def live_plot(
+    what: str = "loss",   # the logged number to draw: "loss", "reward", "learning_rate" …
+    every: float = 1.0,   # seconds between two drawings
+):
+    "A trainer callback for notebooks: one picture, drawn again while the training runs."
+    import matplotlib.pyplot as plt
+    from IPython.display import display
+    from transformers import TrainerCallback
+    class LivePlot(TrainerCallback):
+        shown, drawn = None, 0.0
+        def draw(self, state):
+            points = [(row["step"], float(row[what])) for row in state.log_history if what in row]
+            if not points: return
+            fig, ax = plt.subplots(figsize=(6, 2.4))
+            ax.plot(*zip(*points), marker="."); ax.set(xlabel="step", ylabel=what, xlim=(0, state.max_steps)); ax.grid(alpha=.3)
+            if self.shown: self.shown.update(fig)
+            else: self.shown = display(fig, display_id=True)
+            plt.close(fig); self.drawn = time.monotonic()
+        def on_log(self, args, state, control, **kw):
+            if time.monotonic() - self.drawn >= every: self.draw(state)
+        def on_train_end(self, args, state, control, **kw): self.draw(state)
+    return LivePlot()
 
 # %% ../nbs/workshop/runs.ipynb #e4bad8e5
 NEEDED = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")   # beside the weights: without them a run goes on, but not the same run
@@ -146,7 +171,7 @@ def run_folder(
         if output.is_dir(): shutil.rmtree(output)
         os.replace(place / "run", output); shutil.rmtree(place)
 
-# %% ../nbs/workshop/runs.ipynb #f07b5a8b
+# %% ../nbs/workshop/runs.ipynb #db420507
 KEPT = 2   # checkpoints
 
 class Paused(SystemExit):
@@ -178,6 +203,7 @@ def fit(
     folder: Path,         # from `run_folder`
     name: str,            # before the progress bar
     what: str = "loss",   # the number behind it
+    callbacks=(),         # more of transformers' `TrainerCallback`s
 ) -> tuple[list[dict], float]:   # the trainer's log; seconds of training, all starts together
     "Train, from the last whole checkpoint if there is one, and save weights and tokenizer. Raises `Paused` after SIGTERM when work is left."
     import torch
@@ -187,7 +213,7 @@ def fit(
     before = check_checkpoint(last)["seconds"] if last else 0.0
     keeper = _keeper(checkpoints, before)
     trainer.remove_callback(PrinterCallback); trainer.add_callback(bar(name, what))
-    if keep: trainer.add_callback(keeper)
+    for callback in [keeper] * keep + list(callbacks): trainer.add_callback(callback)
     with _on_sigterm(lambda: setattr(keeper, "asked", True)) if keep else contextlib.nullcontext():
         try: trainer.train(resume_from_checkpoint=str(last) if last else None)
         except torch.OutOfMemoryError: raise UserError(OUT_OF_MEMORY) from None
