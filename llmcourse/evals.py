@@ -133,7 +133,7 @@ def summary(
     if overall: groups["all"] = [r[key] for r in results]
     return [{"task": t, **score(sum(g), len(g))} for t, g in groups.items()]
 
-# %% ../nbs/04_evals.ipynb #369b3f20
+# %% ../nbs/04_evals.ipynb #a41a217d
 def show(
     rows: list[dict],  # scores, or any other rows
 ):                     # a `DataFrame`
@@ -142,7 +142,7 @@ def show(
     shares = ("accuracy", "before", "after", "gain")
     def tidy(row):
         row = dict(row)
-        if {"low", "high"} <= set(row): row["95 % interval"] = f"{100 * row.pop('low'):.0f}–{100 * row.pop('high'):.0f} %"
+        if {"low", "high"} <= set(row): row["95 % interval"] = f"{100 * row['low']:.0f}{' to ' if row['low'] < 0 else '–'}{100 * row.pop('high'):.0f} %"; del row["low"]
         return {k: f"{100 * v:.0f} %" if k in shares and isinstance(v, float) else v for k, v in row.items()}
     return pd.DataFrame([tidy(r) for r in rows])
 
