@@ -285,3 +285,10 @@ def test_packing_is_measured(small, tmp_path):
     def blind(self, *args, position_ids=None, **kwargs): return right(self, *args, **kwargs)
     t.model.forward = blind.__get__(t.model)
     with pytest.raises(UserError, match="packing: rows in one batch see each other"): rehearse(t)
+
+
+def test_tracking_is_one_word_away(small, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    run = sft(output=tmp_path / "run", **options(small, report_to="tensorboard", logging_steps=2))
+    events = EventAccumulator(str(next(run.rglob("events.out.tfevents*")).parent)); events.Reload()
+    assert [e.step for e in events.Scalars("train/loss")] == list(range(2, 21, 2))
