@@ -457,6 +457,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'llmcourse.sft._rows': ('sft.html#_rows', 'llmcourse/sft.py'),
                                'llmcourse.sft._spans': ('sft.html#_spans', 'llmcourse/sft.py'),
                                'llmcourse.sft._trainer': ('sft.html#_trainer', 'llmcourse/sft.py'),
+                               'llmcourse.sft._weights': ('sft.html#_weights', 'llmcourse/sft.py'),
                                'llmcourse.sft.hyperparameters': ('sft.html#hyperparameters', 'llmcourse/sft.py'),
                                'llmcourse.sft.preflight': ('sft.html#preflight', 'llmcourse/sft.py'),
                                'llmcourse.sft.rerun': ('sft.html#rerun', 'llmcourse/sft.py'),

@@ -125,7 +125,7 @@ def hyperparameters(
                 save_strategy="steps" if gpu or "save_steps" in overrides else "no", save_steps=100)
     return ours | overrides
 
-# %% ../nbs/06_sft.ipynb #dc3febd3
+# %% ../nbs/06_sft.ipynb #07f5cba0
 def _rows(rows) -> tuple[list[dict], list[str]]:
     "Conversations from a list or a JSONL file, each one checked, and the place of each: `file:line` or `rows[i]`."
     if isinstance(rows, (str, Path)):
@@ -135,18 +135,19 @@ def _rows(rows) -> tuple[list[dict], list[str]]:
     for i, row in enumerate(rows): check_messages(row.get("messages") if isinstance(row, dict) else None, f"rows[{i}]")
     return rows, [f"rows[{i}]" for i in range(len(rows))]
 
-def _encode(tokenizer, rows: list[dict], places: list[str], assistant_only_loss: bool) -> list[dict]:
-    "Tokenize every row. Raises `UserError` that names the row at which the template or the tokenizer gives up."
+def _encode(tokenizer, rows: list[dict], places: list[str], hyper: dict) -> list[dict]:
+    "Tokenize and check every row. Raises `UserError` that names the row at which the template or the tokenizer gives up."
     from jinja2 import TemplateError
     encoded = []
     for row, place in zip(rows, places):
-        try: encoded.append(tokenize(tokenizer, row["messages"], assistant_only_loss))
+        try: encoded.append(tokenize(tokenizer, row["messages"], hyper["assistant_only_loss"]))
         except TemplateError as e: raise UserError(f"{place}: the model's chat template refuses this conversation: {e}") from None
+    preflight(tokenizer, encoded, hyper["max_length"])
     return encoded
 
 _check_output, _lora_card, _model_hash, _quiet = check_output, lora_fields, weights_hash, quiet   # the names that chapters 07 and 09 import
 
-# %% ../nbs/06_sft.ipynb #30221aac
+# %% ../nbs/06_sft.ipynb #753f37de
 def sft(
     rows,                               # conversations, {"messages": […]} each, or the path of a JSONL file of them
     output: str | Path,                 # the run folder; an earlier run there is replaced
@@ -162,29 +163,29 @@ def sft(
 ) -> Path:                              # the run folder: weights, tokenizer, train.jsonl, metrics.jsonl, run.yaml, README.md
     "Supervised fine-tuning with TRL. Raises `UserError` for rows, names or a template that cannot work, before anything is trained."
     dial, (rows, places), output = read_scale(scale), _rows(rows), check_output(output, model)
-    how = dict(dtype="float32") if peft_config is None or dial["device"] == "cpu" else {}   # full: weights in float32, autocast on top
-    if quantization_config and peft_config is None: raise UserError("weights of 4 or 8 bits cannot be trained. Give peft_config=lora_config(): the adapter is what learns")
-    if quantization_config: how["quantization_config"] = quantization_config
-    if loftq and not getattr(quantization_config, "load_in_4bit", False): raise UserError("loftq makes up for rounding to 4 bits. Give quantization_config=BitsAndBytesConfig(load_in_4bit=True)")
     set_seed(seed)
     with quiet():
-        net, tokenizer = load(model, scale, **how)
+        net, tokenizer = load(model, scale, **_weights(dial, peft_config, quantization_config, loftq))
         if freeze_trainable_layers: _freeze(net, freeze_trainable_layers)
         hyper = hyperparameters(dial, net.num_parameters(), peft_config is not None, **overrides)
-        encoded, keep = _encode(tokenizer, rows, places, hyper["assistant_only_loss"]), hyper["save_strategy"] != "no"
-        preflight(tokenizer, encoded, hyper["max_length"])
+        encoded, keep = _encode(tokenizer, rows, places, hyper), hyper["save_strategy"] != "no"
         need_space(output.parent, (5 + keep * (36 if peft_config is None else 2)) * net.num_parameters())
-        plan = dict(method="sft", model=base_name(model), model_hash=weights_hash(model), data_hash=rows_hash(rows), seed=seed, scale=scale,
-                    hyperparameters=hyper | {"peft_config": lora_fields(peft_config), "quantization_config": _bits(quantization_config),
-                                             "loftq": loftq, "freeze_trainable_layers": freeze_trainable_layers})
+        ours = dict(peft_config=lora_fields(peft_config), quantization_config=_bits(quantization_config), loftq=loftq, freeze_trainable_layers=freeze_trainable_layers)
+        plan = dict(method="sft", model=base_name(model), model_hash=weights_hash(model), data_hash=rows_hash(rows), seed=seed, scale=scale, hyperparameters=hyper | ours)
         with run_folder(output, plan, keep) as folder:
             write_jsonl(folder / "train.jsonl", rows)
             trainer = _trainer(net, tokenizer, encoded, folder, hyper, peft_config, seed, dial["device"])
             if loftq: _loftq(trainer.model, model, scale)
             rehearse(trainer)
-            log, seconds = fit(trainer, folder, "SFT", callbacks=callbacks)
-            finish(folder, plan, log, seconds=seconds)
+            finish(folder, plan, *fit(trainer, folder, "SFT", callbacks=callbacks))
     return output
+
+def _weights(dial: dict, peft_config, quantization_config, loftq: bool) -> dict:
+    "How to load the weights, for `load`. Raises `UserError` for settings that do not go together."
+    if quantization_config and peft_config is None: raise UserError("weights of 4 or 8 bits cannot be trained. Give peft_config=lora_config(): the adapter is what learns")
+    if loftq and not getattr(quantization_config, "load_in_4bit", False): raise UserError("loftq makes up for rounding to 4 bits. Give quantization_config=BitsAndBytesConfig(load_in_4bit=True)")
+    exact = dict(dtype="float32") if peft_config is None or dial["device"] == "cpu" else {}   # full: weights in float32, autocast on top
+    return exact | (dict(quantization_config=quantization_config) if quantization_config else {})
 
 def _freeze(net, layers: int) -> None:
     "Let only the last blocks learn."
