@@ -37,7 +37,7 @@ def _turn(m, place: str) -> Message:
     rest = {k: v for k, v in m.items() if k not in ("role", "from", "content", "value") and v is not None}
     return {"role": ROLE[role], "content": _content(m.get("content", m.get("value")), place), **rest}
 
-# %% ../nbs/05_data.ipynb #38cfb4da
+# %% ../nbs/05_data.ipynb #1cd38730
 FORMATS = ("messages", "sharegpt", "alpaca", "dolly", "prompt-completion", "chatml", "text")   # one answer
 PREFERENCES = ("preference", "openai-dpo", "ultrafeedback")                                    # a better and a worse one
 PAIRS = (("prompt", "completion"), ("prompt", "response"), ("question", "answer"), ("input", "output"))
@@ -49,17 +49,17 @@ def detect(
     "Tell the form of a row by its columns. Raises `UserError` if there is none."
     if isinstance(row, str): row = {"text": row}
     if not isinstance(row, dict): raise UserError(f"{place}: a {type(row).__name__}, not an object with columns")
-    has = lambda *names: all(row.get(n) is not None for n in names)
-    if has("input", "preferred_output", "non_preferred_output"): return "openai-dpo"
-    if has("chosen", "rejected"): return "preference"
-    if has("instruction", "completions") or has("prompt", "completions"): return "ultrafeedback"
-    if has("prompt", "completion", "label"): return "unpaired"
-    if has("messages"): return "messages"
-    if has("conversations"): return "sharegpt"
-    if has("instruction", "output"): return "alpaca"
-    if has("instruction", "response"): return "dolly"
-    if any(has(*pair) for pair in PAIRS): return "prompt-completion"
-    if has("text"): return "chatml" if isinstance(row["text"], str) and "<|im_start|>" in row["text"] else "text"
+    has = {k for k, v in row.items() if v is not None}.issuperset
+    if has(["input", "preferred_output", "non_preferred_output"]): return "openai-dpo"
+    if has(["chosen", "rejected"]): return "preference"
+    if has(["instruction", "completions"]) or has(["prompt", "completions"]): return "ultrafeedback"
+    if has(["prompt", "completion", "label"]): return "unpaired"
+    if has(["messages"]): return "messages"
+    if has(["conversations"]): return "sharegpt"
+    if has(["instruction", "output"]): return "alpaca"
+    if has(["instruction", "response"]): return "dolly"
+    if any(map(has, PAIRS)): return "prompt-completion"
+    if has(["text"]): return "chatml" if isinstance(row["text"], str) and "<|im_start|>" in row["text"] else "text"
     known = ("messages", "conversations", "instruction", "prompt", "completion", "chosen", "rejected", "text", "output", "response")
     close = [f"{k!r} may be {c[0]!r}" for k in row if k not in known and (c := difflib.get_close_matches(str(k), known, 1, 0.75))]
     raise UserError(f"{place}: columns {', '.join(map(str, row)) or '(none)'}: no form that we know. {'; '.join(close) or 'Rename them to messages, or to prompt and completion'}")
@@ -461,23 +461,24 @@ def turn_faults(messages: list[Message]) -> Iterator[tuple[str, str]]:
         if a["content"].strip() and a["content"].strip() == b["content"].strip(): yield "warning", f"turn {j} repeats turn {j - 1} word for word"
         elif a["role"] == b["role"] != "tool": yield "warning", f"turns {j - 1} and {j} are both the {b['role']}'s: Llama 2's, Mistral's and Gemma's templates refuse it"
 
-# %% ../nbs/05_data.ipynb #4cff7410
+# %% ../nbs/05_data.ipynb #6b79c34c
 SECRETS = {"an AWS key": r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b", "a GitHub token": r"\b(?:gh[pousr]_[A-Za-z0-9]{36}|github_pat_\w{50})", "an API key": r"\bsk-[A-Za-z0-9_-]{20,}",
            "a Hugging Face token": r"\bhf_[A-Za-z0-9]{30,}", "a Google key": r"\bAIza[\w-]{35}", "a Slack token": r"\bxox[abeprs]-[\w-]{10,}", "a Stripe key": r"\b[rs]k_live_\w{16,}",
            "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY", "a signed web token": r"\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]+",
            "a password": r"(?i:\b(?:password|passwd|secret|api[_-]?key|token)\b[\"']?\s*[:=]\s*[\"']?(?=[^\s\"']*\d)[^\s\"']{8,})"}
 _SECRET = re.compile("|".join(f"({p})" for p in SECRETS.values()))
-_HINT = re.compile(r"AKIA|ASIA|gh[pousr]_|github_pat_|sk-|hf_|AIza|xox|k_live_|PRIVATE KEY|eyJ|(?i:passw|secret|api[_-]?key|token)")   # a cheap look first
+_HINTS = ("akia", "asia", "ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_", "sk-", "hf_", "aiza", "xox", "k_live_", "private key", "eyj", "passw", "secret", "key", "token")
 _EMAIL = re.compile(r"\b[\w.+-]+@(?!example\.)[\w-]+(?:\.[\w-]+)*\.[a-zA-Z]{2,}\b")
 _SPECIAL = re.compile(r"<\|[a-z_]+\|>|\[/?INST\]|</?s>|<(?:start|end)_of_turn>|<bos>|<eos>|<<SYS>>")
 _GARBLED = re.compile(r"\ufffd|Ã[\x80-\xbf]|â€")
 
 def text_faults(text: str) -> Iterator[tuple[str, str]]:
     "What is wrong with the letters of one conversation: (level, what). A secret is never printed whole."
-    if _HINT.search(text) and (m := _SECRET.search(text)): yield "error", f"holds {list(SECRETS)[m.lastindex - 1]} ({m[0][:4]}…): take it out, and revoke it"
+    small = text.lower()   # a cheap look first
+    if any(hint in small for hint in _HINTS) and (m := _SECRET.search(text)): yield "error", f"holds {list(SECRETS)[m.lastindex - 1]} ({m[0][:4]}…): take it out, and revoke it"
     if "@" in text and (m := _EMAIL.search(text)): yield "warning", f"holds an e-mail address ({m[0][:2]}…@{m[0].rpartition('@')[2]})"
-    if m := _SPECIAL.search(text): yield "warning", f"holds {m[0]}: the text was rendered already, or somebody plays tricks. BOS would be doubled, turns torn"
-    if m := _GARBLED.search(text): yield "warning", f"wrongly decoded letters near {text[max(0, m.start() - 8):m.end() + 4]!r}: read the source again as UTF-8"
+    if ("<" in text or "[" in text) and (m := _SPECIAL.search(text)): yield "warning", f"holds {m[0]}: the text was rendered already, or somebody plays tricks. BOS would be doubled, turns torn"
+    if not text.isascii() and (m := _GARBLED.search(text)): yield "warning", f"wrongly decoded letters near {text[max(0, m.start() - 8):m.end() + 4]!r}: read the source again as UTF-8"
 
 # %% ../nbs/05_data.ipynb #973af032
 def synthesize(

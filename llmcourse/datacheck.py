@@ -16,13 +16,14 @@ from .models import load, load_tokenizer
 # %% auto #0
 __all__ = ['Lengths', 'Seen', 'Report', 'training_speed', 'check_data']
 
-# %% ../nbs/workshop/datacheck.ipynb #d8c08f82
+# %% ../nbs/workshop/datacheck.ipynb #d482b30d
 class Lengths:
     "Tokens of each row: measured for the first `sample` rows, estimated from the letters for the others."
     def __init__(self, tokenizer, max_length: int, sample: int):
         self.tokenizer, self.max_length, self.sample = tokenizer, max_length, sample
         self.measured, self.letters, self.trained, self.rows = [], 0, 0, 0
         self.kept = self.longest = 0   # tokens that fit into the room, and the longest row
+        getattr(tokenizer, "deprecation_warnings", {})["sequence-length-is-longer-than-the-specified-maximum"] = True   # we say it ourselves
 
     def faults(self, chat: list[Message], tools=None) -> Iterator[tuple[str, str]]:
         "What is wrong with the tokens of one conversation: (level, what)."

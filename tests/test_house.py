@@ -15,7 +15,7 @@ import yaml
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "nbs").rglob("*.ipynb"))
-LEVEL = {"core": 0, "check": 1, "tutor": 1, "models": 1, "serve": 2, "evals": 2, "sft": 2, "lora": 3, "rl": 3, "export": 3, "chat": 4,
+LEVEL = {"core": 0, "check": 1, "tutor": 1, "models": 1, "serve": 2, "files": 1, "data": 1.5, "datacheck": 2, "evals": 2, "sft": 2, "lora": 3, "rl": 3, "export": 3, "chat": 4,
          "checkpoints": 4, "demo": 5, "cli": 6, "exercises": 6}
 HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "gradio", "openai", "gguf", "xllamacpp", "matplotlib", "pandas", "numpy", "fastapi"}
 
