@@ -305,13 +305,14 @@ def tokenize(
         mask = [any(start <= a < b <= end for start, end in spans) for a, b in out["offset_mapping"]]
     return {"input_ids": list(ids), "labels": [t if m else -100 for t, m in zip(ids, mask)]}
 
-# %% ../nbs/05_data.ipynb #10ab3597
+# %% ../nbs/05_data.ipynb #e19f2618
 def end_ids(tokenizer) -> set[int]:
     "Every token that ends a turn: those of `stop_ids`, and the special token that the template writes behind an answer."
     ends = set(stop_ids(tokenizer))
     if not tokenizer.chat_template: return ends
     chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "xyz"}]
-    behind = _draw(tokenizer, chat, tokenize=False).rpartition("xyz")[2]
+    before, there, behind = _draw(tokenizer, chat, tokenize=False).rpartition("xyz")
+    if not there: return ends
     special = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
     return ends | {i for i in tokenizer(behind, add_special_tokens=False)["input_ids"][:3] if i in special}
 
@@ -461,7 +462,7 @@ def turn_faults(messages: list[Message]) -> Iterator[tuple[str, str]]:
         if a["content"].strip() and a["content"].strip() == b["content"].strip(): yield "warning", f"turn {j} repeats turn {j - 1} word for word"
         elif a["role"] == b["role"] != "tool": yield "warning", f"turns {j - 1} and {j} are both the {b['role']}'s: Llama 2's, Mistral's and Gemma's templates refuse it"
 
-# %% ../nbs/05_data.ipynb #6b79c34c
+# %% ../nbs/05_data.ipynb #9d8ae88e
 SECRETS = {"an AWS key": r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b", "a GitHub token": r"\b(?:gh[pousr]_[A-Za-z0-9]{36}|github_pat_\w{50})", "an API key": r"\bsk-[A-Za-z0-9_-]{20,}",
            "a Hugging Face token": r"\bhf_[A-Za-z0-9]{30,}", "a Google key": r"\bAIza[\w-]{35}", "a Slack token": r"\bxox[abeprs]-[\w-]{10,}", "a Stripe key": r"\b[rs]k_live_\w{16,}",
            "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY", "a signed web token": r"\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]+",
@@ -469,7 +470,7 @@ SECRETS = {"an AWS key": r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b", "a GitHub token": r"\
 _SECRET = re.compile("|".join(f"({p})" for p in SECRETS.values()))
 _HINTS = ("akia", "asia", "ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_", "sk-", "hf_", "aiza", "xox", "k_live_", "private key", "eyj", "passw", "secret", "key", "token")
 _EMAIL = re.compile(r"\b[\w.+-]+@(?!example\.)[\w-]+(?:\.[\w-]+)*\.[a-zA-Z]{2,}\b")
-_SPECIAL = re.compile(r"<\|[a-z_]+\|>|\[/?INST\]|</?s>|<(?:start|end)_of_turn>|<bos>|<eos>|<<SYS>>")
+_SPECIAL = re.compile(r"<\|[a-z0-9_]+\|>|\[/?INST\]|</?s>|<(?:start|end)_of_turn>|<bos>|<eos>|<<SYS>>")
 _GARBLED = re.compile(r"\ufffd|Ã[\x80-\xbf]|â€")
 
 def text_faults(text: str) -> Iterator[tuple[str, str]]:

@@ -171,7 +171,7 @@ def _mixed(report: Report) -> None:
         other = kind(form) != kind(common[0][0])
         report.say("error" if other else "warning", report.first[form], f"mixed formats: {n:,} rows of the form {form} among {common[0][1]:,} of {common[0][0]}" + (": no trainer takes both" if other else ""))
 
-# %% ../nbs/workshop/datacheck.ipynb #3d9c191f
+# %% ../nbs/workshop/datacheck.ipynb #f92d505a
 def check_data(
     source: str | Path,                 # as for `data.lines`
     model: str = "",                    # whose tokenizer and template; the scale's by default
@@ -191,21 +191,21 @@ def check_data(
     for number, row in lines(source):
         report.rows += 1
         _examine(report, number, row, seen, lengths, Path(source).name if against else "all")
+    sides = report.sides.copy()
     for number, row in lines(against) if against else (): _examine(report, number | 1 << 40, row, seen, other, Path(against).name)
     if not report.rows: raise UserError(f"{source}: no rows. Give at least one")
     _mixed(report)
     for code, level, what in seen.copies(): report.say(level, code, what)
-    held = report.sides["test"] + report.sides["validation"] + (report.sides[Path(against).name] if against else 0)
-    report.run = _run(dial, lengths, report.sides.total() - held, epochs)
+    report.run = _run(dial, lengths, sides, epochs)
     if not tokens_per_second and str(model).startswith("tutor/") and lengths.measured: tokens_per_second = training_speed(model, scale)
     if tokens_per_second:
         seconds = report.run["tokens"] / tokens_per_second
         report.run |= dict(tokens_per_second=tokens_per_second, seconds=seconds, cost=seconds / 3600 * price)
     return report
 
-def _run(dial: dict, lengths: Lengths, rows: int, epochs: float) -> dict:
-    "What a training on these rows would take."
-    batch, share = dial["batch_size"] * dial["grad_accum"], rows / max(1, lengths.rows)
+def _run(dial: dict, lengths: Lengths, sides: Counter, epochs: float) -> dict:
+    "What a training on these rows, test and validation left out, would take."
+    rows, batch = sides.total() - sides["test"] - sides["validation"], dial["batch_size"] * dial["grad_accum"]
     return dict(lengths=lengths.measured, longest=lengths.longest, max_length=dial["max_length"], rows=lengths.rows, batch=batch,
-                tokens=round(lengths.kept * min(1, share) * epochs), steps=math.ceil(math.ceil(rows / batch) * epochs),
+                tokens=round(lengths.kept * rows / max(1, sides.total()) * epochs), steps=math.ceil(math.ceil(rows / batch) * epochs),
                 trained=lengths.trained / max(1, sum(min(n, dial["max_length"]) for n in lengths.measured)))

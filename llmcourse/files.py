@@ -40,7 +40,7 @@ def _jsonl(path: Path) -> Iterator[tuple]:
             if whole and raw.strip(): yield number, _json_line(raw)
             whole = raw.endswith(b"\n")
 
-# %% ../nbs/workshop/files.ipynb #2e3e8598
+# %% ../nbs/workshop/files.ipynb #64433e12
 def _array(path: Path) -> Iterator[tuple]:
     try: rows = json.loads(path.read_bytes().decode("utf-8-sig"))
     except UnicodeDecodeError as e: yield 1, f"byte {e.start + 1} of the file is not UTF-8. Save it as UTF-8"; return
@@ -49,9 +49,11 @@ def _array(path: Path) -> Iterator[tuple]:
     yield from ((i, _whole(r) if isinstance(r, dict) else f"a {type(r).__name__}, not an object") for i, r in enumerate(rows if isinstance(rows, list) else [rows], 1))
 
 def _cell(text: str):
-    "A cell that holds JSON, as messages do in a CSV, is read as JSON."
-    try: return json.loads(text) if text[:1] in "[{" and text else text
-    except json.JSONDecodeError: return text
+    "A cell that holds turns as JSON becomes a list; any other JSON, as an answer may be, stays text."
+    try: value = json.loads(text) if text[:1] in ("[", "{") else text
+    except (json.JSONDecodeError, RecursionError): return text
+    first = value[0] if isinstance(value, list) and value else value
+    return value if isinstance(first, dict) and {"role", "from", "messages", "response", "function"} & set(first) else text
 
 def _table(path: Path) -> Iterator[tuple]:
     csv.field_size_limit(LONGEST)

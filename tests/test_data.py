@@ -212,6 +212,13 @@ def test_bad_lines_are_named_and_the_rest_is_read(line, words, tmp_path):
     with pytest.raises(UserError, match=r"a.jsonl:3: "): read(path)
 
 
+def test_json_in_a_cell_is_an_answer_unless_it_is_turns(tmp_path):
+    path = tmp_path / "a.csv"
+    with path.open("w", newline="") as f:
+        csv.writer(f).writerows([["prompt", "completion"], ["as JSON?", '{"a": 1}'], ["as a list?", "[1, 2]"], [json.dumps([user("hi")]), "[oh"]])
+    assert [c["messages"] for c in read(path)] == [[user("as JSON?"), said('{"a": 1}')], [user("as a list?"), said("[1, 2]")], [user("hi"), said("[oh")]]
+
+
 def test_files_of_another_kind(tmp_path):
     (tmp_path / "a.jsonl").write_text("{}".encode("utf-16").decode("latin-1"), encoding="latin-1")
     with pytest.raises(UserError, match="UTF-16"): read(tmp_path / "a.jsonl")
