@@ -16,7 +16,7 @@ from .tutor import TEMPLATE
 # %% auto #0
 __all__ = ['ROLE', 'FORMATS', 'PREFERENCES', 'PAIRS', 'CHATML', 'COLUMNS', 'NAMES', 'HH', 'LABELS', 'GALLERY', 'DATE', 'SIDES',
            'SECRETS', 'detect', 'to_messages', 'from_messages', 'to_preference', 'from_preference', 'to_unpaired',
-           'canonical', 'conversations', 'read', 'dress', 'tokenize', 'end_ids', 'XRay', 'xray', 'xray_file',
+           'canonical', 'conversations', 'read', 'dress', 'tokenize', 'XRay', 'end_ids', 'xray', 'xray_file',
            'NearDuplicates', 'opening', 'side', 'turn_faults', 'text_faults', 'synthesize', 'to_pairs']
 
 # %% ../nbs/05_data.ipynb #11a20a43
@@ -305,17 +305,7 @@ def tokenize(
         mask = [any(start <= a < b <= end for start, end in spans) for a, b in out["offset_mapping"]]
     return {"input_ids": list(ids), "labels": [t if m else -100 for t, m in zip(ids, mask)]}
 
-# %% ../nbs/05_data.ipynb #e19f2618
-def end_ids(tokenizer) -> set[int]:
-    "Every token that ends a turn: those of `stop_ids`, and the special token that the template writes behind an answer."
-    ends = set(stop_ids(tokenizer))
-    if not tokenizer.chat_template: return ends
-    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "xyz"}]
-    before, there, behind = _draw(tokenizer, chat, tokenize=False).rpartition("xyz")
-    if not there: return ends
-    special = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-    return ends | {i for i in tokenizer(behind, add_special_tokens=False)["input_ids"][:3] if i in special}
-
+# %% ../nbs/05_data.ipynb #42317697
 class XRay:
     "One row, token by token: `counts`, `faults()`, a coloured picture in a notebook, and `ansi()` for a terminal."
     def __init__(self,
@@ -338,7 +328,7 @@ class XRay:
 
     def ansi(self) -> str:
         "The picture in a terminal's colours: trained tokens on green in two shades, masked ones in grey."
-        paint = lambda i, p: (f"\x1b[30;{(42, 102)[i % 2]}m" if self.trained[i] else f"\x1b[{(90, 37)[i % 2]}m") + _plain(p).replace("\n", "↵\x1b[0m\n") + "\x1b[0m"
+        paint = lambda i, p: (f"\x1b[30;{(42, 102)[i % 2]}m" if self.trained[i] else f"\x1b[{(90, 2)[i % 2]}m") + _plain(p).replace("\n", "↵\x1b[0m\n") + "\x1b[0m"
         return "".join(paint(i, p) for i, p in enumerate(self.pieces)) + f"\n{self._counts()}"
 
     def faults(self) -> list[str]:
@@ -351,7 +341,17 @@ def _plain(text: str) -> str:
     "Without control characters, which a terminal would obey."
     return "".join(c if c.isprintable() or c in "\n\t" else "·" for c in text)
 
-# %% ../nbs/05_data.ipynb #6b4aad67
+# %% ../nbs/05_data.ipynb #8011495b
+def end_ids(tokenizer) -> set[int]:
+    "Every token that ends a turn: those of `stop_ids`, and the special token that the template writes behind an answer."
+    ends = set(stop_ids(tokenizer))
+    if not tokenizer.chat_template: return ends
+    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "xyz"}]
+    before, there, behind = _draw(tokenizer, chat, tokenize=False).rpartition("xyz")
+    if not there: return ends
+    special = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    return ends | {i for i in tokenizer(behind, add_special_tokens=False)["input_ids"][:3] if i in special}
+
 def xray(
     tokenizer,
     row,        # messages, or a row as a trainer has it: {"input_ids", "labels"}
