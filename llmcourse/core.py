@@ -5,14 +5,14 @@
 # %% ../nbs/workshop/core.ipynb #877e1a2f
 from __future__ import annotations
 import configparser, contextlib, difflib, hashlib, json, os, random, shutil, sys, tempfile, time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from importlib import resources
 from pathlib import Path
 
 # %% auto #0
 __all__ = ['Message', 'Generate', 'ROLES', 'CARD_KEYS', 'CHAPTERS', 'UserError', 'choose', 'scale', 'set_seed', 'weights',
-           'checkpoints', 'model_path', 'write_aside', 'need_space', 'write_jsonl', 'read_jsonl', 'check_messages',
-           'read_chats', 'file_hash', 'environment', 'write_card', 'read_card', 'stopwatch', 'home']
+           'checkpoints', 'model_path', 'write_aside', 'need_space', 'write_jsonl', 'json_lines', 'read_jsonl',
+           'check_messages', 'read_chats', 'file_hash', 'environment', 'write_card', 'read_card', 'stopwatch', 'home']
 
 # %% ../nbs/workshop/core.ipynb #a71c98b3
 Message = dict[str, str]                     # {"role": "user", "content": "What is 2 + 2?"}
@@ -125,18 +125,25 @@ def write_jsonl(path: str | Path, rows: Iterable[dict]) -> Path:
         for row in rows: f.write(json.dumps(row, ensure_ascii=False) + "\n")
     return Path(path)
 
-def read_jsonl(path: str | Path) -> list[dict]:
-    "Read one JSON object a line. Raises `UserError` that names the file and the line."
-    path, rows = Path(path), []
+def json_lines(
+    path: str | Path,             # a JSONL file; blank lines are left out
+) -> Iterator[tuple[int, dict]]:  # the number of the line, from 1, and its object
+    "Read one JSON object a line, one at a time. Raises `UserError` that names the file and the line."
+    path = Path(path)
     if not path.is_file(): raise UserError(f"{path}: no such file. Give a JSONL file, one JSON object a line")
-    try: lines = path.read_text(encoding="utf-8-sig").split("\n")   # not splitlines: JSON may hold U+2028
-    except UnicodeDecodeError as e: raise UserError(f"{path}: byte {e.start} is not UTF-8. Save the file as UTF-8") from None
-    for i, line in enumerate(lines, 1):
-        if not line.strip(): continue
-        try: row = json.loads(line)
-        except json.JSONDecodeError as e: raise UserError(f"{path}:{i}: not JSON ({e.msg} at column {e.colno}). Each line is one JSON object") from None
-        if not isinstance(row, dict): raise UserError(f"{path}:{i}: a {type(row).__name__}, not an object. Each line is one {{...}}")
-        rows.append(row)
+    with open(path, "rb") as lines:   # in bytes, a line ends at a newline alone: JSON may hold U+2028
+        for i, line in enumerate(lines, 1):
+            try: text = line.decode("utf-8-sig" if i == 1 else "utf-8")
+            except UnicodeDecodeError as e: raise UserError(f"{path}:{i}: byte {e.start + 1} of the line is not UTF-8. Save the file as UTF-8") from None
+            if not text.strip(): continue
+            try: row = json.loads(text)
+            except json.JSONDecodeError as e: raise UserError(f"{path}:{i}: not JSON ({e.msg} at column {e.colno}). Each line is one JSON object") from None
+            if not isinstance(row, dict): raise UserError(f"{path}:{i}: a {type(row).__name__}, not an object. Each line is one {{...}}")
+            yield i, row
+
+def read_jsonl(path: str | Path) -> list[dict]:
+    "Read a whole JSONL file. Raises `UserError` that names the file and the line, or for a file without rows."
+    rows = [row for _, row in json_lines(path)]
     if not rows: raise UserError(f"{path}: empty. Give at least one row")
     return rows
 
@@ -159,8 +166,11 @@ def check_messages(
 
 def read_chats(path: str | Path) -> list[dict]:
     "Read training conversations, rows of `{\"messages\": […]}`, and check each one."
-    rows = read_jsonl(path)
-    for i, row in enumerate(rows, 1): check_messages(row.get("messages"), f"{path}:{i}")
+    rows = []
+    for i, row in json_lines(path):
+        check_messages(row.get("messages"), f"{path}:{i}")
+        rows.append(row)
+    if not rows: raise UserError(f"{path}: empty. Give at least one row")
     return rows
 
 # %% ../nbs/workshop/core.ipynb #73e381a8

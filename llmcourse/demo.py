@@ -29,14 +29,22 @@ def export_folder(
     return [name, modelfile(name, load_tokenizer(model), output / "Modelfile")]
 
 @contextlib.contextmanager
-def served(model="tutor/sft", port: int = 0, host: str = "127.0.0.1", key: str | None = None, engine: str = "llama.cpp", quant: str = "Q8_0"):
-    "Serve any model, exporting it first where the engine needs that. Yields the server."
-    from llmcourse.models import load
-    from llmcourse.serve import serve
+def served(
+    model: str | Path = "tutor/sft",  # a .gguf, a checkpoint, a folder, or a Hub name
+    port: int = 0,                    # 0: any free one
+    host: str = "127.0.0.1",          # any other than loopback needs a key
+    key: str | None = None,           # clients must send it
+    engine: str = "llama.cpp",        # or "transformers"
+    quant: str = "Q8_0",              # for llama.cpp and a model that is not a GGUF yet
+    n_parallel: int = 4,              # conversations at once (llama.cpp)
+):
+    "Serve any model, exporting it first where the engine needs that. Yields the server. Raises `UserError` before it exports for a port in use, or an open door without a key."
+    from llmcourse.serve import check_address, serve
+    check_address(host, port, key)
     with tempfile.TemporaryDirectory(prefix="llmcourse-") as tmp:
         if choose(engine, ["llama.cpp", "transformers"], "engine") == "llama.cpp" and not str(model).endswith(".gguf"):
             model = export_folder(model, tmp, quant)[0]
-        with serve(model, port=port, engine=engine, host=host, key=key) as server: yield server
+        with serve(model, port=port, engine=engine, host=host, key=key, n_parallel=n_parallel) as server: yield server
 
 # %% ../nbs/workshop/demo.ipynb #44fca6cf
 def rung(
@@ -104,7 +112,7 @@ def _ship(output: Path, problems: list[dict]) -> dict:
     from llmcourse.serve import remote
     _say("Export to GGUF, quantise to Q8_0, serve by llama.cpp")
     with stopwatch() as took: gguf, modelfile = export_folder(output / "grpo", output / "gguf", "Q8_0")
-    with served(gguf) as server:
+    with served(gguf, n_parallel=8) as server:
         print(f"  serving at {server.url}")
         results = evals.evaluate(remote(server.url, max_tokens=160, temperature=0), problems, workers=8)
     _quote(results[-1])

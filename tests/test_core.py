@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from llmcourse.core import UserError, file_hash, read_card, read_jsonl, scale, write_aside, write_card, write_jsonl
+from llmcourse.core import UserError, file_hash, read_card, read_chats, read_jsonl, scale, write_aside, write_card, write_jsonl
 
 
 def test_own_settings_win_key_by_key(tmp_path):
@@ -40,7 +40,8 @@ def test_killed_writer_leaves_the_old_file(tmp_path):
             "def rows():\n    yield {'a': 2}; print('half', flush=True); time.sleep(60); yield {'a': 3}\n"
             f"write_jsonl({str(path)!r}, rows())")
     for sig in (signal.SIGINT, signal.SIGKILL):
-        p = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        p = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))   # a shell's background job ignores it
         p.stdout.readline()
         time.sleep(.1)
         p.send_signal(sig)
@@ -79,3 +80,11 @@ def test_hash_sees_names_and_contents(tmp_path):
     assert file_hash(tmp_path) != one
     (tmp_path / "b").write_text(json.dumps(2))
     assert len({one, file_hash(tmp_path), file_hash(tmp_path / "b")}) == 3
+
+
+def test_an_error_names_the_line_of_the_file_also_behind_blank_lines(tmp_path):
+    path = tmp_path / "chats.jsonl"
+    path.write_text('\n\n{"messages": [{"role": "user", "content": "Hi"}]}\n')
+    with pytest.raises(UserError, match="chats.jsonl:3"): read_chats(path)
+    path.write_bytes(b'{"a": 1}\n\n{"b": "\xff"}\n')
+    with pytest.raises(UserError, match="chats.jsonl:3: byte 8 .*UTF-8"): read_jsonl(path)
