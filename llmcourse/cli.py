@@ -10,8 +10,8 @@ from . import __version__
 from .core import CHAPTERS, UserError, choose
 
 # %% auto #0
-__all__ = ['COMMANDS', 'demo', 'doctor', 'scores', 'course', 'sft', 'grpo', 'train', 'eval', 'export', 'serve', 'chat',
-           'checkpoints', 'usage', 'parse', 'main', 'cli']
+__all__ = ['COMMANDS', 'demo', 'doctor', 'scores', 'course', 'data', 'xray', 'sft', 'grpo', 'train', 'eval', 'export', 'serve',
+           'chat', 'checkpoints', 'usage', 'parse', 'main', 'cli']
 
 # %% ../nbs/workshop/cli.ipynb #998c6bc6
 def demo(
@@ -59,6 +59,41 @@ def course(
         if chapter not in ("", number): continue
         ids = [e.id for e in exercises(number)]
         print(f"{number} {name:<8} {''.join('✓' if i in done else '·' for i in ids):<5} {sum(i in done for i in ids)} of {len(ids)} exercises")
+
+# %% ../nbs/workshop/cli.ipynb #31f86d5d
+def data(
+    action: str,                    # check: examine the file line by line
+    file: str,                      # JSONL, JSON, CSV, TSV or Parquet, or a data set on the Hub
+    against: str = "",              # another file that must share no question with this one: your test set
+    model: str = "",                # whose tokenizer and chat template; the scale's by default
+    scale: str = "cpu",             # a section of settings.ini: cpu, t4, l4, a100, h100
+    epochs: float = 1.0,            # times through the data
+    tokens_per_second: float = 0.0, # of training on your device; measured here by default if the model is the tutor
+    price: float = 0.0,             # of an hour of the device, in USD
+    limit: int = 3,                 # findings of each kind that are shown
+):
+    "Examine training rows: errors and warnings by line, token lengths, steps, time and cost."
+    from llmcourse.datacheck import check_data
+    choose(action, ["check"], "action")
+    report = check_data(file, model, scale, against, epochs, tokens_per_second, price, limit=limit)
+    print(report)
+    return report.code
+
+def xray(
+    file: str,                  # JSONL, JSON, CSV, TSV or Parquet, or a data set on the Hub
+    model: str = "tutor/base",  # whose tokenizer and chat template
+    rows: int = 3,              # rows to draw
+    n: int = 1000,              # rows to count
+):
+    "Colour the tokens of training rows: trained or masked, BOS, end and pad tokens counted."
+    from llmcourse.data import xray_file
+    from llmcourse.models import load_tokenizer
+    drawn, total, faults = xray_file(file, load_tokenizer(model), rows, n)
+    colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    for number, picture in drawn: print(f"{file}:{number}", picture.ansi() if colours else picture, sep="\n", end="\n\n")
+    print(f"{total['rows']:,} rows: " + " · ".join(f"{k} {v:,}" for k, v in total.items() if k != "rows"))
+    for what, rows in faults.items(): print(f"✗ {rows:,} rows: {what}")
+    return int(bool(faults))
 
 # %% ../nbs/workshop/cli.ipynb #9cd02eeb
 def _start(scale: str, tutor: str) -> str:
@@ -113,7 +148,7 @@ def train(
     from llmcourse.checkpoints import rerun
     print(rerun(card, output or None))
 
-# %% ../nbs/workshop/cli.ipynb #c6839e78
+# %% ../nbs/workshop/cli.ipynb #6ff4206a
 def eval(
     model: str = "tutor/sft",  # a checkpoint, a folder, or a Hub name
     data: str = "",            # JSONL of chats whose last turn, or "answer", is the reference; the tutor's held-out problems by default
@@ -183,9 +218,9 @@ def checkpoints(
     from llmcourse.checkpoints import build
     build(output or None, [x for x in names.split(",") if x] or None)
 
-COMMANDS = {f.__name__: f for f in (demo, doctor, scores, course, sft, grpo, train, eval, export, serve, chat, checkpoints)}
+COMMANDS = {f.__name__: f for f in (demo, doctor, scores, course, data, xray, sft, grpo, train, eval, export, serve, chat, checkpoints)}
 
-# %% ../nbs/workshop/cli.ipynb #63383d5d
+# %% ../nbs/workshop/cli.ipynb #67e228e4
 def usage() -> str:
     "The help text of `llmcourse` itself."
     lines = "\n".join(f"  {name:<12} {inspect.getdoc(f)}" for name, f in COMMANDS.items())
@@ -195,14 +230,14 @@ def usage() -> str:
 def parse(name: str, argv: list[str]):
     "The options of one command, as keyword arguments."
     from fastcore.script import anno_parser
-    positional = [p for p in ("action", "card") if p in inspect.signature(COMMANDS[choose(name, COMMANDS, "command")]).parameters]
+    positional = [p for p in ("action", "file", "card") if p in inspect.signature(COMMANDS[choose(name, COMMANDS, "command")]).parameters]
     parser = anno_parser(COMMANDS[name], prog=f"llmcourse {name}", pos=positional)
     return {k: v for k, v in vars(parser.parse_args(argv)).items() if k not in ("pdb", "xtra")}
 
-# %% ../nbs/workshop/cli.ipynb #901fed38
+# %% ../nbs/workshop/cli.ipynb #2bb85190
 def main(
     argv: list[str] | None = None,  # the words after `llmcourse`
-) -> int:                           # exit code: 0 fine, 1 the doctor found something, 2 bad input, 75 paused with work left, 130 interrupted
+) -> int:                           # exit code: 0 fine, 1 the doctor found something, 2 bad input or data with errors, 75 paused with work left, 130 interrupted
     "Run one command."
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help", "help"): print(usage()); return 0
