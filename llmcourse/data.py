@@ -264,7 +264,7 @@ def dress(tokenizer, family: str):
     out.chat_template, out.name_or_path = template, family
     return out
 
-# %% ../nbs/05_data.ipynb #9f7204b2
+# %% ../nbs/05_data.ipynb #444c17b1
 DATE = "26 Jul 2024"   # Llama 3's templates print the date of today; a run that can be repeated needs a fixed one
 
 def _draw(tokenizer, messages: list[Message], **options):
@@ -300,7 +300,8 @@ def tokenize(
         ids, mask = out["input_ids"], out["assistant_masks"]
     else:
         text = _draw(tokenizer, messages, tokenize=False, tools=tools)
-        out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        try: out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        except NotImplementedError: raise UserError(f"{tokenizer.name_or_path}: a slow tokenizer, which cannot say where its tokens lie in the text. Load a fast one") from None
         ids, spans = out["input_ids"], _spans(tokenizer, messages, text, tools) if assistant_only_loss else [(0, len(text))]
         mask = [any(start <= a < b <= end for start, end in spans) for a, b in out["offset_mapping"]]
     return {"input_ids": list(ids), "labels": [t if m else -100 for t, m in zip(ids, mask)]}
@@ -366,7 +367,7 @@ def xray(
     doubled = tokenizer.bos_token if bos is not None and ids[:2] == [bos, bos] else ""
     return XRay([tokenizer.decode([t]) for t in ids], [l != -100 for l in labels], counts, doubled)
 
-# %% ../nbs/05_data.ipynb #70506110
+# %% ../nbs/05_data.ipynb #dfe2a594
 def xray_file(
     source: str | Path,    # as for `lines`
     tokenizer,
@@ -381,7 +382,7 @@ def xray_file(
         if isinstance(row, str): raise UserError(f"{place}: {row}")
         row = canonical(row, place)
         try: picture = xray(tokenizer, tokenize(tokenizer, conversations(row)[0], tools=row.get("tools")))
-        except TemplateError as e: raise UserError(f"{place}: the model's chat template refuses this conversation: {e}") from None
+        except (TemplateError, TypeError, ValueError) as e: raise UserError(f"{place}: the model's chat template refuses this conversation: {e}") from None
         total.update(picture.counts); total["rows"] += 1; faults.update(picture.faults())
         if len(drawn) < rows: drawn.append((number, picture))
         if total["rows"] >= most: break

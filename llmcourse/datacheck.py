@@ -118,14 +118,15 @@ class Report:
         ax.set(xlabel="tokens a row", ylabel="rows"); ax.legend(frameon=False)
         return ax
 
-# %% ../nbs/workshop/datacheck.ipynb #fabe7e96
+# %% ../nbs/workshop/datacheck.ipynb #1fc12e94
 def _numbers(r: dict) -> list[str]:
     "Lengths, steps, time and cost, as lines of text."
     if not r.get("lengths"): return []
     n, time = len(r["lengths"]), (lambda s: f"{s:.0f} s" if s < 90 else f"{s / 60:.0f} min" if s < 5400 else f"{s / 3600:.1f} h")
     guess = f" (first {n:,} rows measured, the rest estimated)" if r["rows"] > n else ""
     took = f"{time(r['seconds'])} at {r['tokens_per_second']:,.0f} tokens/s, {r['cost']:.2f} USD" if r.get("seconds") else "time unknown: give tokens per second as measured on your device"
-    return [f"tokens a row: median {sorted(r['lengths'])[n // 2]}, longest {r['longest']}, room {r['max_length']}{guess}", *_bars(r["lengths"], r["max_length"]),
+    full = [f"near-copies were looked for among the first {r['near']:,} different rows only"] if r.get("near") else []
+    return [*full, f"tokens a row: median {sorted(r['lengths'])[n // 2]}, longest {r['longest']}, room {r['max_length']}{guess}", *_bars(r["lengths"], r["max_length"]),
             f"a run: {r['tokens']:,} tokens ({r['trained']:.0%} of them trained), {r['steps']:,} steps of {r['batch']} rows, {took}"]
 
 def _bars(lengths: list[int], room: int, n: int = 8) -> list[str]:
@@ -171,7 +172,7 @@ def _mixed(report: Report) -> None:
         other = kind(form) != kind(common[0][0])
         report.say("error" if other else "warning", report.first[form], f"mixed formats: {n:,} rows of the form {form} among {common[0][1]:,} of {common[0][0]}" + (": no trainer takes both" if other else ""))
 
-# %% ../nbs/workshop/datacheck.ipynb #f92d505a
+# %% ../nbs/workshop/datacheck.ipynb #d2e4a8f9
 def check_data(
     source: str | Path,                 # as for `data.lines`
     model: str = "",                    # whose tokenizer and template; the scale's by default
@@ -196,7 +197,7 @@ def check_data(
     if not report.rows: raise UserError(f"{source}: no rows. Give at least one")
     _mixed(report)
     for code, level, what in seen.copies(): report.say(level, code, what)
-    report.run = _run(dial, lengths, sides, epochs)
+    report.run = _run(dial, lengths, sides, epochs) | {"near": len(seen.near.kept) if len(seen.near.kept) >= seen.near.most else 0}
     if not tokens_per_second and str(model).startswith("tutor/") and lengths.measured: tokens_per_second = training_speed(model, scale)
     if tokens_per_second:
         seconds = report.run["tokens"] / tokens_per_second
