@@ -241,6 +241,18 @@ def test_a_name_on_the_hub_without_a_network():
     with pytest.raises(UserError, match="nobody/nothing: neither a file here nor to be had"): read("nobody/nothing")
 
 
+def test_a_data_set_on_the_hub(monkeypatch):
+    "FineTome's columns, as `datasets` streams them."
+    import datasets
+    asked = {}
+    def load_dataset(name, **options):
+        asked.update(options, name=name)
+        return iter([{"conversations": [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}], "source": "x", "score": 5.2}])
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert read("mlabonne/FineTome-100k", revision="main") == [{"messages": [user("2+2?"), said("4")], "source": "x", "score": 5.2}]
+    assert asked == {"name": "mlabonne/FineTome-100k", "split": "train", "streaming": True, "revision": "main"}
+
+
 # --- split
 
 @many
