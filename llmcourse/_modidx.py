@@ -539,6 +539,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'llmcourse.sft._grouped': ('sft.html#_grouped', 'llmcourse/sft.py'),
                                'llmcourse.sft._loftq': ('sft.html#_loftq', 'llmcourse/sft.py'),
                                'llmcourse.sft._rows': ('sft.html#_rows', 'llmcourse/sft.py'),
+                               'llmcourse.sft._start': ('sft.html#_start', 'llmcourse/sft.py'),
                                'llmcourse.sft._trainer': ('sft.html#_trainer', 'llmcourse/sft.py'),
                                'llmcourse.sft._weights': ('sft.html#_weights', 'llmcourse/sft.py'),
                                'llmcourse.sft.hyperparameters': ('sft.html#hyperparameters', 'llmcourse/sft.py'),
