@@ -362,7 +362,7 @@ def open_card(
         if now != then: raise UserError(f"{what}: changed since the run (it is {now}, the card says {then}). Bring the old one back, or train anew")
     return fields, data
 
-# %% ../nbs/workshop/runs.ipynb #30d46e0b
+# %% ../nbs/workshop/runs.ipynb #e77f7c27
 def _alone_and_quiet(train, options: dict) -> None:
     "What a process of the drill does."
     sys.stderr = open(os.devnull, "w")
@@ -375,13 +375,13 @@ def drill(
     train,                 # `sft` or `grpo`
     output: str | Path,    # a folder for the runs
     kills: int = 20,       # interruptions: SIGKILL and SIGTERM in turn
-    seed: int = 0,         # draws the moments
+    moments: int = 0,      # seed that draws them
     **options,             # for `train`, with save_steps
 ) -> list[dict]:           # for each kill: signal, second, exit (code of the shot process), went_on_from (step), same (weights?)
     "Interrupt a training at random moments, let it go on, and compare its weights with those of an uninterrupted run."
     import multiprocessing
     from tqdm import tqdm
-    context, rng, results = multiprocessing.get_context("forkserver"), random.Random(seed), []
+    context, rng, results = multiprocessing.get_context("forkserver"), random.Random(moments), []
     context.set_forkserver_preload(["trl.trainer.sft_trainer", "trl.trainer.grpo_trainer", "peft", train.__module__])
     def begin(name): p = context.Process(target=_alone_and_quiet, args=(train, options | {"output": Path(output) / name}), daemon=True); p.start(); return p
     for name in ("imports", "straight"):   # twice: the first start also pays for the imports
