@@ -16,7 +16,7 @@ __all__ = ['PRETRAIN', 'LORA', 'SFT', 'GRPO', 'RL', 'BUILDERS', 'sft_rows', 'grp
 # %% ../nbs/workshop/checkpoints.ipynb #f07fdbde
 PRETRAIN = dict(tokens=6e6, batch_size=8, seed=0)
 LORA = dict(r=16, lora_alpha=32)
-SFT = dict(learning_rate=4e-3)
+SFT = dict(learning_rate=4e-3, train_sampling_strategy="random", bf16=False)   # the way tutor/sft was made
 GRPO = dict(learning_rate=2e-4, max_steps=50)
 RL = dict(learning_rate=2e-4, max_steps=120)
 

@@ -4,7 +4,7 @@
 
 # %% ../nbs/workshop/cli.ipynb #3a904c3b
 from __future__ import annotations
-import contextlib, inspect, json, logging, os, sys
+import contextlib, inspect, json, logging, os, signal, sys
 from pathlib import Path
 from . import __version__
 from .core import CHAPTERS, UserError, choose
@@ -75,13 +75,14 @@ def sft(
     r: int = 16,                # rank of the LoRA
     epochs: float = 1.0,        # times through the data
     learning_rate: float = 0.0, # peak learning rate; by default one that suits the model's size
+    save_steps: int = 0,        # keep a checkpoint every so many steps: after an interruption the same command goes on; 0: only on GPU scales
     seed: int = 42,             # of data order, dropout and weights
 ):
     "Fine-tune on chats (supervised), by LoRA unless --full."
     from llmcourse.checkpoints import sft_rows
     from llmcourse.lora import lora_config
     from llmcourse.sft import sft as train
-    rate = {"learning_rate": learning_rate} if learning_rate else {}
+    rate = {k: v for k, v in dict(learning_rate=learning_rate, save_steps=save_steps).items() if v}
     config = None if full else lora_config(r=r, lora_alpha=2 * r)
     print(train(data or sft_rows(seed), output, model or _start(scale, "tutor/base"), scale, config, seed, num_train_epochs=epochs, **rate))
 
@@ -93,13 +94,14 @@ def grpo(
     steps: int = 50,            # optimizer steps; 50 take the tutor under 3 minutes on two cores
     r: int = 0,                 # rank of a LoRA; 0 moves all weights
     learning_rate: float = 0.0, # peak learning rate; by default one that suits the model's size
+    save_steps: int = 0,        # keep a checkpoint every so many steps: after an interruption the same command goes on; 0: only on GPU scales
     seed: int = 42,             # of sampling and data order
 ):
     "Reinforce by a reward: GRPO with exact match of the answer."
     from llmcourse.checkpoints import grpo_rows
     from llmcourse.lora import lora_config
     from llmcourse.rl import grpo as train
-    rate = {"learning_rate": learning_rate} if learning_rate else {}
+    rate = {k: v for k, v in dict(learning_rate=learning_rate, save_steps=save_steps).items() if v}
     config = lora_config(r=r, lora_alpha=2 * r) if r else None
     print(train(data or grpo_rows(seed), output, model or _start(scale, "tutor/sft"), scale=scale, peft_config=config, seed=seed, max_steps=steps, **rate))
 
@@ -200,13 +202,14 @@ def parse(name: str, argv: list[str]):
 # %% ../nbs/workshop/cli.ipynb #0ad1e421
 def main(
     argv: list[str] | None = None,  # the words after `llmcourse`
-) -> int:                           # exit code: 0 fine, 1 the doctor found something, 2 bad input, 130 interrupted
+) -> int:                           # exit code: 0 fine, 1 the doctor found something, 2 bad input, 75 paused with work left, 130 interrupted
     "Run one command."
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help", "help"): print(usage()); return 0
     if argv[0] in ("-V", "--version"): print(__version__); return 0
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)   # on a CPU it recommends kernels that nobody asked for
+    with contextlib.suppress(ValueError): signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))   # so that what is half-written goes away
     try: return COMMANDS[choose(argv[0], COMMANDS, "command")](**parse(argv[0], argv[1:])) or 0
     except UserError as e: print(f"llmcourse: {e}", file=sys.stderr); return 2
     except OSError as e:

@@ -10,8 +10,10 @@ from .core import UserError, choose, file_hash, model_path, read_card, write_asi
 from .models import weights_hash
 
 # %% auto #0
-__all__ = ['NEEDED', 'PLAN', 'KEPT', 'quiet', 'bar', 'seal', 'check_checkpoint', 'last_complete', 'check_output', 'run_folder',
-           'Paused', 'fit', 'lora_fields', 'adapter', 'rows_hash', 'base_name', 'finish', 'open_card', 'drill']
+__all__ = ['NEEDED', 'PLAN', 'KEPT', 'OUT_OF_MEMORY', 'quiet', 'bar', 'live_plot', 'seal', 'check_checkpoint', 'last_complete',
+           'check_output', 'run_folder', 'Paused', 'fit', 'check_vocabulary', 'check_schedule', 'check_packing',
+           'check_gradient', 'rehearse', 'lora_fields', 'adapter', 'rows_hash', 'base_name', 'finish', 'open_card',
+           'drill']
 
 # %% ../nbs/workshop/runs.ipynb #77631e7f
 @contextlib.contextmanager
@@ -47,6 +49,30 @@ def bar(
             if what in (logs or {}): self.bar.set_postfix({what: f"{float(logs[what]):.3f}"})
         def on_train_end(self, args, state, control, **kw): self.bar.close()
     return Bar()
+
+# %% ../nbs/workshop/runs.ipynb #0281e7e4
+def live_plot(
+    what: str = "loss",   # the logged number to draw: "loss", "reward", "learning_rate" …
+    every: float = 1.0,   # seconds between two drawings
+):
+    "A trainer callback for notebooks: one picture, drawn again while the training runs."
+    import matplotlib.pyplot as plt
+    from IPython.display import display
+    from transformers import TrainerCallback
+    class LivePlot(TrainerCallback):
+        shown, drawn = None, 0.0
+        def draw(self, state):
+            points = [(row["step"], float(row[what])) for row in state.log_history if what in row]
+            if not points: return
+            fig, ax = plt.subplots(figsize=(6, 2.4))
+            ax.plot(*zip(*points), marker="."); ax.set(xlabel="step", ylabel=what, xlim=(0, state.max_steps)); ax.grid(alpha=.3)
+            if self.shown: self.shown.update(fig)
+            else: self.shown = display(fig, display_id=True)
+            plt.close(fig); self.drawn = time.monotonic()
+        def on_log(self, args, state, control, **kw):
+            if time.monotonic() - self.drawn >= every: self.draw(state)
+        def on_train_end(self, args, state, control, **kw): self.draw(state)
+    return LivePlot()
 
 # %% ../nbs/workshop/runs.ipynb #e4bad8e5
 NEEDED = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")   # beside the weights: without them a run goes on, but not the same run
@@ -90,7 +116,7 @@ def last_complete(
     if found: raise UserError(f"{folder}: none of its {len(found)} checkpoints is whole. Delete {Path(folder).parent} to start from the beginning")
     return None
 
-# %% ../nbs/workshop/runs.ipynb #e2611368
+# %% ../nbs/workshop/runs.ipynb #94a16ae2
 PLAN = ("method", "model", "model_hash", "data_hash", "seed", "scale", "hyperparameters")   # what makes a run this run: fields of its card
 
 def check_output(
@@ -107,7 +133,7 @@ def check_output(
 
 def _differences(old: dict, new: dict) -> list[str]:
     "The fields in which two plans differ, hyperparameters one by one: `learning_rate 0.004, now 0.001`."
-    flat = lambda plan: {k: v for k, v in plan.items() if k != "hyperparameters"} | plan["hyperparameters"]
+    flat = lambda plan: {k: plan.get(k) for k in PLAN[:-1]} | plan["hyperparameters"]
     old, new = flat(old), flat(new)
     return [f"{k} {old.get(k)}, now {new.get(k)}" for k in old | new if old.get(k) != new.get(k)]
 
@@ -145,7 +171,7 @@ def run_folder(
         if output.is_dir(): shutil.rmtree(output)
         os.replace(place / "run", output); shutil.rmtree(place)
 
-# %% ../nbs/workshop/runs.ipynb #9ef72d56
+# %% ../nbs/workshop/runs.ipynb #db420507
 KEPT = 2   # checkpoints
 
 class Paused(SystemExit):
@@ -177,17 +203,20 @@ def fit(
     folder: Path,         # from `run_folder`
     name: str,            # before the progress bar
     what: str = "loss",   # the number behind it
+    callbacks=(),         # more of transformers' `TrainerCallback`s
 ) -> tuple[list[dict], float]:   # the trainer's log; seconds of training, all starts together
     "Train, from the last whole checkpoint if there is one, and save weights and tokenizer. Raises `Paused` after SIGTERM when work is left."
+    import torch
     from transformers import PrinterCallback
     checkpoints, keep = folder.parent / "checkpoints", trainer.args.save_strategy != "no"
     last = last_complete(checkpoints) if keep else None
     before = check_checkpoint(last)["seconds"] if last else 0.0
     keeper = _keeper(checkpoints, before)
     trainer.remove_callback(PrinterCallback); trainer.add_callback(bar(name, what))
-    if keep: trainer.add_callback(keeper)
+    for callback in [keeper] * keep + list(callbacks): trainer.add_callback(callback)
     with _on_sigterm(lambda: setattr(keeper, "asked", True)) if keep else contextlib.nullcontext():
-        trainer.train(resume_from_checkpoint=str(last) if last else None)
+        try: trainer.train(resume_from_checkpoint=str(last) if last else None)
+        except torch.OutOfMemoryError: raise UserError(OUT_OF_MEMORY) from None
     if keeper.left:
         print(f"paused at step {trainer.state.global_step} of {trainer.state.max_steps}; the same command goes on", file=sys.stderr, flush=True)
         raise Paused(75)
@@ -195,7 +224,75 @@ def fit(
     (folder / "training_args.bin").unlink(missing_ok=True)
     return trainer.state.log_history, round(time.perf_counter() - keeper.start, 2)
 
-# %% ../nbs/workshop/runs.ipynb #a6575992
+# %% ../nbs/workshop/runs.ipynb #1237a00e
+def _longest(trainer) -> list[dict]:
+    "As many of the longest rows as a step takes on one device."
+    rows = sorted(trainer.train_dataset, key=lambda row: len(row["input_ids"]))
+    return rows[-trainer.args.per_device_train_batch_size:]
+
+def check_vocabulary(trainer) -> str:
+    "Every token of the rows has an embedding."
+    have = trainer.model.get_input_embeddings().num_embeddings
+    top = max(max(row["input_ids"]) for row in trainer.train_dataset)
+    if top >= have: raise UserError(f"vocabulary: the rows hold token {top}, the model has {have} embeddings. Use the tokenizer that belongs to the model, or resize_token_embeddings and train them")
+    return f"token ids up to {top} of {have}"
+
+def check_schedule(trainer) -> str:
+    "The learning rate is more than 0 in at least one step."
+    import math
+    args = trainer.args
+    per_epoch = math.ceil(len(trainer.train_dataset) / (args.per_device_train_batch_size * args.gradient_accumulation_steps))
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(per_epoch * args.num_train_epochs)
+    warm = args.get_warmup_steps(steps)
+    if not args.learning_rate or warm >= steps and steps == 1:
+        raise UserError(f"schedule: the learning rate is 0 in all {steps} steps (learning_rate={args.learning_rate}, warmup_steps={args.warmup_steps}). Train longer, or warm up for fewer steps")
+    if warm >= steps: warnings.warn(f"all {steps} steps are warm-up (warmup_steps={args.warmup_steps}): the learning rate never reaches {args.learning_rate}", stacklevel=3)
+    return f"{steps} steps, {warm} of them warm-up, up to a learning rate of {args.learning_rate}"
+
+def check_packing(trainer, close: float = 1e-2) -> str:
+    "In a packed batch each row gives the logits that it gives alone. Source: Krell et al. 2021, Efficient Sequence Packing without Cross-contamination."
+    if not getattr(trainer.args, "packing", False): return "off"
+    import torch
+    batch = {k: v.to(trainer.model.device) for k, v in trainer.data_collator(_longest(trainer)[-1:]).items() if k in ("input_ids", "position_ids")}
+    starts = [*(batch["position_ids"][0] == 0).nonzero().flatten().tolist(), batch["input_ids"].shape[1]]
+    was = trainer.model.training; trainer.model.eval()
+    with torch.no_grad():
+        packed = trainer.model(**batch).logits[0]
+        off = max((packed[a:b] - trainer.model(input_ids=batch["input_ids"][:, a:b]).logits[0]).abs().max().item() for a, b in list(zip(starts, starts[1:]))[:8])
+    trainer.model.train(was)
+    if off > close: raise UserError(f"packing: rows in one batch see each other (logits differ by {off:.2g}). Leave packing off, or load the model with flash attention")
+    return f"{len(starts) - 1} rows in the longest batch, logits as alone (within {off:.1g})"
+
+OUT_OF_MEMORY = "out of memory: halve per_device_train_batch_size and double gradient_accumulation_steps, shorten max_length, train a LoRA instead of all weights, or choose a smaller model"
+
+def check_gradient(trainer) -> str:
+    "The longest batch fits into memory, its loss is a number, and weights that are to be trained get a gradient."
+    import torch
+    rows, model = _longest(trainer), trainer.model
+    batch = trainer._prepare_inputs(trainer.data_collator(rows))
+    try:
+        with trainer.compute_loss_context_manager(): loss = model(**batch).loss
+        if loss.requires_grad: loss.backward()
+    except torch.OutOfMemoryError: raise UserError(f"{OUT_OF_MEMORY}. It was in the longest batch, {len(rows)} rows of up to {len(rows[-1]['input_ids'])} tokens") from None
+    moved = sum(p.grad is not None and bool(p.grad.abs().max() > 0) for p in model.parameters())
+    model.zero_grad(set_to_none=True)
+    if not torch.isfinite(loss): raise UserError(f"gradient: the loss of the longest batch is {loss.item()}. Load the model in float32 or bfloat16, and look at the labels")
+    if not moved: raise UserError("gradient: no weight gets one: all are frozen, or cut off from the loss. Set requires_grad, or hand over a peft_config")
+    return f"loss {loss.item():.2f} on the longest batch, {moved} weight matrices get a gradient"
+
+def rehearse(
+    trainer,            # of SFT: its rows have `input_ids`
+) -> dict[str, str]:    # name of the check → what it found
+    "Run every check on a trainer that is about to start; leaves weights and random numbers as they are. Raises `UserError` at the first fault."
+    import torch
+    cards = range(torch.cuda.device_count()) if trainer.model.device.type == "cuda" else []
+    was = trainer.model.training; trainer.model.train()
+    with torch.random.fork_rng(devices=cards):
+        found = {check.__name__[6:]: check(trainer) for check in (check_vocabulary, check_schedule, check_packing, check_gradient)}
+    trainer.model.train(was)
+    return found
+
+# %% ../nbs/workshop/runs.ipynb #dcdf80f3
 def lora_fields(
     peft_config,     # a `LoraConfig`, or None
 ) -> dict | None:    # plain values
@@ -213,7 +310,7 @@ def adapter(
     if not fields: return None
     from peft import get_peft_config
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as kinds
-    config = kinds[choose(fields.get("peft_type"), kinds, "peft_type")]
+    config = kinds[choose(fields.get("peft_type"), [k.value for k in kinds], "peft_type")]
     for name in fields: choose(name, config.__dataclass_fields__, f"field of a {config.__name__}:")
     return get_peft_config(dict(fields))
 

@@ -40,7 +40,8 @@ def test_killed_writer_leaves_the_old_file(tmp_path):
             "def rows():\n    yield {'a': 2}; print('half', flush=True); time.sleep(60); yield {'a': 3}\n"
             f"write_jsonl({str(path)!r}, rows())")
     for sig in (signal.SIGINT, signal.SIGKILL):
-        p = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        p = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))   # a shell's background job ignores it
         p.stdout.readline()
         time.sleep(.1)
         p.send_signal(sig)

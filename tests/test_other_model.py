@@ -42,7 +42,7 @@ def test_sft_then_eval(tuned, place, capsys):
 
 def test_lora_and_train_again(place, capsys):
     out = place / "lora"
-    assert main(["sft", "--model", str(place / "model"), "--data", str(place / "chats.jsonl"), "--output", str(out)]) == 0
+    assert main(["sft", "--model", str(place / "model"), "--data", str(place / "chats.jsonl"), "--output", str(out), "--epochs", "3"]) == 0
     assert main(["train", str(out / "run.yaml"), "--output", str(place / "again")]) == 0
     weights = [(p / "adapter_model.safetensors").read_bytes() for p in (out, place / "again")]
     assert weights[0] == weights[1], "the same card gave other weights"

@@ -9,7 +9,7 @@ import torch
 from llmcourse.core import UserError, read_card, read_jsonl, scale as read_scale
 from llmcourse.models import load, load_tokenizer, stop_ids
 from llmcourse.sft import hyperparameters, preflight, rerun, sft, tokenize, xray
-from llmcourse.tutor import problems, small_talk, to_chat
+from llmcourse.tutor import has_bf16, problems, small_talk, to_chat
 
 ROWS = [{"messages": to_chat(p)["messages"]} for p in problems(4, 0, ("add", "sub", "story1", "story2"))]
 CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
@@ -218,7 +218,7 @@ def test_nothing_but_a_run_is_written_over(other, tmp_path):
 
 def test_interrupted_leaves_the_old_run_and_nothing_half(other, tmp_path, monkeypatch):
     from transformers import Trainer
-    run = sft(ROWS, tmp_path / "run", other, max_steps=1)
+    run = sft(ROWS, tmp_path / "run", other, max_steps=2)
     before = {p.name: p.read_bytes() for p in run.iterdir()}
     step = Trainer.training_step
     calls = []
@@ -290,7 +290,7 @@ def test_rerun_refuses_what_has_changed(other, tmp_path):
 
 
 def test_an_adapter_on_the_tutor_is_small_and_names_its_base(lora, tmp_path):
-    run = sft(ROWS, tmp_path / "run", peft_config=lora, max_steps=1)
+    run = sft(ROWS, tmp_path / "run", peft_config=lora, max_steps=2)
     assert json.loads((run / "adapter_config.json").read_text())["base_model_name_or_path"] == "tutor/base" == read_card(run)["model"]
     assert not (run / "model.safetensors").exists() and (run / "adapter_model.safetensors").stat().st_size < 1e6
     net, tokenizer = load(run)
@@ -301,8 +301,8 @@ def test_a_file_of_rows_and_a_second_round(other, tmp_path):
     "SFT on a model that SFT has made, from a file."
     path = tmp_path / "chats.jsonl"
     path.write_text("\n" + "".join(json.dumps(r | {"note": "x"}) + "\n" for r in ROWS))
-    first = sft(path, tmp_path / "a", other, max_steps=1)
-    second = sft(str(path), tmp_path / "b", first, max_steps=1)
+    first = sft(path, tmp_path / "a", other, max_steps=2)
+    second = sft(str(path), tmp_path / "b", first, max_steps=2)
     assert read_card(second)["model_hash"] == weights_hash(first)[0]
     assert read_jsonl(second / "train.jsonl")[0]["note"] == "x"
 
@@ -320,7 +320,7 @@ def test_pad_that_is_eos_still_trains_the_end(own, other, tmp_path):
     assert probs[tokenizer.eos_token_id] > .5
 
 
-@pytest.mark.parametrize("name,bf16,fp16", [("cpu", False, False), ("t4", False, True), ("a100", True, False)])
+@pytest.mark.parametrize("name,bf16,fp16", [("cpu", has_bf16(), False), ("t4", False, True), ("a100", True, False)])
 def test_the_dial_decides_precision_and_size_decides_the_rate(name, bf16, fp16):
     big = hyperparameters(read_scale(name), 8_000_000_000, lora=True)
     assert (big["bf16"], big["fp16"], big["gradient_checkpointing"]) == (bf16, fp16, name != "cpu")
