@@ -22,7 +22,7 @@ Generate = Callable[[list[Message]], str]    # conversation in, reply out
 class UserError(Exception):
     "Input that we cannot work with. The message is one line that names the place and the way out."
 
-# %% ../nbs/workshop/core.ipynb #6b763b80
+# %% ../nbs/workshop/core.ipynb #414bb956
 def choose(
     name: str,              # what was asked for
     names: Iterable[str],   # what there is

@@ -12,18 +12,8 @@ from .core import Generate, Message, UserError, check_messages
 from .tutor import TASKS, chat_answer, is_right, to_chat
 
 # %% auto #0
-__all__ = ['Completion', 'grade_row', 'evaluate', 'wilson', 'score', 'summary', 'show', 'plot_scores', 'paired', 'compare',
+__all__ = ['grade_row', 'evaluate', 'wilson', 'score', 'summary', 'show', 'plot_scores', 'Completion', 'paired', 'compare',
            'judge']
-
-# %% ../nbs/04_evals.ipynb #49961631
-class Completion:
-    "A base model as a `Generate`: the last question goes into a plain prompt, and the model goes on with it."
-    def __init__(self,
-        local,                                   # a `Local`, or anything whose `.batch` takes plain texts
-        prompt: str = "{question}\nWorking:",    # what the model continues; `{question}` is filled in
-    ): self.local, self.prompt, self.options = local, prompt, getattr(local, "options", {})
-    def batch(self, chats: list) -> list[str]: return self.local.batch([self.prompt.replace("{question}", c[-1]["content"]) for c in chats])
-    def __call__(self, messages: list[Message]) -> str: return self.batch([messages])[0]
 
 # %% ../nbs/04_evals.ipynb #0a406656
 def _reference(row: dict):
@@ -143,7 +133,7 @@ def summary(
     if overall: groups["all"] = [r[key] for r in results]
     return [{"task": t, **score(sum(g), len(g))} for t, g in groups.items()]
 
-# %% ../nbs/04_evals.ipynb #369b3f20
+# %% ../nbs/04_evals.ipynb #a41a217d
 def show(
     rows: list[dict],  # scores, or any other rows
 ):                     # a `DataFrame`
@@ -152,7 +142,7 @@ def show(
     shares = ("accuracy", "before", "after", "gain")
     def tidy(row):
         row = dict(row)
-        if {"low", "high"} <= set(row): row["95 % interval"] = f"{100 * row.pop('low'):.0f}–{100 * row.pop('high'):.0f} %"
+        if {"low", "high"} <= set(row): row["95 % interval"] = f"{100 * row['low']:.0f}{' to ' if row['low'] < 0 else '–'}{100 * row.pop('high'):.0f} %"; del row["low"]
         return {k: f"{100 * v:.0f} %" if k in shares and isinstance(v, float) else v for k, v in row.items()}
     return pd.DataFrame([tidy(r) for r in rows])
 
@@ -175,6 +165,16 @@ def plot_scores(
     ax.invert_yaxis(); ax.grid(axis="x", alpha=.3)
     if len(series) > 1: ax.legend(loc="best", frameon=False)
     return ax
+
+# %% ../nbs/04_evals.ipynb #49961631
+class Completion:
+    "A base model as a `Generate`: the last question goes into a plain prompt, and the model goes on with it."
+    def __init__(self,
+        local,                                   # a `Local`, or anything whose `.batch` takes plain texts
+        prompt: str = "{question}\nWorking:",    # what the model continues; `{question}` is filled in
+    ): self.local, self.prompt, self.options = local, prompt, getattr(local, "options", {})
+    def batch(self, chats: list) -> list[str]: return self.local.batch([self.prompt.replace("{question}", c[-1]["content"]) for c in chats])
+    def __call__(self, messages: list[Message]) -> str: return self.batch([messages])[0]
 
 # %% ../nbs/04_evals.ipynb #b05df400
 def paired(

@@ -26,15 +26,7 @@ def render(
     try: return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
     except TemplateError as e: raise UserError(f"{name}: its chat template refuses these messages ({e}). Roles: {', '.join(str(m.get('role')) for m in messages)}") from e
 
-# %% ../nbs/01_models.ipynb #4319b5ef
-def _adapter_base(path: Path) -> str:
-    "The base that an adapter folder says it belongs to."
-    place = path / "adapter_config.json"
-    try: base = json.loads(place.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except json.JSONDecodeError: raise UserError(f"{place}: not JSON. Save the adapter again") from None
-    if not base: raise UserError(f'{place}: names no base. Set "base_model_name_or_path" to the model that the adapter was trained on')
-    return base
-
+# %% ../nbs/01_models.ipynb #41927499
 def _absent(what: str, place, error: Exception) -> UserError:
     "One line for a `from_pretrained` that failed: what is missing where, and the way out."
     text = " ".join(str(error).split())
@@ -42,7 +34,6 @@ def _absent(what: str, place, error: Exception) -> UserError:
     if "gated" in text: return UserError(f"{place}: its owner wants you to accept a licence on its Hub page and to log in (hf auth login). Or take an ungated copy, such as those in settings.ini")
     return UserError(f"{place}: no such folder here, and not to be had from the Hub ({text[:120]}). Check the name and the network")
 
-# %% ../nbs/01_models.ipynb #46e061d9
 def weights_hash(
     model: str | Path,  # `tutor/NAME`, a folder, or a Hub name
 ) -> str | None:        # one hash a weight file, joined by "-"; None for a Hub name
@@ -58,12 +49,20 @@ def _device(dial: dict) -> str:
         raise UserError(f"scale {dial['scale']!r} wants the device {dial['device']!r}, and torch finds none. Choose scale cpu, or install torch for your GPU") from e
     return dial["device"]
 
-# %% ../nbs/01_models.ipynb #543aabb3
 def _hush() -> None:
     "A small model on a CPU loads in a blink: no progress bar, and no advice from bitsandbytes about kernels."
     from transformers.utils import logging as hf
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     hf.disable_progress_bar()
+
+# %% ../nbs/01_models.ipynb #dec6d6a9
+def _adapter_base(path: Path) -> str:
+    "The base that an adapter folder says it belongs to."
+    place = path / "adapter_config.json"
+    try: base = json.loads(place.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except json.JSONDecodeError: raise UserError(f"{place}: not JSON. Save the adapter again") from None
+    if not base: raise UserError(f'{place}: names no base. Set "base_model_name_or_path" to the model that the adapter was trained on')
+    return base
 
 def _with_adapter(net, path: Path, base: str, merge: bool):
     "Put an adapter on its base. Raises `UserError` if it was trained on another one."
@@ -122,7 +121,7 @@ def load(
     if lost := info["missing_keys"]: raise UserError(f"{path}: {len(lost)} tensors of its config.json are not in its weights, e.g. {min(lost)}. Save the model again")
     return (net if "device_map" in kwargs else net.to(device)).eval(), tokenizer
 
-# %% ../nbs/01_models.ipynb #2302fb74
+# %% ../nbs/01_models.ipynb #8a10232f
 def stop_ids(tokenizer) -> list[int]:
     "Every token that ends a reply: the tokenizer's EOS and, where it knows them, Llama 3's and ChatML's end tokens."
     names = [tokenizer.eos_token, "<|eot_id|>", "<|end_of_text|>", "<|im_end|>", "<|eom_id|>"]
@@ -137,7 +136,6 @@ def encode(
     chat = not isinstance(prompt, str)
     return tokenizer(render(tokenizer, prompt) if chat else prompt, add_special_tokens=not chat)["input_ids"]
 
-# %% ../nbs/01_models.ipynb #a0c6f0df
 def _reply(tokenizer, ids: list[int], ends: list[int], stop: str | None) -> str:
     "Cut a reply at its end token or stop text; mark one that has neither."
     end = next((j for j, t in enumerate(ids) if t in ends), None)

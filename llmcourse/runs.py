@@ -292,7 +292,7 @@ def rehearse(
     trainer.model.train(was)
     return found
 
-# %% ../nbs/workshop/runs.ipynb #dcdf80f3
+# %% ../nbs/workshop/runs.ipynb #fd540a2a
 def lora_fields(
     peft_config,     # a `LoraConfig`, or None
 ) -> dict | None:    # plain values
@@ -335,7 +335,8 @@ def finish(
     folder: Path,     # from `run_folder`, with weights, tokenizer and train.jsonl
     plan: dict,       # the fields `PLAN`
     log: list[dict],  # from `fit`
-    **fields,         # more of the card: seconds, before, after
+    seconds: float,   # from `fit`
+    **fields,         # more of the card: before, after
 ) -> None:
     "Write metrics.jsonl, run.yaml and README.md, and the base's name into an adapter."
     if (adapter := folder / "adapter_config.json").exists():
@@ -344,7 +345,7 @@ def finish(
         adapter.write_text(json.dumps(config, indent=2, sort_keys=True))
     write_jsonl(folder / "metrics.jsonl", log)
     files = {p.name: file_hash(p) for p in sorted(folder.iterdir()) if p.suffix in (".safetensors", ".json", ".jinja")}
-    card = plan | dict(data="train.jsonl", files=files) | fields
+    card = plan | dict(data="train.jsonl", seconds=seconds, files=files) | fields
     write_card(folder, **card)
     (folder / "README.md").write_text(_readme(card), encoding="utf-8")
 

@@ -16,8 +16,16 @@ from .models import load
 __all__ = ['ENGINES', 'resolve', 'is_loopback', 'free_port', 'check_key', 'check_address', 'connect', 'Server', 'serve', 'Remote',
            'remote', 'bench']
 
-# %% ../nbs/02_serve.ipynb #550b3c30
+# %% ../nbs/02_serve.ipynb #46391861
 ENGINES = ("llama.cpp", "transformers")
+
+def _gguf(model: str | Path, gguf: bool) -> str:
+    "The absolute path of a GGUF file. Raises `UserError` if it is none."
+    if not gguf: raise UserError(f"{model}: llama.cpp takes a .gguf file. Write one with `llmcourse export`, or give engine='transformers'")
+    if not Path(model).is_file(): raise UserError(f"{model}: no such file. Check the path, or write one with `llmcourse export`")
+    with open(model, "rb") as f: magic = f.read(4)
+    if magic != b"GGUF": raise UserError(f"{model}: not a GGUF file, it starts with {magic!r}. Write one with `llmcourse export`")
+    return str(Path(model).resolve())
 
 def resolve(
     model: str | Path,          # a .gguf file, a model folder, `tutor/NAME` or a Hub name
@@ -32,15 +40,6 @@ def resolve(
     if Path(path).is_dir() and not any((Path(path) / f).is_file() for f in ("config.json", "adapter_config.json")):
         raise UserError(f"{model}: no config.json there, so it is not a model folder. Save one with model.save_pretrained")
     return engine, path
-
-# %% ../nbs/02_serve.ipynb #4bc42e6c
-def _gguf(model: str | Path, gguf: bool) -> str:
-    "The absolute path of a GGUF file. Raises `UserError` if it is none."
-    if not gguf: raise UserError(f"{model}: llama.cpp takes a .gguf file. Write one with `llmcourse export`, or give engine='transformers'")
-    if not Path(model).is_file(): raise UserError(f"{model}: no such file. Check the path, or write one with `llmcourse export`")
-    with open(model, "rb") as f: magic = f.read(4)
-    if magic != b"GGUF": raise UserError(f"{model}: not a GGUF file, it starts with {magic!r}. Write one with `llmcourse export`")
-    return str(Path(model).resolve())
 
 # %% ../nbs/02_serve.ipynb #f7b5d922
 def is_loopback(
@@ -185,7 +184,7 @@ class Server:
     def __exit__(self, *error): self.stop()
     def __repr__(self): return f"{self.engine} serves {self.name} at {self.url}" + ("" if self.process.poll() is None else " (stopped)")
 
-# %% ../nbs/02_serve.ipynb #c669fff0
+# %% ../nbs/02_serve.ipynb #6b62071d
 def _cause(log: str) -> str:
     "The line of a log that says why: llama.cpp's first error, else the last line."
     lines = [line.strip() for line in log.splitlines() if line.strip()] or ["its log is empty"]
@@ -201,7 +200,6 @@ def _wait_ready(server: Server, timeout: float) -> None:
         time.sleep(0.05)
     raise UserError(f"{server.name}: the {server.engine} server is not ready after {timeout:g} s. Give a longer timeout=…; its log ends in: {_cause(server.log(1))}")
 
-# %% ../nbs/02_serve.ipynb #3c37e099
 def _model_folder(path: str, folder: Path) -> dict:
     "What `transformers serve` opens: the folder itself, or for an adapter a merged copy inside `folder`."
     name = Path(path).name

@@ -125,7 +125,7 @@ def hyperparameters(
                 save_strategy="steps" if gpu or "save_steps" in overrides else "no", save_steps=100)
     return ours | overrides
 
-# %% ../nbs/06_sft.ipynb #dc3febd3
+# %% ../nbs/06_sft.ipynb #07f5cba0
 def _rows(rows) -> tuple[list[dict], list[str]]:
     "Conversations from a list or a JSONL file, each one checked, and the place of each: `file:line` or `rows[i]`."
     if isinstance(rows, (str, Path)):
@@ -135,47 +135,82 @@ def _rows(rows) -> tuple[list[dict], list[str]]:
     for i, row in enumerate(rows): check_messages(row.get("messages") if isinstance(row, dict) else None, f"rows[{i}]")
     return rows, [f"rows[{i}]" for i in range(len(rows))]
 
-def _encode(tokenizer, rows: list[dict], places: list[str], assistant_only_loss: bool) -> list[dict]:
-    "Tokenize every row. Raises `UserError` that names the row at which the template or the tokenizer gives up."
+def _encode(tokenizer, rows: list[dict], places: list[str], hyper: dict) -> list[dict]:
+    "Tokenize and check every row. Raises `UserError` that names the row at which the template or the tokenizer gives up."
     from jinja2 import TemplateError
     encoded = []
     for row, place in zip(rows, places):
-        try: encoded.append(tokenize(tokenizer, row["messages"], assistant_only_loss))
+        try: encoded.append(tokenize(tokenizer, row["messages"], hyper["assistant_only_loss"]))
         except TemplateError as e: raise UserError(f"{place}: the model's chat template refuses this conversation: {e}") from None
+    preflight(tokenizer, encoded, hyper["max_length"])
     return encoded
 
 _check_output, _lora_card, _model_hash, _quiet = check_output, lora_fields, weights_hash, quiet   # the names that chapters 07 and 09 import
 
-# %% ../nbs/06_sft.ipynb #f3b25fcf
+# %% ../nbs/06_sft.ipynb #753f37de
 def sft(
     rows,                               # conversations, {"messages": […]} each, or the path of a JSONL file of them
     output: str | Path,                 # the run folder; an earlier run there is replaced
     model: str | Path = "tutor/base",   # `tutor/NAME`, a folder, or a Hub name
     scale: str = "cpu",                 # a section of settings.ini
     peft_config=None,                   # a `peft.LoraConfig`: train an adapter; None: train all weights
+    quantization_config=None,           # a `transformers.BitsAndBytesConfig`: hold the base in 4 or 8 bits under the adapter (QLoRA)
+    loftq: bool = False,                # with 4 bits: begin with the adapter that makes up for the rounding (Li et al. 2023, LoftQ)
+    freeze_trainable_layers: int = 0,   # without an adapter: train the last so many blocks only; 0: all
     seed: int = 42,
     callbacks=(),                       # transformers' `TrainerCallback`s, such as `runs.live_plot()`
     **overrides,                        # spelled as in `trl.SFTConfig`: learning_rate, save_steps, report_to="wandb", …
 ) -> Path:                              # the run folder: weights, tokenizer, train.jsonl, metrics.jsonl, run.yaml, README.md
     "Supervised fine-tuning with TRL. Raises `UserError` for rows, names or a template that cannot work, before anything is trained."
     dial, (rows, places), output = read_scale(scale), _rows(rows), check_output(output, model)
-    exact = dict(dtype="float32") if peft_config is None or dial["device"] == "cpu" else {}   # full: weights in float32, autocast on top
     set_seed(seed)
     with quiet():
-        net, tokenizer = load(model, scale, **exact)
+        net, tokenizer = load(model, scale, **_weights(dial, peft_config, quantization_config, loftq))
+        if freeze_trainable_layers: _freeze(net, freeze_trainable_layers)
         hyper = hyperparameters(dial, net.num_parameters(), peft_config is not None, **overrides)
-        encoded, keep = _encode(tokenizer, rows, places, hyper["assistant_only_loss"]), hyper["save_strategy"] != "no"
-        preflight(tokenizer, encoded, hyper["max_length"])
+        encoded, keep = _encode(tokenizer, rows, places, hyper), hyper["save_strategy"] != "no"
         need_space(output.parent, (5 + keep * (36 if peft_config is None else 2)) * net.num_parameters())
-        plan = dict(method="sft", model=base_name(model), model_hash=weights_hash(model), data_hash=rows_hash(rows), seed=seed, scale=scale,
-                    hyperparameters=hyper | {"peft_config": lora_fields(peft_config)})
+        ours = dict(peft_config=lora_fields(peft_config), quantization_config=_bits(quantization_config), loftq=loftq, freeze_trainable_layers=freeze_trainable_layers)
+        plan = dict(method="sft", model=base_name(model), model_hash=weights_hash(model), data_hash=rows_hash(rows), seed=seed, scale=scale, hyperparameters=hyper | ours)
         with run_folder(output, plan, keep) as folder:
             write_jsonl(folder / "train.jsonl", rows)
             trainer = _trainer(net, tokenizer, encoded, folder, hyper, peft_config, seed, dial["device"])
+            if loftq: _loftq(trainer.model, model, scale)
             rehearse(trainer)
-            log, seconds = fit(trainer, folder, "SFT", callbacks=callbacks)
-            finish(folder, plan, log, seconds=seconds)
+            finish(folder, plan, *fit(trainer, folder, "SFT", callbacks=callbacks))
     return output
+
+def _weights(dial: dict, peft_config, quantization_config, loftq: bool) -> dict:
+    "How to load the weights, for `load`. Raises `UserError` for settings that do not go together."
+    if quantization_config and peft_config is None: raise UserError("weights of 4 or 8 bits cannot be trained. Give peft_config=lora_config(): the adapter is what learns")
+    if loftq and not getattr(quantization_config, "load_in_4bit", False): raise UserError("loftq makes up for rounding to 4 bits. Give quantization_config=BitsAndBytesConfig(load_in_4bit=True)")
+    exact = dict(dtype="float32") if peft_config is None or dial["device"] == "cpu" else {}   # full: weights in float32, autocast on top
+    return exact | (dict(quantization_config=quantization_config) if quantization_config else {})
+
+def _freeze(net, layers: int) -> None:
+    "Let only the last blocks learn."
+    blocks = getattr(getattr(net, "model", net), "layers", [])
+    if not 0 < layers <= len(blocks): raise UserError(f"freeze_trainable_layers={layers}: the model has {len(blocks)} blocks")
+    net.requires_grad_(False)
+    for block in blocks[-layers:]: block.requires_grad_(True)
+
+def _loftq(net, model: str | Path, scale: str) -> None:
+    "Set A and B to the best guess, of their rank, of what rounding has taken from each weight: the SVD of the rest (Li et al. 2023, section 3.2, one round)."
+    import torch
+    from bitsandbytes.functional import dequantize_4bit
+    whole = dict(load(model, scale, dtype="float32")[0].named_modules())
+    for name, layer in net.get_base_model().named_modules():
+        if not hasattr(layer, "lora_A"): continue
+        a, b, packed = layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.base_layer.weight
+        rest = whole[name].weight.float() - dequantize_4bit(packed.data, packed.quant_state).to(whole[name].weight.device).float()
+        u, s, v = torch.linalg.svd(rest, full_matrices=False)
+        root = (s[:len(a)] / layer.scaling["default"]).sqrt()
+        a.data, b.data = (root[:, None] * v[:len(a)]).to(a), (u[:, :len(a)] * root).to(b)
+
+def _bits(config) -> dict | None:
+    "A `BitsAndBytesConfig` as plain values, for the card."
+    if config is None: return None
+    return {k: v for k, v in config.to_diff_dict().items() if isinstance(v, (bool, int, float, str)) and not k.startswith("_")}
 
 def _grouped(seed: int):
     "TRL's `SFTTrainer`, whose batches of equally long rows depend on seed and epoch alone, so that a resumed run sees the same ones."
@@ -206,7 +241,7 @@ def _trainer(net, tokenizer, encoded: list[dict], folder: Path, hyper: dict, pef
     return _grouped(seed)(net, args=args, train_dataset=Dataset.from_list(encoded), processing_class=tokenizer,
                       peft_config=copy.deepcopy(peft_config))    # PEFT writes into the one it is given
 
-# %% ../nbs/06_sft.ipynb #c6e40459
+# %% ../nbs/06_sft.ipynb #a33e119c
 def rerun(
     card: str | Path,     # a run folder, or its run.yaml
     output: str | Path,   # where the repeated run goes
@@ -214,5 +249,8 @@ def rerun(
     "Repeat a run from its card. Raises `UserError` if the model or the data are no longer what they were."
     fields, data = open_card(card, ("sft",))
     hyper = dict(fields["hyperparameters"])
-    peft_config = adapter(hyper.pop("peft_config", None))
-    return sft(data, output, fields["model"], fields["scale"], peft_config, fields["seed"], **hyper)
+    peft_config, bits = adapter(hyper.pop("peft_config", None)), hyper.pop("quantization_config", None)
+    if bits:
+        from transformers import BitsAndBytesConfig
+        hyper["quantization_config"] = BitsAndBytesConfig(**bits)
+    return sft(data, output, fields["model"], fields["scale"], peft_config, seed=fields["seed"], **hyper)

@@ -223,6 +223,19 @@ def test_another_seed_gives_other_weights(run, tiny, rows, tmp_path):
     assert read_card(other)["files"]["model.safetensors"] != read_card(run)["files"]["model.safetensors"]
 
 
+def test_an_interrupted_run_goes_on_and_ends_the_same(tiny, rows, tmp_path):
+    calls, options = [], dict(model=tiny, seed=5, **TINY | dict(max_steps=4, save_steps=2, probe_groups=0))
+    def stops(completions, **kw):
+        calls.append(1)
+        if len(calls) == 3: raise KeyboardInterrupt   # two steps are saved, the third is lost
+        return vowels(completions)
+    with pytest.raises(KeyboardInterrupt): grpo(rows, tmp_path / "a", reward_funcs=stops, **options)
+    again = grpo(rows, tmp_path / "a", reward_funcs=stops, **options)
+    assert len(calls) == 3 + 2 and [p.name for p in tmp_path.iterdir()] == ["a"]
+    straight = grpo(rows, tmp_path / "b", reward_funcs=stops, **options)
+    assert read_card(again)["files"]["model.safetensors"] == read_card(straight)["files"]["model.safetensors"]
+
+
 def test_rerun_refuses_changed_data_and_foreign_cards(run, tmp_path):
     import shutil
     copy = shutil.copytree(run, tmp_path / "copy")

@@ -292,3 +292,47 @@ def test_tracking_is_one_word_away(small, tmp_path):
     run = sft(output=tmp_path / "run", **options(small, report_to="tensorboard", logging_steps=2))
     events = EventAccumulator(str(next(run.rglob("events.out.tfevents*")).parent)); events.Reload()
     assert [e.step for e in events.Scalars("train/loss")] == list(range(2, 21, 2))
+
+
+# a card is complete: what it says decides the weights, and nothing else does
+
+BASE = dict(max_steps=5, learning_rate=1e-2, weight_decay=0.1, per_device_train_batch_size=8, max_length=512)
+MATTERS = dict(seed=7, learning_rate=2e-2, max_steps=6, lr_scheduler_type="linear", warmup_steps=3, weight_decay=0.5, max_grad_norm=0.01, optim="adamw_torch",
+               per_device_train_batch_size=4, gradient_accumulation_steps=2, max_length=80, assistant_only_loss=False, bf16=None, train_sampling_strategy=None,
+               neftune_noise_alpha=5, freeze_trainable_layers=1, adam_beta1=0.5)
+NOT = dict(gradient_checkpointing=True, logging_steps=1, save_steps=2, report_to="tensorboard")
+ADAPTER = dict(r=8, lora_alpha=64, lora_dropout=0.5, target_modules=["q_proj"], use_rslora=True, use_dora=True, init_lora_weights="pissa")
+
+
+@pytest.fixture(scope="module")
+def base(small, tmp_path_factory):
+    run = sft(ROWS, tmp_path_factory.mktemp("base") / "run", small, **BASE)
+    return read_card(run)["hyperparameters"], weights(run)
+
+
+def changed(name, value, hyper):
+    return {name: not hyper["bf16"] if name == "bf16" else "random" if name == "train_sampling_strategy" else value}
+
+
+@pytest.mark.parametrize("name", [*MATTERS, *NOT])
+def test_a_field_of_the_card_decides(name, small, base, tmp_path):
+    hyper, before = base
+    value = changed(name, (MATTERS | NOT)[name], hyper)
+    run = sft(ROWS, tmp_path / "run", small, **BASE | value)
+    card = read_card(run)
+    assert (card | card["hyperparameters"])[name] == value[name], "the card does not say it"
+    assert (weights(run) != before) == (name in MATTERS)
+    if name != "optim": assert set(hyper) - {"peft_config", "quantization_config", "loftq", "freeze_trainable_layers"} - set(MATTERS) - set(NOT) <= {
+        "num_train_epochs", "packing", "fp16", "save_strategy"}, "a new hyperparameter without a test"
+
+
+@pytest.mark.parametrize("name", ADAPTER)
+def test_a_field_of_the_adapter_decides(name, small, tmp_path):
+    from llmcourse.lora import lora_config
+    one, other = (sft(ROWS, tmp_path / k, small, peft_config=lora_config(**dict(r=4, lora_alpha=8) | more), **BASE) for k, more in (("a", {}), ("b", {name: ADAPTER[name]})))
+    assert read_card(other)["hyperparameters"]["peft_config"][name] == ADAPTER[name] and weights(one) != weights(other)
+
+
+def test_other_rows_and_another_model_are_seen(small, base, tmp_path):
+    assert weights(sft(ROWS[:-1], tmp_path / "rows", small, **BASE)) != base[1]
+    assert weights(sft(ROWS, tmp_path / "model", tmp_path / "rows", **BASE)) != base[1]

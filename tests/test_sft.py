@@ -327,3 +327,57 @@ def test_the_dial_decides_precision_and_size_decides_the_rate(name, bf16, fp16):
     assert big["max_length"] == read_scale(name)["max_length"] and big["learning_rate"] == 2e-4
     assert hyperparameters(read_scale(name), 2_000_000, lora=False)["learning_rate"] == 1e-3
     assert hyperparameters(read_scale(name), 2_000_000, lora=True, learning_rate=5e-3, bf16=False)["learning_rate"] == 5e-3
+
+
+# methods, each one argument away
+
+NF4 = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="float32")
+METHODS = {"full": {}, "freeze": dict(freeze_trainable_layers=2), "LoRA": dict(adapter={}), "rsLoRA": dict(adapter=dict(use_rslora=True)),
+           "DoRA": dict(adapter=dict(use_dora=True)), "dropout": dict(adapter=dict(lora_dropout=0.1)), "NEFTune": dict(adapter={}, neftune_noise_alpha=5),
+           "NF4": dict(adapter={}, bits=NF4), "NF4, scales in 8 bits": dict(adapter={}, bits=NF4 | dict(bnb_4bit_use_double_quant=True)),
+           "int8": dict(adapter={}, bits=dict(load_in_8bit=True)), "LoftQ": dict(adapter={}, bits=NF4, loftq=True)}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_learns_and_its_card_repeats_it(name, tmp_path):
+    from transformers import BitsAndBytesConfig
+    from llmcourse.lora import lora_config
+    options = dict(METHODS[name])
+    if "adapter" in options: options["peft_config"] = lora_config(r=8, **options.pop("adapter"))
+    if "bits" in options: options["quantization_config"] = BitsAndBytesConfig(**options.pop("bits"))
+    run = sft(ROWS, tmp_path / "run", num_train_epochs=8, per_device_train_batch_size=8, logging_steps=4, **options)
+    assert losses(run)[-1] < 0.6 * losses(run)[0]
+    again = rerun(run, tmp_path / "again")
+    assert weights_hash(run) == weights_hash(again)
+    assert read_card(run)["hyperparameters"] == read_card(again)["hyperparameters"]
+
+
+def test_frozen_blocks_do_not_move(tmp_path):
+    run = sft(ROWS, tmp_path / "run", freeze_trainable_layers=1, max_steps=3)
+    before, after = load("tutor/base", dtype="float32")[0].state_dict(), load(run)[0].state_dict()
+    moved = {k for k in before if not torch.equal(before[k], after[k].float())}
+    assert moved and all(k.startswith("model.layers.3.") for k in moved)
+
+
+def test_methods_that_do_not_go_together(tmp_path):
+    from transformers import BitsAndBytesConfig
+    with pytest.raises(UserError, match="cannot be trained. Give peft_config"): sft(ROWS, tmp_path / "run", quantization_config=BitsAndBytesConfig(**NF4))
+    with pytest.raises(UserError, match="loftq makes up for rounding to 4 bits"): sft(ROWS, tmp_path / "run", loftq=True)
+    with pytest.raises(UserError, match="freeze_trainable_layers=9: the model has 4 blocks"): sft(ROWS, tmp_path / "run", freeze_trainable_layers=9)
+    with pytest.raises(UserError, match="SFTConfig has no 'packin'.*did you mean 'packing'"): sft(ROWS, tmp_path / "run", packin=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_loftq_begins_closer_to_the_whole_model(tmp_path):
+    "The same chats, before the first step has moved anything: with LoftQ the rounded model is nearer to the one it was rounded from."
+    from peft import get_peft_model
+    from transformers import BitsAndBytesConfig
+    from llmcourse.lora import lora_config
+    from llmcourse.sft import _loftq
+    ids = torch.tensor([tokenize(load_tokenizer("tutor/base"), ROWS[0]["messages"])["input_ids"]])
+    want = load("tutor/base", dtype="float32")[0](input_ids=ids).logits
+    def off(loftq):
+        net = get_peft_model(load("tutor/base", dtype="float32", quantization_config=BitsAndBytesConfig(**NF4))[0], lora_config(r=32))
+        if loftq: _loftq(net, "tutor/base", "cpu")     # before the first forward pass, at which bitsandbytes may pack the weights anew
+        return (net(input_ids=ids).logits - want).square().mean().item()
+    with torch.no_grad(): assert off(True) < 0.7 * off(False)

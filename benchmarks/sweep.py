@@ -1,0 +1,104 @@
+"""One training for every setting that chapter 07 talks about, each scored on the same held-out problems: writes data/sweep.jsonl.
+
+    python benchmarks/sweep.py [group ...]      groups: method rank alpha dropout targets rate accumulation warmup schedule
+
+A row says what was set, the score with its interval, what was trained, bytes predicted and measured, and seconds. About 15 minutes on two cores.
+"""
+import contextlib
+import logging
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from llmcourse import evals
+from llmcourse.checkpoints import sft_rows
+from llmcourse.core import read_card, read_jsonl, write_jsonl
+from llmcourse.lora import lora_config
+from llmcourse.models import Local, load, weight_bytes
+from llmcourse.sft import sft
+from llmcourse.tutor import problems
+
+SEED, CHATS, N = 42, 150, 100                       # chats of each of four kinds; held-out problems of each kind
+KINDS = ("add", "sub", "story1", "story2")
+OUTPUT = Path(__file__).parent.parent / "data" / "sweep.jsonl"
+
+
+def bits(**more):
+    from transformers import BitsAndBytesConfig
+    return BitsAndBytesConfig(**dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="float32") | more if not more.get("load_in_8bit") else more)
+
+
+def settings():
+    "(group, name, options of `sft`, bytes of a weight of the linear layers)"
+    lora = lambda **kw: dict(peft_config=lora_config(**kw))
+    yield from [("method", "full", {}, 4), ("method", "freeze: last block", dict(freeze_trainable_layers=1), 4), ("method", "LoRA", lora(), 4),
+                ("method", "rsLoRA", lora(use_rslora=True), 4), ("method", "DoRA", lora(use_dora=True), 4),
+                ("method", "LoRA + NEFTune", lora() | dict(neftune_noise_alpha=5), 4),
+                ("method", "QLoRA, NF4", lora() | dict(quantization_config=bits()), 0.5 + 4 / 64),
+                ("method", "QLoRA, NF4 twice", lora() | dict(quantization_config=bits(bnb_4bit_use_double_quant=True)), 0.5 + 1 / 64 + 4 / 64 / 256),
+                ("method", "QLoRA, NF4 + LoftQ", lora() | dict(quantization_config=bits(), loftq=True), 0.5 + 4 / 64),
+                ("method", "LoRA on int8", lora() | dict(quantization_config=bits(load_in_8bit=True)), 1)]
+    yield from [("rank", r, lora(r=r, lora_alpha=2 * r), 4) for r in (1, 2, 4, 8, 16, 32, 64)]
+    yield from [("alpha", a, lora(lora_alpha=a), 4) for a in (2, 8, 32, 128, 512)]
+    yield from [("dropout", d, lora(lora_dropout=d), 4) for d in (0.0, 0.1, 0.3, 0.6)]
+    yield from [("targets", name, lora(target_modules=t), 4) for name, t in (("q, v", ["q_proj", "v_proj"]), ("attention", ["q_proj", "k_proj", "v_proj", "o_proj"]),
+                                                                             ("feed-forward", ["gate_proj", "up_proj", "down_proj"]), ("all linear", "all-linear"))]
+    yield from [("rate", r, lora() | dict(learning_rate=r), 4) for r in (1e-4, 4e-4, 1e-3, 4e-3, 1e-2, 4e-2)]
+    yield from [("accumulation", a, lora() | dict(gradient_accumulation_steps=a), 4) for a in (1, 2, 4, 8)]
+    yield from [("warmup", w, lora() | dict(warmup_steps=w, learning_rate=1e-2), 4) for w in (0, 0.05, 0.1, 0.3, 0.6)]
+    yield from [("schedule", s, lora() | dict(lr_scheduler_type=s), 4) for s in ("constant", "linear", "cosine", "constant_with_warmup")]
+
+
+def meter(sizes: dict):
+    "A callback that weighs weights, gradients and optimizer state at the end of training."
+    from transformers import TrainerCallback
+    class Meter(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kw):
+            sizes["gradient"] = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+        def on_train_end(self, args, state, control, model=None, optimizer=None, **kw):
+            scales = [p.quant_state for p in model.parameters() if getattr(p, "quant_state", None) is not None]   # NF4: one for 64 weights
+            sizes["weights"] = sum(p.nbytes for p in model.parameters()) + sum(q.absmax.nbytes + (q.state2.absmax.nbytes if q.nested else 0) for q in scales)
+            sizes["optimizer"] = sum(v.nbytes for s in optimizer.state.values() for v in s.values() if hasattr(v, "nbytes"))
+            sizes["trainable"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return Meter()
+
+
+def predicted(config, trainable: int, each: float, adapter: bool) -> int:
+    "Bytes of weights (the linear layers in `each` bytes, the rest in 4), and for what is trained: the adapter itself (4), gradients (4), AdamW's two moments (8); on a rounded base TRL keeps an adapter in bfloat16, half of that."
+    whole = weight_bytes(config, "float32")
+    d, f, q, kv = config.hidden_size, config.intermediate_size, config.hidden_size, config.hidden_size * config.num_key_value_heads // config.num_attention_heads
+    linear = config.num_hidden_layers * (2 * d * q + 2 * d * kv + 3 * d * f)
+    return round(whole - (4 - each) * linear + (16 if adapter else 12) * trainable / (1 if each == 4 else 2))
+
+
+def measure(group: str, name, options: dict, each: float, rows: list[dict], test: list[dict]) -> dict:
+    sizes, adapter = {}, "peft_config" in options
+    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nothing, contextlib.redirect_stderr(nothing):
+        run = sft(rows, Path(folder) / "run", seed=SEED, callbacks=[meter(sizes)], logging_steps=1, **options)
+        bits = dict(quantization_config=options["quantization_config"], merge=False, dtype="float32") if "quantization_config" in options else {}
+        model, tokenizer = load(run, **bits)
+        results = evals.evaluate(Local(model, tokenizer, max_new_tokens=160, batch_size=100), test, progress=False)
+        losses = [r["loss"] for r in read_jsonl(run / "metrics.jsonl") if "loss" in r]
+        disk = sum(p.stat().st_size for p in run.glob("*.safetensors"))
+        seconds = read_card(run)["seconds"]
+    score = evals.score(sum(r["right"] for r in results), len(results))
+    return dict(group=group, setting=name, **{k: round(v, 4) for k, v in score.items()}, format=sum(r["format"] for r in results), trainable=sizes["trainable"],
+                bytes_predicted=predicted(model.config, sizes["trainable"], each, adapter), bytes_measured=sizes["weights"] + sizes["gradient"] + sizes["optimizer"],
+                bytes_on_disk=disk, seconds=seconds, seed=SEED, chats=len(rows), losses=[round(x, 3) for x in losses])
+
+
+def main(groups: list[str]) -> None:
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    rows, test = sft_rows(SEED, CHATS), problems(N, SEED + 1, KINDS, split="test")
+    known = read_jsonl(OUTPUT) if OUTPUT.is_file() else []
+    for group, name, options, each in settings():
+        if groups and group not in groups: continue
+        row = measure(group, name, options, each, rows, test)
+        known = [r for r in known if (r["group"], r["setting"]) != (group, name)] + [row]
+        write_jsonl(OUTPUT, known)
+        print(f"{group:<13} {name!s:<22} {row['correct']}/{row['n']} ({row['low']:.0%}–{row['high']:.0%})  {row['trainable']:>9,} trained  "
+              f"{row['bytes_predicted'] / 1e6:.2f} MB predicted, {row['bytes_measured'] / 1e6:.2f} measured  {row['seconds']} s", flush=True)
+
+
+if __name__ == "__main__": main(sys.argv[1:])
