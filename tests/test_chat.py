@@ -452,10 +452,11 @@ def settled(page, text):
 
 
 def test_browser_asks_votes_and_reloads(page, fake, db):
-    fake.delay = 0.05
+    fake.delay = 0.3
     say(page, "What is 47 + 38?")
     page.get_by_text("47+38: ones").wait_for(timeout=30_000)
     assert "Answer: 85" not in page.content(), "the answer should grow before our eyes"
+    fake.delay = 0
     page.get_by_text("Answer: 85").wait_for(timeout=30_000)
     until(lambda: sql(db, "SELECT role, content, status FROM messages WHERE role != 'system'") == [("user", CHAT[1]["content"], None), ("assistant", REPLY, "done")])
     settled(page, "Answer: 85")
