@@ -229,8 +229,8 @@ def stopwatch():
         except ImportError: peak = 0
         out["peak_mb"] = round(peak / (1e6 if sys.platform == "darwin" else 1e3))
 
-# %% ../nbs/workshop/core.ipynb #d6983c5d
-CHAPTERS = {"01": "models", "02": "serve", "04": "evals", "06": "sft", "07": "lora", "09": "rl", "10": "export", "11": "chat"}
+# %% ../nbs/workshop/core.ipynb #5f59e28c
+CHAPTERS = {"01": "models", "02": "serve", "04": "evals", "05": "data", "06": "sft", "07": "lora", "09": "rl", "10": "export", "11": "chat"}
 
 def home() -> Path:
     "Where progress and the chat database live: `$LLMCOURSE_HOME`, else `~/.llmcourse`."

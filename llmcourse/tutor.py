@@ -7,7 +7,7 @@ from __future__ import annotations
 import random, re, zlib
 from collections.abc import Iterator
 from pathlib import Path
-from .core import choose, model_path, set_seed
+from .core import UserError, choose, model_path, set_seed
 
 # %% auto #0
 __all__ = ['TASKS', 'Step', 'NAMES', 'THINGS', 'GAINS', 'LOSSES', 'SUM_STORIES', 'DIFFERENCE_STORIES', 'ASK', 'SYSTEM', 'FACTS',
@@ -123,11 +123,14 @@ def problems(
     tasks=TASKS,           # which tasks
     split: str = "train",  # "train" or "test"
 ) -> list[dict]:           # n rows of each task, task by task
-    "Draw `n` problems of each task, no question twice."
+    "Draw `n` problems of each task, no question twice. Raises `UserError` if there are not so many."
     rng, rows = random.Random(seed), {}
     for task in tasks:
-        goal = len(rows) + n
-        while len(rows) < goal: row = problem(task, rng, split); rows.setdefault(row["question"], row)
+        goal, tries = len(rows) + n, 0
+        while len(rows) < goal:
+            row, tries = problem(task, rng, split), tries + 1
+            rows.setdefault(row["question"], row)
+            if tries > 1000 + 100 * n: raise UserError(f"{n} problems of {task}: there are not so many different ones ({split}). Ask for fewer")
     return list(rows.values())
 
 # %% ../nbs/workshop/tutor.ipynb #87d1bec8

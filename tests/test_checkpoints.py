@@ -69,3 +69,9 @@ def test_rebuilt_sft_lands_in_its_interval(tmp_path):
     new, old = by_task(ck.score_model(tmp_path / "sft", n=60, seed=5, progress=False)), by_task(read_card(weights() / "sft")["after"])
     for task in ("add", "sub", "story1", "story2", "chat format"):
         assert new[task]["high"] >= old[task]["low"] - .05, (task, new[task], old[task])
+
+
+def test_more_problems_than_there_are():
+    from llmcourse.core import UserError
+    from llmcourse.tutor import problems
+    with pytest.raises(UserError, match="20000 problems of add: there are not so many"): problems(20_000, tasks=("add",), split="test")
