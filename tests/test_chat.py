@@ -445,13 +445,21 @@ def until(condition, seconds=20):
     raise AssertionError("it did not happen in time")
 
 
+def settled(page, text):
+    "Wait until the reply stands there and has its id: then the question box can send again."
+    page.get_by_text(text).wait_for(timeout=30_000)
+    page.locator("button.stop-button").wait_for(state="hidden", timeout=30_000)
+
+
 def test_browser_asks_votes_and_reloads(page, fake, db):
-    fake.delay = 0.05
+    fake.delay = 0.3
     say(page, "What is 47 + 38?")
     page.get_by_text("47+38: ones").wait_for(timeout=30_000)
     assert "Answer: 85" not in page.content(), "the answer should grow before our eyes"
+    fake.delay = 0
     page.get_by_text("Answer: 85").wait_for(timeout=30_000)
     until(lambda: sql(db, "SELECT role, content, status FROM messages WHERE role != 'system'") == [("user", CHAT[1]["content"], None), ("assistant", REPLY, "done")])
+    settled(page, "Answer: 85")
     page.get_by_label("Like", exact=True).click()
     until(lambda: sql(db, "SELECT message, vote FROM votes") == [(3, 1)])
     page.reload()
@@ -468,11 +476,12 @@ def test_browser_asks_votes_and_reloads(page, fake, db):
 def test_browser_corrects(page, fake, db):
     "Leaves the picture that the chapter shows in artifacts/chat.png."
     say(page, "What is 47 + 38?")
-    page.get_by_label("Like", exact=True).click(timeout=30_000)
+    settled(page, "Answer: 85")
+    page.get_by_label("Like", exact=True).click()
     until(lambda: sql(db, "SELECT vote FROM votes") == [(1,)])
     fake.reply = (wrong := "30+41: ones 0+1=1, carry 1, tens 3+4+1=8, so 81.\nAnswer: 81")
     say(page, "What is 30 + 41?")
-    page.get_by_text("Answer: 81").wait_for(timeout=30_000)
+    settled(page, "Answer: 81")
     until(lambda: sql(db, "SELECT count(*) FROM messages") == [(5,)])
     page.get_by_label("Dislike", exact=True).last.click()
     form = page.get_by_label("What should it have said?")
@@ -503,14 +512,14 @@ def test_browser_edits_and_the_vote_goes_with_the_message(page, fake, db):
     fake.reply = lambda body: "Answer to " + body["messages"][-1]["content"]
     for i, text in enumerate(("first", "second"), 1):
         say(page, text)
-        page.get_by_text(f"Answer to {text}").wait_for(timeout=30_000)
+        settled(page, f"Answer to {text}")
         until(lambda: sql(db, "SELECT count(*) FROM messages") == [(1 + 2 * i,)])
     page.get_by_label("Like", exact=True).first.click()
     until(lambda: [v["reply"] for v in votes(db)] == ["Answer to first"])
     page.get_by_label("Edit", exact=True).first.click()
     page.locator("textarea.edit-textarea").fill("third")
     page.get_by_label("Submit", exact=True).click()
-    page.get_by_text("Answer to third").wait_for(timeout=30_000)
+    settled(page, "Answer to third")
     until(lambda: sql(db, "SELECT count(*) FROM messages") == [(7,)])
     page.get_by_text("Answer to second").wait_for(state="hidden")
     page.get_by_label("Dislike", exact=True).click()

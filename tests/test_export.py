@@ -277,14 +277,14 @@ def test_only_float_files_are_quantised(gqa, tmp_path):
 
 
 def test_a_library_that_does_something_else_is_refused(monkeypatch):
-    import llmcourse.export as export
-    monkeypatch.setattr(export, "_quantize_rows", lambda lib, rows, kind: np.zeros(1, np.uint8))
-    export._ggml.cache_clear()
-    with pytest.raises(UserError, match="xllamacpp=="): export._ggml()
+    import llmcourse.llamacpp as llamacpp
+    monkeypatch.setattr(llamacpp, "_quantize_rows", lambda lib, rows, kind: np.zeros(1, np.uint8))
+    llamacpp._ggml.cache_clear()
+    with pytest.raises(UserError, match="xllamacpp=="): llamacpp._ggml()
     class Bare: pass
-    monkeypatch.setattr(export.ctypes, "CDLL", lambda path: Bare())
-    with pytest.raises(UserError, match="does not hand out ggml_quantize_chunk"): export._ggml()
-    export._ggml.cache_clear()
+    monkeypatch.setattr(llamacpp.ctypes, "CDLL", lambda path: Bare())
+    with pytest.raises(UserError, match="does not hand out ggml_quantize_chunk"): llamacpp._ggml()
+    llamacpp._ggml.cache_clear()
 
 
 def test_engine_says_why_a_file_does_not_load(tmp_path):
