@@ -23,8 +23,4 @@ def own_home(tmp_path, monkeypatch):
 def pytest_collection_modifyitems(items):
     "Fast tests first; whole notebooks and the browser last."
     late = ("test_notebooks", "test_demo", "test_checkpoints")
-    pending = [x for x in (ROOT / "tests/pending.txt").read_text().splitlines() if x and not x.startswith("#")]
-    for item in items:
-        if item.nodeid.startswith(tuple(pending)):
-            item.add_marker(pytest.mark.xfail(strict=False, reason="listed in tests/pending.txt"))
     items.sort(key=lambda i: next((k + 1 for k, name in enumerate(late) if name in str(i.fspath)), 0))
