@@ -10,12 +10,12 @@ from .core import UserError, choose, file_hash, model_path, read_card, write_asi
 from .models import weights_hash
 
 # %% auto #0
-__all__ = ['NEEDED', 'PLAN', 'KEPT', 'OUT_OF_MEMORY', 'quiet', 'bar', 'live_plot', 'seal', 'check_checkpoint', 'last_complete',
-           'check_output', 'run_folder', 'Paused', 'fit', 'check_vocabulary', 'check_schedule', 'check_packing',
-           'check_gradient', 'rehearse', 'lora_fields', 'adapter', 'rows_hash', 'base_name', 'finish', 'open_card',
-           'drill']
+__all__ = ['NEEDED', 'PLAN', 'KEPT', 'OUT_OF_MEMORY', 'quiet', 'tell', 'bar', 'live_plot', 'seal', 'check_checkpoint',
+           'last_complete', 'check_output', 'run_folder', 'Paused', 'fit', 'check_vocabulary', 'check_schedule',
+           'check_packing', 'check_gradient', 'rehearse', 'lora_fields', 'adapter', 'rows_hash', 'base_name', 'finish',
+           'open_card', 'drill']
 
-# %% ../nbs/workshop/runs.ipynb #77631e7f
+# %% ../nbs/workshop/runs.ipynb #1e994d41
 @contextlib.contextmanager
 def quiet():
     "Hold back the libraries' log lines, bars and telemetry: one bar of ours is enough."
@@ -33,6 +33,14 @@ def quiet():
         if bars: logging.enable_progress_bar()
         if more: datasets.enable_progress_bars()
 
+def _place():
+    "Where a run talks: the cell's output in a notebook, stderr elsewhere, so that stdout stays for results."
+    return sys.stdout if "ipykernel" in sys.modules else sys.stderr
+
+def tell(text: str) -> None:
+    "One line about a run."
+    print(text, file=_place(), flush=True)
+
 def bar(
     name: str,          # before the bar
     what: str = "loss", # the logged number to show behind it
@@ -40,10 +48,9 @@ def bar(
     "A trainer callback: one progress bar, plain text in a terminal and in a notebook."
     from tqdm import tqdm
     from transformers import TrainerCallback
-    place = sys.stdout if "ipykernel" in sys.modules else sys.stderr
     class Bar(TrainerCallback):
         def on_train_begin(self, args, state, control, **kw):
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=name, unit="step", file=place, ncols=90)
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=name, unit="step", file=_place(), ncols=90)
         def on_step_end(self, args, state, control, **kw): self.bar.update(state.global_step - self.bar.n)
         def on_log(self, args, state, control, logs=None, **kw):
             if what in (logs or {}): self.bar.set_postfix({what: f"{float(logs[what]):.3f}"})
@@ -171,7 +178,7 @@ def run_folder(
         if output.is_dir(): shutil.rmtree(output)
         os.replace(place / "run", output); shutil.rmtree(place)
 
-# %% ../nbs/workshop/runs.ipynb #db420507
+# %% ../nbs/workshop/runs.ipynb #56d43b7b
 KEPT = 2   # checkpoints
 
 class Paused(SystemExit):
@@ -218,7 +225,7 @@ def fit(
         try: trainer.train(resume_from_checkpoint=str(last) if last else None)
         except torch.OutOfMemoryError: raise UserError(OUT_OF_MEMORY) from None
     if keeper.left:
-        print(f"paused at step {trainer.state.global_step} of {trainer.state.max_steps}; the same command goes on", file=sys.stderr, flush=True)
+        tell(f"paused at step {trainer.state.global_step} of {trainer.state.max_steps}; the same command goes on")
         raise Paused(75)
     trainer.save_model(str(folder)); trainer.processing_class.save_pretrained(str(folder))
     (folder / "training_args.bin").unlink(missing_ok=True)

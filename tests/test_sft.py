@@ -381,3 +381,23 @@ def test_loftq_begins_closer_to_the_whole_model(tmp_path):
         if loftq: _loftq(net, "tutor/base", "cpu")     # before the first forward pass, at which bitsandbytes may pack the weights anew
         return (net(input_ids=ids).logits - want).square().mean().item()
     with torch.no_grad(): assert off(True) < 0.7 * off(False)
+
+
+def test_rows_of_other_forms_are_read(tmp_path):
+    "The same four chats as Alpaca, ShareGPT and prompt/completion train the same weights."
+    turns = [(f"What is {i} + 1?", f"Answer: {i + 1}") for i in range(8)]
+    forms = {"alpaca.json": [{"instruction": q, "input": "", "output": a} for q, a in turns], "chats.jsonl": [{"messages": [dict(role="user", content=q), dict(role="assistant", content=a)]} for q, a in turns],
+             "sharegpt.jsonl": [{"conversations": [{"from": "human", "value": q}, {"from": "gpt", "value": a}]} for q, a in turns]}
+    hashes = set()
+    for name, rows in forms.items():
+        (tmp_path / name).write_text(json.dumps(rows) if name.endswith("json") else "".join(json.dumps(r) + "\n" for r in rows))
+        hashes.add(str(weights_hash(sft(tmp_path / name, tmp_path / "run", max_steps=2))))
+    assert len(hashes) == 1
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({"prompt": "Hi", "chosen": "Hello", "rejected": "Go"}) + "\n")
+    with pytest.raises(UserError, match="pairs.jsonl:1"): sft(tmp_path / "pairs.jsonl", tmp_path / "run")
+
+
+def test_unsloth_needs_a_gpu_and_says_so(tmp_path):
+    with pytest.raises(UserError, match='engine "unsloth" needs a GPU'): sft(ROWS, tmp_path / "run", engine="unsloth")
+    with pytest.raises(UserError, match="unknown engine 'unslot': did you mean 'unsloth'"): sft(ROWS, tmp_path / "run", engine="unslot")
+    assert not list(tmp_path.iterdir())
