@@ -323,7 +323,7 @@ def test_a_field_of_the_card_decides(name, small, base, tmp_path):
     assert (card | card["hyperparameters"])[name] == value[name], "the card does not say it"
     assert (weights(run) != before) == (name in MATTERS)
     if name != "optim": assert set(hyper) - {"peft_config", "quantization_config", "loftq", "freeze_trainable_layers"} - set(MATTERS) - set(NOT) <= {
-        "num_train_epochs", "packing", "fp16", "save_strategy"}, "a new hyperparameter without a test"
+        "num_train_epochs", "packing", "fp16", "save_strategy", "use_liger_kernel", "engine"}, "a new hyperparameter without a test"
 
 
 @pytest.mark.parametrize("name", ADAPTER)

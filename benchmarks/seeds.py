@@ -1,0 +1,34 @@
+"""GRPO from `tutor/sft` on several seeds: three-step stories before and after, greedy and sampled, by a paired test.
+
+    python benchmarks/seeds.py 7 123         each seed draws the training questions and seeds the sampling; three to five minutes a seed
+"""
+import sys
+import tempfile
+
+from llmcourse import evals, tutor
+from llmcourse.checkpoints import GRPO, grpo_rows
+from llmcourse.core import set_seed
+from llmcourse.models import Local, load
+from llmcourse.rl import grpo
+
+TEST = tutor.problems(300, 20261, ("story3",), split="test")
+
+
+def answers(model, temperature: float) -> list[dict]:
+    set_seed(5)
+    return evals.evaluate(Local(*load(model), max_new_tokens=160, batch_size=100, temperature=temperature), TEST, progress=False)
+
+
+def main(seeds: list[int]) -> None:
+    before = {t: answers("tutor/sft", t) for t in (0.0, 1.0)}
+    with tempfile.TemporaryDirectory() as folder:
+        for seed in seeds:
+            run = grpo(grpo_rows(seed), f"{folder}/{seed}", model="tutor/sft", seed=seed, **GRPO)
+            for t in before:
+                after = answers(run, t)
+                found = evals.compare(before[t], after)
+                print(f"seed {seed}, T={t:.0f}: {sum(r['right'] for r in before[t])} → {sum(r['right'] for r in after)} of {len(TEST)}, "
+                      f"gain {found['low']:.0%} to {found['high']:.0%}, p={found['p']:.0e}", flush=True)
+
+
+if __name__ == "__main__": main([int(s) for s in sys.argv[1:]] or [7, 123])
