@@ -369,7 +369,7 @@ def open_card(
         if now != then: raise UserError(f"{what}: changed since the run (it is {now}, the card says {then}). Bring the old one back, or train anew")
     return fields, data
 
-# %% ../nbs/workshop/runs.ipynb #e77f7c27
+# %% ../nbs/workshop/runs.ipynb #e9b1206a
 def _alone_and_quiet(train, options: dict) -> None:
     "What a process of the drill does."
     sys.stderr = open(os.devnull, "w")
@@ -390,6 +390,7 @@ def drill(
     from tqdm import tqdm
     context, rng, results = multiprocessing.get_context("forkserver"), random.Random(moments), []
     context.set_forkserver_preload(["trl.trainer.sft_trainer", "trl.trainer.grpo_trainer", "peft", train.__module__])
+    for old in [p for name in ("imports*", "straight*", "shot-*") for p in Path(output).glob(name)]: shutil.rmtree(old)   # of an earlier drill
     def begin(name): p = context.Process(target=_alone_and_quiet, args=(train, options | {"output": Path(output) / name}), daemon=True); p.start(); return p
     for name in ("imports", "straight"):   # twice: the first start also pays for the imports
         start = time.perf_counter(); first = begin(name); first.join(); whole = time.perf_counter() - start
