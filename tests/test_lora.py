@@ -1,14 +1,17 @@
 """Chapter 07: counting against PEFT, merging against the adapter itself, on Llamas of other shapes; and every base that merge must refuse."""
+import hashlib
+import importlib.util
 import json
 import math
-import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llmcourse.core import UserError, read_card, set_seed, write_card
+from llmcourse.core import UserError, read_card, read_jsonl, set_seed, write_card
+from llmcourse.evals import wilson
 from llmcourse.lora import linear_shapes, lora_config, lora_parameters, merge
 from llmcourse.models import load, weights_hash
 from llmcourse.sft import sft
@@ -253,3 +256,28 @@ def test_qlora_merges_into_the_unpacked_base(tmp_path, tokenizer):
     off = lambda a, b: float((logits(load(a)[0]) - logits(b)).abs().mean())
     packed_adapter = load(adapter, merge=False)[0]
     assert off(out, packed_adapter) < 0.02 < 0.1 < off(plain, packed_adapter)   # bitsandbytes computes in bfloat16 on some CPUs
+
+
+# --- the sweep that the chapter reads
+
+DATA = Path(__file__).parent.parent / "data"
+SWEEP = read_jsonl(DATA / "sweep.jsonl")
+
+
+def test_sweep_is_the_file_that_its_readme_names():
+    assert f"`{hashlib.sha256((DATA / 'sweep.jsonl').read_bytes()).hexdigest()}`" in (DATA / "README.md").read_text(encoding="utf-8")
+
+
+def test_sweep_holds_every_setting_once():
+    pytest.importorskip("bitsandbytes")
+    spec = importlib.util.spec_from_file_location("sweep", DATA.parent / "benchmarks" / "sweep.py")
+    spec.loader.exec_module(sweep := importlib.util.module_from_spec(spec))
+    names = lambda rows: sorted(map(str, rows))
+    assert names((g, n) for g, n, *_ in sweep.settings()) == names((r["group"], r["setting"]) for r in SWEEP)
+
+
+@pytest.mark.parametrize("row", SWEEP, ids=lambda r: f"{r['group']}-{r['setting']}")
+def test_sweep_rows_agree_with_themselves(row):
+    assert (row["low"], row["high"]) == tuple(round(x, 4) for x in wilson(row["correct"], row["n"])) and row["correct"] <= row["format"] <= row["n"]
+    assert 0 <= row["bytes_measured"] - row["bytes_predicted"] < 1000     # the optimizer's step counters
+    if "rank" == row["group"]: assert row["trainable"] == lora_parameters(load("tutor/base")[0].config, row["setting"])
