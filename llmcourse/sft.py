@@ -58,7 +58,7 @@ def hyperparameters(
                 save_strategy="steps" if gpu or "save_steps" in overrides else "no", save_steps=100)
     return ours | overrides
 
-# %% ../nbs/06_sft.ipynb #4ed7e02a
+# %% ../nbs/06_sft.ipynb #5f4f132f
 def _rows(rows) -> tuple[list[dict], list[str]]:
     "Conversations from a list, or from a file in any form that `data` knows, each one checked, and the place of each: `file:line` or `rows[i]`."
     named = [(f"{rows}:{i}", row) for i, row in lines(rows)] if isinstance(rows, (str, Path)) else [(f"rows[{i}]", row) for i, row in enumerate(rows)]
@@ -82,8 +82,6 @@ def _encode(tokenizer, rows: list[dict], places: list[str], hyper: dict) -> list
     seen = preflight(tokenizer, encoded, hyper["max_length"])
     tell(f"SFT: {seen['rows']:,} rows, {seen['tokens']:,} tokens, {seen['trained'] / seen['tokens']:.0%} of them trained")
     return encoded
-
-_check_output, _lora_card, _model_hash, _quiet = check_output, lora_fields, weights_hash, quiet   # the names that chapters 07 and 09 import
 
 # %% ../nbs/06_sft.ipynb #7fb18aaa
 def _start(engine: str, model, scale: str, dial: dict, seed: int, peft_config, quantization_config, loftq: bool) -> tuple:
