@@ -83,7 +83,7 @@ def _encode(tokenizer, rows: list[dict], places: list[str], hyper: dict) -> list
     tell(f"SFT: {seen['rows']:,} rows, {seen['tokens']:,} tokens, {seen['trained'] / seen['tokens']:.0%} of them trained")
     return encoded
 
-# %% ../nbs/06_sft.ipynb #7fb18aaa
+# %% ../nbs/06_sft.ipynb #1733ed9c
 def _start(engine: str, model, scale: str, dial: dict, seed: int, peft_config, quantization_config, loftq: bool) -> tuple:
     "The model to train and its tokenizer; Unsloth's carries its adapter already. Raises `UserError` where Unsloth is not to be had."
     how = _weights(dial, peft_config, quantization_config, loftq)
@@ -104,6 +104,7 @@ def _weights(dial: dict, peft_config, quantization_config, loftq: bool) -> dict:
     exact = dict(dtype="float32") if peft_config is None or dial["device"] == "cpu" else {}   # full: weights in float32, autocast on top
     return exact | (dict(quantization_config=quantization_config) if quantization_config else {})
 
+# %% ../nbs/06_sft.ipynb #487d7703
 def _freeze(net, layers: int) -> None:
     "Let only the last blocks learn."
     blocks = getattr(getattr(net, "model", net), "layers", [])
@@ -129,6 +130,7 @@ def _bits(config) -> dict | None:
     if config is None: return None
     return {k: v for k, v in config.to_diff_dict().items() if isinstance(v, (bool, int, float, str)) and not k.startswith("_")}
 
+# %% ../nbs/06_sft.ipynb #4667d631
 def _grouped(seed: int):
     "TRL's `SFTTrainer`, whose batches of equally long rows depend on seed and epoch alone, so that a resumed run sees the same ones."
     import torch
