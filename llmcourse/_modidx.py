@@ -505,6 +505,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'llmcourse.runs.live_plot': ('workshop/runs.html#live_plot', 'llmcourse/runs.py'),
                                 'llmcourse.runs.lora_fields': ('workshop/runs.html#lora_fields', 'llmcourse/runs.py'),
                                 'llmcourse.runs.open_card': ('workshop/runs.html#open_card', 'llmcourse/runs.py'),
+                                'llmcourse.runs.positive': ('workshop/runs.html#positive', 'llmcourse/runs.py'),
                                 'llmcourse.runs.quiet': ('workshop/runs.html#quiet', 'llmcourse/runs.py'),
                                 'llmcourse.runs.rehearse': ('workshop/runs.html#rehearse', 'llmcourse/runs.py'),
                                 'llmcourse.runs.rows_hash': ('workshop/runs.html#rows_hash', 'llmcourse/runs.py'),

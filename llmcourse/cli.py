@@ -250,6 +250,6 @@ def main(
     except OSError as e:
         if e.errno not in (28, 122): raise   # ENOSPC, EDQUOT: the disk filled while we wrote
         print(f"llmcourse: no space left on the disk ({e.filename or 'while writing'}). Free some and run the same command again", file=sys.stderr); return 2
-    except KeyboardInterrupt: print("\nllmcourse: interrupted, nothing half-written is left", file=sys.stderr); return 130
+    except KeyboardInterrupt: print("\nllmcourse: interrupted", file=sys.stderr); return 130
 
 def cli(): sys.exit(main())

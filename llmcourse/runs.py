@@ -12,8 +12,8 @@ from .models import weights_hash
 # %% auto #0
 __all__ = ['NEEDED', 'PLAN', 'KEPT', 'OUT_OF_MEMORY', 'quiet', 'tell', 'bar', 'live_plot', 'seal', 'check_checkpoint',
            'last_complete', 'check_output', 'run_folder', 'Paused', 'fit', 'check_vocabulary', 'check_schedule',
-           'check_packing', 'check_gradient', 'rehearse', 'lora_fields', 'adapter', 'rows_hash', 'base_name', 'finish',
-           'open_card', 'drill']
+           'check_packing', 'check_gradient', 'rehearse', 'positive', 'lora_fields', 'adapter', 'rows_hash',
+           'base_name', 'finish', 'open_card', 'drill']
 
 # %% ../nbs/workshop/runs.ipynb #1e477636
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)   # when imported on a CPU it recommends kernels that nobody asked for
@@ -181,7 +181,7 @@ def run_folder(
         if output.is_dir(): shutil.rmtree(output)
         os.replace(place / "run", output); shutil.rmtree(place)
 
-# %% ../nbs/workshop/runs.ipynb #56d43b7b
+# %% ../nbs/workshop/runs.ipynb #dae1fefe
 KEPT = 2   # checkpoints
 
 class Paused(SystemExit):
@@ -222,11 +222,15 @@ def fit(
     last = last_complete(checkpoints) if keep else None
     before = check_checkpoint(last)["seconds"] if last else 0.0
     keeper = _keeper(checkpoints, before)
+    if last: tell(f"{name}: going on from step {int(last.name[5:])}")
     trainer.remove_callback(PrinterCallback); trainer.add_callback(bar(name, what))
     for callback in [keeper] * keep + list(callbacks): trainer.add_callback(callback)
     with _on_sigterm(lambda: setattr(keeper, "asked", True)) if keep else contextlib.nullcontext():
         try: trainer.train(resume_from_checkpoint=str(last) if last else None)
         except torch.OutOfMemoryError: raise UserError(OUT_OF_MEMORY) from None
+        except KeyboardInterrupt:
+            if keep and (last := last_complete(checkpoints)): tell(f"interrupted; the checkpoint of step {int(last.name[5:])} is kept, and the same command goes on from there")
+            raise
     if keeper.left:
         tell(f"paused at step {trainer.state.global_step} of {trainer.state.max_steps}; the same command goes on")
         raise Paused(75)
@@ -302,7 +306,16 @@ def rehearse(
     trainer.model.train(was)
     return found
 
-# %% ../nbs/workshop/runs.ipynb #fd540a2a
+# %% ../nbs/workshop/runs.ipynb #74ad9e64
+def positive(
+    hyper: dict,   # hyperparameters, spelled as upstream does
+) -> dict:         # the same
+    "Raises `UserError` for a number that has to be more than 0 and is not."
+    for name in ("learning_rate", "num_train_epochs", "save_steps", "logging_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "num_generations"):
+        value = hyper.get(name)
+        if value is not None and not value > 0: raise UserError(f"{name}={value}: has to be more than 0")
+    return hyper
+
 def lora_fields(
     peft_config,     # a `LoraConfig`, or None
 ) -> dict | None:    # plain values

@@ -63,7 +63,7 @@ def test_wrong_words(words, hint, capsys, tmp_path, monkeypatch):
     ([], "empty"),
     ([CHAT, "{not json\n"], "data.jsonl:2"),
     ([CHAT, {"messages": [{"content": "no role"}]}], "data.jsonl:2"),
-    ([CHAT, {"text": "no messages"}], "data.jsonl:2"),
+    ([CHAT, {"note": "no messages"}], "data.jsonl:2"),
     ([CHAT, "[1, 2]\n"], "data.jsonl:2"),
 ], ids=["empty", "not-json", "no-role", "no-messages", "a-list"])
 def test_bad_data_names_the_line(command, lines, place, capsys, tmp_path, monkeypatch):

@@ -401,3 +401,18 @@ def test_unsloth_needs_a_gpu_and_says_so(tmp_path):
     with pytest.raises(UserError, match='engine "unsloth" needs a GPU'): sft(ROWS, tmp_path / "run", engine="unsloth")
     with pytest.raises(UserError, match="unknown engine 'unslot': did you mean 'unsloth'"): sft(ROWS, tmp_path / "run", engine="unslot")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name,value", [("learning_rate", -1), ("num_train_epochs", 0), ("num_train_epochs", -1), ("save_steps", -3), ("max_length", 0)])
+def test_a_number_that_has_to_be_positive(name, value, tmp_path):
+    with pytest.raises(UserError, match=f"{name}={value}: has to be more than 0"): sft(ROWS, tmp_path / "run", **{name: value})
+    assert not list(tmp_path.iterdir())
+
+
+def test_rows_of_two_forms_in_either_order_train_the_same_and_are_told(tmp_path, capsys):
+    odd = {"instruction": "What is 3 + 4?", "input": "", "output": "Answer: 7"}
+    for name, rows in (("a", [*ROWS[:7], odd]), ("b", [odd, *ROWS[:7]])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+        sft(tmp_path / f"{name}.jsonl", tmp_path / name, max_steps=2)
+    said = capsys.readouterr().err
+    assert "a.jsonl:8: the form alpaca among messages" in said and "b.jsonl:2: the form messages among alpaca" in said
