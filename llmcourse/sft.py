@@ -58,7 +58,7 @@ def hyperparameters(
                 save_strategy="steps" if gpu or "save_steps" in overrides else "no", save_steps=100)
     return positive(ours | overrides)
 
-# %% ../nbs/06_sft.ipynb #878f9c2e
+# %% ../nbs/06_sft.ipynb #2d6ae56b
 def _rows(rows) -> tuple[list[dict], list[str]]:
     "Conversations from a list, or from a file in any form that `data` knows, each one checked, and the place of each: `file:line` or `rows[i]`."
     named = [(f"{rows}:{i}", row) for i, row in lines(rows)] if isinstance(rows, (str, Path)) else [(f"rows[{i}]", row) for i, row in enumerate(rows)]
@@ -84,7 +84,7 @@ def _encode(tokenizer, rows: list[dict], places: list[str], hyper: dict) -> list
     tell(f"SFT: {seen['rows']:,} rows, {seen['tokens']:,} tokens, {seen['trained'] / seen['tokens']:.0%} of them trained")
     return encoded
 
-# %% ../nbs/06_sft.ipynb #1733ed9c
+# %% ../nbs/06_sft.ipynb #8fa76a9c
 def _start(engine: str, model, scale: str, dial: dict, seed: int, peft_config, quantization_config, loftq: bool) -> tuple:
     "The model to train and its tokenizer; Unsloth's carries its adapter already. Raises `UserError` where Unsloth is not to be had."
     how = _weights(dial, peft_config, quantization_config, loftq)
@@ -105,7 +105,7 @@ def _weights(dial: dict, peft_config, quantization_config, loftq: bool) -> dict:
     exact = dict(dtype="float32") if peft_config is None or dial["device"] == "cpu" else {}   # full: weights in float32, autocast on top
     return exact | (dict(quantization_config=quantization_config) if quantization_config else {})
 
-# %% ../nbs/06_sft.ipynb #487d7703
+# %% ../nbs/06_sft.ipynb #0af1823e
 def _freeze(net, layers: int) -> None:
     "Let only the last blocks learn."
     blocks = getattr(getattr(net, "model", net), "layers", [])
@@ -131,7 +131,7 @@ def _bits(config) -> dict | None:
     if config is None: return None
     return {k: v for k, v in config.to_diff_dict().items() if isinstance(v, (bool, int, float, str)) and not k.startswith("_")}
 
-# %% ../nbs/06_sft.ipynb #4667d631
+# %% ../nbs/06_sft.ipynb #53eb7b7d
 def _grouped(seed: int):
     "TRL's `SFTTrainer`, whose batches of equally long rows depend on seed and epoch alone, so that a resumed run sees the same ones."
     import torch
