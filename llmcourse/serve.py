@@ -73,6 +73,7 @@ def check_address(
 ) -> int:             # the port
     "Check where a server is about to listen. Raises `UserError` for a port in use, or an open door without a key."
     check_key(key)
+    if not 0 <= port <= 65535: raise UserError(f"port {port}: has to lie between 0 (any free one) and 65535")
     if not key and not is_loopback(host): raise UserError(f"host {host}: other machines can reach it, so it needs a key. Give key=…, or host='127.0.0.1'")
     return free_port(host, port)
 

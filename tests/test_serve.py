@@ -346,3 +346,9 @@ def test_no_orphan(gguf, end, how):
 def test_key_is_in_no_process_list(llama):
     line = Path(f"/proc/{llama.process.pid}/cmdline").read_bytes() + Path(f"/proc/{llama.process.pid}/environ").read_bytes()
     assert b"s3cret" not in line
+
+
+@pytest.mark.parametrize("port", [-1, 65536, 99999])
+def test_a_port_that_is_none(port):
+    from llmcourse.serve import check_address
+    with pytest.raises(UserError, match=f"port {port}: has to lie between 0"): check_address("127.0.0.1", port, None)
