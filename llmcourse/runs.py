@@ -23,17 +23,17 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)   # when imported on a
 def quiet():
     "Hold back the libraries' log lines, bars and telemetry: one bar of ours is enough."
     import datasets, huggingface_hub
-    from transformers.utils import logging
+    from transformers.utils import logging as hf
     huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True
-    level, bars, more = logging.get_verbosity(), logging.is_progress_bar_enabled(), datasets.is_progress_bar_enabled()
-    logging.set_verbosity_error(); logging.disable_progress_bar(); datasets.disable_progress_bars()
+    level, bars, more = hf.get_verbosity(), hf.is_progress_bar_enabled(), datasets.is_progress_bar_enabled()
+    hf.set_verbosity_error(); hf.disable_progress_bar(); datasets.disable_progress_bars()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             yield
     finally:
-        logging.set_verbosity(level)
-        if bars: logging.enable_progress_bar()
+        hf.set_verbosity(level)
+        if bars: hf.enable_progress_bar()
         if more: datasets.enable_progress_bars()
 
 def _place():
