@@ -10,7 +10,7 @@ from pathlib import Path
 from .core import UserError, choose
 
 # %% auto #0
-__all__ = ['LONGEST', 'READERS', 'lines']
+__all__ = ['LONGEST', 'READERS', 'lines', 'numbered']
 
 # %% ../nbs/workshop/files.ipynb #b5d5a2ae
 LONGEST = 2**24   # bytes of one line; a longer one is a file of another kind
@@ -73,7 +73,7 @@ def _parquet(path: Path) -> Iterator[tuple]:
 
 READERS = {".jsonl": _jsonl, ".ndjson": _jsonl, ".json": _array, ".csv": _table, ".tsv": _table, ".parquet": _parquet}
 
-# %% ../nbs/workshop/files.ipynb #680a1c34
+# %% ../nbs/workshop/files.ipynb #84e6f198
 def lines(
     source: str | Path,    # a JSONL, JSON, CSV, TSV or Parquet file, or the name of a data set on the Hub
     split: str = "train",  # which split, for the Hub
@@ -89,3 +89,14 @@ def lines(
     try: rows = load_dataset(str(source), split=split, streaming=True, **options)
     except Exception as e: raise UserError(f"{source}: neither a file here nor to be had from the Hub ({' '.join(str(e).split())[:120]}). Check name, split and network") from None
     yield from enumerate(map(dict, rows), 1)
+
+def numbered(
+    rows,            # a list of rows, or what `lines` takes
+) -> list[tuple]:    # (place, row): the place is `file:line` or `rows[i]`, for errors
+    "All rows, each with its place. Raises `UserError` at one that cannot be read, or if there is none."
+    if not isinstance(rows, (str, Path)): found = [(f"rows[{i}]", row) for i, row in enumerate(rows)]
+    else: found = [(f"{rows}:{i}", row) for i, row in lines(rows)]
+    if not found: raise UserError(f"{f'{rows}: empty' if isinstance(rows, (str, Path)) else 'no rows'}. Give at least one")
+    for place, row in found:
+        if isinstance(row, str): raise UserError(f"{place}: {row if isinstance(rows, (str, Path)) else 'a str, not a row'}")
+    return found

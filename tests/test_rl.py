@@ -287,8 +287,9 @@ def test_settings_that_cannot_work(tiny, rows, tmp_path, given, message):
 
 
 @pytest.mark.parametrize("bad,message", [
-    ([], "no rows"), ([{"question": "1+1?"}], "row 1: no 'answer'"), ([{"answer": "2"}], "row 1"), (["text"], "row 1"),
-    ([{"question": "1+1?", "answer": "2"}, {"messages": [{"role": "assistant", "content": "2"}]}], "row 2")])
+    ([], "no rows"), ([{"question": "1+1?"}], r"rows\[0\]: no 'answer'"), ([{"answer": "2"}], r"rows\[0\]"), (["text"], r"rows\[0\]"),
+    ([{"question": "1+1?", "answer": "2"}, {"messages": [{"role": "assistant", "content": "2"}]}], r"rows\[1\]"),
+    ([{"question": "1+1? " * 2000, "answer": "2"}] * 2, "room for")])
 def test_rows_that_cannot_work(tiny, tmp_path, bad, message):
     with pytest.raises(UserError, match=message): grpo(bad, tmp_path / "no", model=tiny, **TINY)
     assert list(tmp_path.iterdir()) == []
@@ -306,6 +307,16 @@ def test_rows_keep_what_rewards_need(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in [chats[0], {"messages": chats[1]["messages"][:-1]}]))
     with pytest.raises(UserError, match="rows.jsonl:2: no 'answer'"): rl._rows(path, [exact_reward])
+
+
+def test_rows_of_other_forms(tmp_path):
+    asked = lambda rows: [(r["prompt"][-1]["content"], r["answer"]) for r in rl._rows(rows, [exact_reward])]
+    assert asked([{"question": "How many?", "answer": "3 * 400 = 1,200\n#### 1,200"}]) == [("How many?", "1200")]    # GSM8K
+    assert asked([{"prompt": "1+1?", "answer": 2}]) == [("1+1?", "2")]
+    assert asked([{"instruction": "1+1?", "output": "ones 1+1=2\nAnswer: 2"}]) == [("1+1?", "2")]                    # Alpaca
+    assert asked([{"prompt": "1+1?", "completion": "Answer: 2"}]) == [("1+1?", "2")]
+    (tmp_path / "rows.csv").write_text("question,answer\n1+1?,2\n2+2?,4\n")
+    assert asked(tmp_path / "rows.csv") == [("1+1?", "2"), ("2+2?", "4")]
 
 
 def test_a_reward_without_spread_is_refused_before_training(tiny, rows, tmp_path):
