@@ -129,6 +129,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'llmcourse.data.XRay.ansi': ('data.html#xray.ansi', 'llmcourse/data.py'),
                                 'llmcourse.data.XRay.faults': ('data.html#xray.faults', 'llmcourse/data.py'),
                                 'llmcourse.data._asked': ('data.html#_asked', 'llmcourse/data.py'),
+                                'llmcourse.data._called': ('data.html#_called', 'llmcourse/data.py'),
                                 'llmcourse.data._chat': ('data.html#_chat', 'llmcourse/data.py'),
                                 'llmcourse.data._content': ('data.html#_content', 'llmcourse/data.py'),
                                 'llmcourse.data._draw': ('data.html#_draw', 'llmcourse/data.py'),

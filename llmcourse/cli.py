@@ -221,7 +221,7 @@ def export(
     llmcourse export --model runs/sft --quant Q4_K_M --output runs/gguf
     """
     from llmcourse.demo import export_folder
-    for path in export_folder(model, output, quant): print(f"{path}  {Path(path).stat().st_size/1e6:.1f} MB")
+    for path in export_folder(model, output, quant): print(f"{path}  {Path(path).stat().st_size/1e6:,.3f} MB")
 
 def serve(
     model: str = "tutor/sft",  # a .gguf, a checkpoint, a folder, or a Hub name
@@ -233,7 +233,7 @@ def serve(
 ):
     """Serve a model behind an OpenAI-compatible URL until Ctrl-C.
 
-    llmcourse serve --model runs/gguf/model-Q4_K_M.gguf --port 8080
+    llmcourse serve --model runs/gguf/sft-Q4_K_M.gguf --port 9000
     """
     from llmcourse.demo import served
     with served(model, port, host, key or os.environ.get("LLMCOURSE_API_KEY"), engine, quant) as server:

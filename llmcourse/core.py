@@ -159,8 +159,8 @@ def check_messages(
     if not isinstance(messages, list) or not messages: raise UserError(f'{place}: "messages" must be a non-empty list of {{"role", "content"}}')
     for j, m in enumerate(messages):
         if not isinstance(m, dict) or m.get("role") not in ROLES:
-            raise UserError(f"{place}: messages[{j}] has no role out of {', '.join(ROLES)}")
-        if not isinstance(m.get("content"), str): raise UserError(f"{place}: messages[{j}] has no text in \"content\"")
+            raise UserError(f"{place}: turn {j} has the role {m.get('role') if isinstance(m, dict) else m!r}. There are {', '.join(ROLES)}")
+        if not isinstance(m.get("content"), str): raise UserError(f"{place}: turn {j} has no text in \"content\"")
     if answered and messages[-1]["role"] != "assistant": raise UserError(f"{place}: the last message must be the assistant's, or there is nothing to learn")
     return messages
 

@@ -264,14 +264,22 @@ def dress(tokenizer, family: str):
     out.chat_template, out.name_or_path = template, family
     return out
 
-# %% ../nbs/05_data.ipynb #444c17b1
+# %% ../nbs/05_data.ipynb #428c2063
 DATE = "26 Jul 2024"   # Llama 3's templates print the date of today; a run that can be repeated needs a fixed one
 
 def _draw(tokenizer, messages: list[Message], **options):
     "Apply the chat template. Raises `UserError` if there is none."
     if not tokenizer.chat_template:
         raise UserError(f"{tokenizer.name_or_path}: the tokenizer has no chat template. Use an instruct model, or set tokenizer.chat_template")
-    return tokenizer.apply_chat_template(messages, date_string=DATE, **options)
+    return tokenizer.apply_chat_template([_called(m) for m in messages], date_string=DATE, **options)
+
+def _called(m: Message) -> Message:
+    "OpenAI writes the arguments of a call as JSON in a text; templates want the object, or they quote it twice."
+    def opened(call):
+        function = call.get("function") or {}
+        try: return call | {"function": function | {"arguments": json.loads(function["arguments"])}}
+        except (KeyError, TypeError, ValueError): return call
+    return m | {"tool_calls": [opened(c) for c in m["tool_calls"]]} if m.get("tool_calls") else m
 
 def _spans(tokenizer, messages: list[Message], text: str, tools=None) -> list[tuple[int, int]]:
     "From which to which character of `text` each trained assistant turn goes, its end token included."

@@ -19,11 +19,11 @@ def export_folder(
     quant: str = "Q8_0",   # F32, F16, or what `llmcourse.export.quantize` knows
 ) -> list[Path]:           # the GGUF and the Modelfile
     "Export a model to a folder that Ollama, llama.cpp and LM Studio take."
-    from llmcourse.export import modelfile, quantize, to_gguf
+    from llmcourse.export import KINDS, modelfile, quantize, to_gguf
     from llmcourse.models import load_tokenizer
-    output, plain = Path(output), quant.lower() in ("f32", "f16", "bf16")
-    name = output / f"model-{quant}.gguf"
-    if plain: to_gguf(model, name, quant.lower())
+    output, plain = Path(output), ("F32", "F16", "BF16")
+    name = output / f"{Path(model).resolve().name}-{choose(quant, [*plain, *KINDS], 'GGUF type')}.gguf"
+    if quant in plain: to_gguf(model, name, quant.lower())
     else:
         with tempfile.TemporaryDirectory() as tmp: quantize(to_gguf(model, Path(tmp) / "f32.gguf", "f32"), name, quant)
     return [name, modelfile(name, load_tokenizer(model), output / "Modelfile")]
@@ -135,7 +135,7 @@ def run(
     core.write_jsonl(output / "ladder.jsonl", ladder)
     picture = draw_ladder(ladder, output / "ladder.png")
     print(f"\n{show_ladder(ladder)}\n\n{total['seconds']:.0f} seconds. Everything is in {output}/: the ladder in {picture.name} and ladder.jsonl, "
-          f"runs with their cards in sft/ and grpo/, the GGUF and an Ollama Modelfile in gguf/.\nChat with it: llmcourse chat --model {output}/gguf/model-Q8_0.gguf")
+          f"runs with their cards in sft/ and grpo/, the GGUF and an Ollama Modelfile in gguf/.\nChat with it: llmcourse chat --model {output}/gguf/grpo-Q8_0.gguf")
     return ladder
 
 # %% ../nbs/workshop/demo.ipynb #512c9fbc

@@ -210,7 +210,7 @@ def test_an_error_stops_the_threads():
 
 
 @pytest.mark.parametrize("rows, message", [
-    ([], "no rows"), ([{"messages": []}], "row 1"), ([TUTOR, {"messages": [{"role": "user"}]}], "row 2: messages"),
+    ([], "no rows"), ([{"messages": []}], "row 1"), ([TUTOR, {"messages": [{"role": "user"}]}], "row 2: turn 0"),
     ([TUTOR, {"messages": [{"role": "user", "content": "Q"}]}], "row 2: no reference"),
     ([{"messages": [{"role": "assistant", "content": "A"}]}], "row 1: nothing before"), ([{"text": "Q"}], "row 1")])
 def test_rows_that_cannot_be_asked(rows, message):

@@ -59,7 +59,7 @@ def test_export_serve_ask(tuned, place, capsys):
     from llmcourse.demo import served
     assert main(["export", "--model", str(tuned), "--output", str(place / "gguf"), "--quant", "Q8_0"]) == 0
     assert (place / "gguf" / "Modelfile").read_text().count("\nFROM ./") == 1
-    for model, engine in ((place / "gguf/model-Q8_0.gguf", "llama.cpp"), (tuned, "llama.cpp")):
+    for model, engine in ((next((place / "gguf").glob("*.gguf")), "llama.cpp"), (tuned, "llama.cpp")):
         with served(model, engine=engine) as server:
             reply = server.client().chat.completions.create(model=server.client().models.list().data[0].id, temperature=0, max_tokens=20,
                                                             messages=[{"role": "user", "content": "Colour 3?"}])

@@ -8,7 +8,7 @@ import torch
 
 from llmcourse.core import UserError, read_card, read_jsonl, scale as read_scale
 from llmcourse.models import load, load_tokenizer, stop_ids
-from llmcourse.sft import hyperparameters, preflight, rerun, sft, tokenize, xray
+from llmcourse.sft import _rows, hyperparameters, preflight, rerun, sft, tokenize, xray
 from llmcourse.tutor import has_bf16, problems, small_talk, to_chat
 
 ROWS = [{"messages": to_chat(p)["messages"]} for p in problems(4, 0, ("add", "sub", "story1", "story2"))]
@@ -416,3 +416,21 @@ def test_rows_of_two_forms_in_either_order_train_the_same_and_are_told(tmp_path,
         sft(tmp_path / f"{name}.jsonl", tmp_path / name, max_steps=2)
     said = capsys.readouterr().err
     assert "a.jsonl:8: the form alpaca among messages" in said and "b.jsonl:2: the form messages among alpaca" in said
+
+
+def test_rows_of_another_split_are_left_out(capsys):
+    rows = [row | {"split": s} for row, s in zip(ROWS, ("train", "test", "train"))]
+    kept, places = _rows(rows)
+    assert len(kept) == 2 and places == ["rows[0]", "rows[2]"] and "1 rows of other splits" in capsys.readouterr().err
+    with pytest.raises(UserError, match="none is left to train on"): _rows([ROWS[0] | {"split": "test"}])
+    with pytest.raises(UserError, match=r"rows\[0\].*preferences"): _rows([{"prompt": "a", "chosen": "b", "rejected": "c"}])
+
+
+def test_a_call_of_a_tool_can_be_trained(own):
+    "OpenAI's rows have no content where the assistant calls a tool, and its arguments as JSON in a text."
+    call = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Bern"}'}}
+    row = {"messages": [{"role": "user", "content": "Rain?"}, {"role": "assistant", "content": None, "tool_calls": [call]},
+                        {"role": "tool", "content": "sun", "tool_call_id": "1"}, {"role": "assistant", "content": "Sun."}]}
+    (kept,), _ = _rows([row])
+    own.chat_template = "{% for m in messages %}{{ m['content'] }}{% for c in m.tool_calls or [] %}{{ c.function.arguments | tojson }}{% endfor %}{{ eos_token }}{% endfor %}"
+    assert '{"city": "Bern"}' in own.decode(tokenize(own, kept["messages"], assistant_only_loss=False)["input_ids"])
