@@ -104,11 +104,11 @@ class Report:
     def code(self) -> int: return 2 if self.count["error"] else int(bool(self.count["warning"]))
 
     def __repr__(self):
-        count = lambda c: ", ".join(f"{k} {v:,}" for k, v in c.most_common())
+        count, many = lambda c: ", ".join(f"{k} {v:,}" for k, v in c.most_common()), lambda n, what: f"{n:,} {what}{'s' * (n != 1)}"
         more = [f"  … and {n - self.limit:,} more like: {kind.strip()}…" for kind, n in self.kinds.items() if n > self.limit]
         return "\n".join([f"{self.source}: {self.rows:,} rows · {count(self.forms)}" + (f" · {count(self.sides)}" if len(self.sides) > 1 else ""),
                           *(f"{'✗' if level == 'error' else '!'} {place}: {what}" for level, place, what in self.found), *more, *_numbers(self.run),
-                          f"{self.count['error']:,} errors, {self.count['warning']:,} warnings"])
+                          f"{many(self.count['error'], 'error')}, {many(self.count['warning'], 'warning')}"])
 
     def plot(self, ax=None):
         "The token lengths as a histogram."
