@@ -125,7 +125,8 @@ def _numbers(r: dict) -> list[str]:
     n, time = len(r["lengths"]), (lambda s: f"{s:.0f} s" if s < 90 else f"{s / 60:.0f} min" if s < 5400 else f"{s / 3600:.1f} h")
     guess = f" (first {n:,} rows measured, the rest estimated)" if r["rows"] > n else ""
     took = f"{time(r['seconds'])} at {r['tokens_per_second']:,.0f} tokens/s, {r['cost']:.2f} USD" if r.get("seconds") else "time unknown: give tokens per second as measured on your device"
-    full = [f"near-copies were looked for among the first {r['near']:,} different rows only"] if r.get("near") else []
+    kinds = (("near", "near-copies were looked for among the first {:,} different rows only"), ("copies", "copies and leaks were looked for among the first {:,} rows only"))
+    full = [text.format(r[kind]) for kind, text in kinds if r.get(kind)]
     return [*full, f"tokens a row: median {sorted(r['lengths'])[n // 2]}, longest {r['longest']}, room {r['max_length']}{guess}", *_bars(r["lengths"], r["max_length"]),
             f"a run: {r['tokens']:,} tokens ({r['trained']:.0%} of them trained), {r['steps']:,} steps of {r['batch']} rows, {took}"]
 
@@ -197,7 +198,8 @@ def check_data(
     if not report.rows: raise UserError(f"{source}: no rows. Give at least one")
     _mixed(report)
     for code, level, what in seen.copies(): report.say(level, code, what)
-    report.run = _run(dial, lengths, sides, epochs) | {"near": len(seen.near.kept) if len(seen.near.kept) >= seen.near.most else 0}
+    report.run = _run(dial, lengths, sides, epochs) | {"near": len(seen.near.kept) if len(seen.near.kept) >= seen.near.most else 0,
+                                                           "copies": seen.most if len(seen.rows) >= seen.most else 0}
     if not tokens_per_second and str(model).startswith("tutor/") and lengths.measured: tokens_per_second = training_speed(model, scale)
     if tokens_per_second:
         seconds = report.run["tokens"] / tokens_per_second

@@ -568,3 +568,14 @@ def test_commands(tmp_path, capsys):
 def test_sft_still_exports_what_moved():
     from llmcourse import data, sft
     assert all(getattr(sft, n) is getattr(data, n) for n in ("DATE", "_draw", "_spans", "tokenize", "XRay", "xray"))
+
+
+def test_what_was_not_looked_at_is_said(tmp_path, monkeypatch):
+    "Beyond its memory the doctor looks for copies no more, and says so."
+    from functools import partial
+    from llmcourse import datacheck
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"messages": to_chat(p)["messages"]}) + "\n" for p in problems(20, 1, ["add"])))
+    assert "looked for" not in str(check_data(path))
+    monkeypatch.setattr(datacheck, "Seen", partial(datacheck.Seen, 5))
+    assert "copies and leaks were looked for among the first 5 rows only" in str(check_data(path))
