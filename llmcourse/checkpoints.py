@@ -10,8 +10,8 @@ from . import core, evals, tutor
 from .core import UserError, choose, file_hash, read_card, set_seed, stopwatch, weights, write_aside, write_card
 
 # %% auto #0
-__all__ = ['PRETRAIN', 'LORA', 'SFT', 'GRPO', 'RL', 'BUILDERS', 'sft_rows', 'grpo_rows', 'score_model', 'scores', 'hashes',
-           'verify', 'build', 'compare', 'rerun']
+__all__ = ['PRETRAIN', 'LORA', 'SFT', 'GRPO', 'RL', 'ABOUT_BASE', 'BUILDERS', 'sft_rows', 'grpo_rows', 'score_model', 'scores',
+           'hashes', 'verify', 'build', 'compare', 'rerun']
 
 # %% ../nbs/workshop/checkpoints.ipynb #f07fdbde
 PRETRAIN = dict(tokens=6e6, batch_size=8, seed=0)
@@ -100,6 +100,20 @@ def verify(folder: str | Path | None = None) -> list[str]:
     return names
 
 # %% ../nbs/workshop/checkpoints.ipynb #7bf22096
+ABOUT_BASE = """---
+library_name: transformers
+pipeline_tag: text-generation
+license: apache-2.0
+tags: [llama, llmcourse]
+---
+
+# The tutor's base
+
+A Llama of 2.6 million parameters, pre-trained from nothing by the llmcourse package on generated sums, differences and word problems;
+`run.yaml` says how, with its scores, and repeats it. It goes on with texts such as `What is 12 plus 34?\\nWorking:`. It is no chat model: `tutor/sft`
+is. Its world ends at numbers of two digits; for anything outside of the course it is of no use.
+"""
+
 def _build_base(place: Path) -> None:
     import torch
     set_seed(PRETRAIN["seed"])
@@ -107,6 +121,7 @@ def _build_base(place: Path) -> None:
     model = tutor.new_model(tokenizer)
     with stopwatch() as took: losses = tutor.pretrain(model, tokenizer, **PRETRAIN)
     model.to(torch.bfloat16).save_pretrained(place); tokenizer.save_pretrained(place)
+    (place / "README.md").write_text(ABOUT_BASE, encoding="utf-8")
     core.write_jsonl(place / "metrics.jsonl", [{"step": i, "loss": round(x, 4)} for i, x in enumerate(losses) if i % 20 == 0 or i == len(losses) - 1])
     write_card(place, method="pretrain", model="LlamaForCausalLM", seed=PRETRAIN["seed"], scale="cpu",
                hyperparameters=PRETRAIN | {"muon_lr": 0.02, "adam_lr": 2e-3, "mixture": tutor.MIXTURE}, seconds=took["seconds"])
@@ -135,10 +150,11 @@ def build(
 ) -> None:
     "Build checkpoints from nothing, score them, and print how they compare with those that were there."
     import os
-    output = Path(output or weights()).resolve()
+    shipped, output = weights(), Path(output or weights()).resolve()
     wanted = [choose(x, BUILDERS, "checkpoint") for x in names or BUILDERS]
     for name in (x for x in BUILDERS if x in wanted):
-        old = (read_card(output / name).get("after") or []) if (output / name / "run.yaml").is_file() else []
+        was = output if (output / name / "run.yaml").is_file() else shipped
+        old = (read_card(was / name).get("after") or []) if (was / name / "run.yaml").is_file() else []
         os.environ["LLMCOURSE_WEIGHTS"] = str(output)
         with write_aside(output / name) as place: BUILDERS[name](place)
         rows = score_model(f"tutor/{name}", n)

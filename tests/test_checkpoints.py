@@ -75,3 +75,9 @@ def test_more_problems_than_there_are():
     from llmcourse.core import UserError
     from llmcourse.tutor import problems
     with pytest.raises(UserError, match="20000 problems of add: there are not so many"): problems(20_000, tasks=("add",), split="test")
+
+
+def test_every_checkpoint_says_what_it_is():
+    for name in ("base", "sft", "grpo", "rl"):
+        assert (weights() / name / "README.md").read_text().startswith("---\n"), name
+    assert (weights() / "base" / "README.md").read_text() == ck.ABOUT_BASE
