@@ -20,12 +20,14 @@ __all__ = ['ROLE', 'FORMATS', 'PREFERENCES', 'PAIRS', 'CHATML', 'COLUMNS', 'NAME
            'NearDuplicates', 'opening', 'side', 'turn_faults', 'text_faults', 'synthesize', 'to_pairs']
 
 # %% ../nbs/05_data.ipynb #11a20a43
-ROLE = {r: r for r in ROLES} | dict(human="user", gpt="assistant", chatgpt="assistant", bot="assistant", model="assistant", function_call="assistant",
-                                    developer="system", function="tool", observation="tool", function_response="tool", ipython="tool")
+ROLE = {r: r for r in ROLES} | dict(
+    human="user", gpt="assistant", chatgpt="assistant", bot="assistant", model="assistant", function_call="assistant",
+    developer="system", function="tool", observation="tool", function_response="tool", ipython="tool")
 
 def _content(value, place: str) -> str:
     "Text out of a text, of nothing, or of OpenAI's list of text parts."
-    if isinstance(value, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in value): return "".join(p.get("text") or "" for p in value)
+    if isinstance(value, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in value):
+        return "".join(p.get("text") or "" for p in value)
     if value is None or isinstance(value, str): return value or ""
     raise UserError(f"{place}: its content is a {type(value).__name__}, not text. Images and sound cannot be trained here")
 
@@ -33,7 +35,8 @@ def _turn(m, place: str) -> Message:
     "One turn in our form."
     if not isinstance(m, dict): raise UserError(f"{place} is a {type(m).__name__}, not an object with a role and a content")
     role = m.get("role", m.get("from"))
-    if not isinstance(role, str) or role not in ROLE: raise UserError(f"{place} has the role {role!r}. There are {', '.join(ROLES)}, and ShareGPT's human and gpt")
+    if not isinstance(role, str) or role not in ROLE:
+        raise UserError(f"{place} has the role {role!r}. There are {', '.join(ROLES)}, and ShareGPT's human and gpt")
     rest = {k: v for k, v in m.items() if k not in ("role", "from", "content", "value") and v is not None}
     return {"role": ROLE[role], "content": _content(m.get("content", m.get("value")), place), **rest}
 
@@ -60,9 +63,11 @@ def detect(
     if has(["instruction", "response"]): return "dolly"
     if any(map(has, PAIRS)): return "prompt-completion"
     if has(["text"]): return "chatml" if isinstance(row["text"], str) and "<|im_start|>" in row["text"] else "text"
-    known = ("messages", "conversations", "instruction", "prompt", "completion", "chosen", "rejected", "text", "output", "response")
+    known = ("messages", "conversations", "instruction", "prompt", "completion",
+             "chosen", "rejected", "text", "output", "response")
     close = [f"{k!r} may be {c[0]!r}" for k in row if k not in known and (c := difflib.get_close_matches(str(k), known, 1, 0.75))]
-    raise UserError(f"{place}: columns {', '.join(map(str, row)) or '(none)'}: no form that we know. {'; '.join(close) or 'Rename them to messages, or to prompt and completion'}")
+    raise UserError(f"{place}: columns {', '.join(map(str, row)) or '(none)'}: no form that we know. "
+                    f"{'; '.join(close) or 'Rename them to messages, or to prompt and completion'}")
 
 # %% ../nbs/05_data.ipynb #16c7139e
 CHATML = re.compile(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>\n?", re.S)
@@ -74,12 +79,15 @@ def _say(role: str, content): return content if isinstance(content, list) else [
 def _turns(row: dict, form: str, place: str) -> tuple[list, tuple]:
     "The turns of a row, still in the row's own names, and the columns that they came from."
     if form == "messages": return row["messages"], ("messages",)
-    if form == "sharegpt": return _say("system", row.get("system") or []) + list(row["conversations"]), ("conversations", "system")
+    if form == "sharegpt":
+        return _say("system", row.get("system") or []) + list(row["conversations"]), ("conversations", "system")
     if form == "text": return _say("assistant", row["text"]), ("text",)
     if form == "chatml":
-        if outside := CHATML.sub("", row["text"]).strip(): raise UserError(f"{place}: text outside of the ChatML turns: {outside[:40]!r}. Each turn ends in <|im_end|>")
+        if outside := CHATML.sub("", row["text"]).strip():
+            raise UserError(f"{place}: text outside of the ChatML turns: {outside[:40]!r}. Each turn ends in <|im_end|>")
         return [{"role": role, "content": text} for role, text in CHATML.findall(row["text"])], ("text",)
-    ask, more, reply = COLUMNS.get(form) or next((a, None, b) for a, b in PAIRS if row.get(a) is not None and row.get(b) is not None)
+    ask, more, reply = COLUMNS.get(form) or next(
+        (a, None, b) for a, b in PAIRS if row.get(a) is not None and row.get(b) is not None)
     before = _say("system", row.get("system") or [])
     for q, a in row.get("history") or []: before = before + _say("user", q) + _say("assistant", a)
     asked = row[ask] if isinstance(row[ask], list) else _say("user", _join(row[ask], row.get(more)))
@@ -91,7 +99,8 @@ def to_messages(
 ) -> dict:               # {"messages": […]} and all other columns of the row: split, tools, source, …
     "Bring a row into our form. Raises `UserError` for a row that we cannot read."
     form = detect(row, place)
-    if form not in FORMATS: raise UserError(f"{place}: a row of the form {form}: use {'to_unpaired' if form == 'unpaired' else 'to_preference'}")
+    if form not in FORMATS:
+        raise UserError(f"{place}: a row of the form {form}: use {'to_unpaired' if form == 'unpaired' else 'to_preference'}")
     row = {"text": row} if isinstance(row, str) else row
     turns, used = _turns(row, form, place)
     if not isinstance(turns, list): raise UserError(f"{place}: {used[0]!r} is a {type(turns).__name__}, not a list of turns")
@@ -104,12 +113,15 @@ NAMES = {"user": "human", "assistant": "gpt", "system": "system", "tool": "tool"
 def _write(messages: list[Message], form: str) -> dict:
     "The columns of `form` for these messages, as far as it can hold them."
     if form == "messages": return {"messages": messages}
-    if form == "sharegpt": return {"conversations": [{"from": NAMES[m["role"]], "value": m["content"]} | {k: v for k, v in m.items() if k not in ("role", "content")} for m in messages]}
+    if form == "sharegpt":
+        return {"conversations": [{"from": NAMES[m["role"]], "value": m["content"]}
+                                  | {k: v for k, v in m.items() if k not in ("role", "content")} for m in messages]}
     if form == "chatml": return {"text": "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)}
     if form == "text": return {"text": messages[-1]["content"]}
     ask, more, reply = COLUMNS.get(form, ("prompt", None, "completion"))
     system = {"system": messages[0]["content"]} if messages[0]["role"] == "system" else {}
-    return system | {ask: messages[len(system)]["content"] if len(messages) > len(system) else ""} | ({more: ""} if more else {}) | {reply: messages[-1]["content"]}
+    return (system | {ask: messages[len(system)]["content"] if len(messages) > len(system) else ""}
+            | ({more: ""} if more else {}) | {reply: messages[-1]["content"]})
 
 def from_messages(
     row,                        # messages, or a row of `to_messages`
@@ -121,7 +133,9 @@ def from_messages(
     out = {k: v for k, v in row.items() if k != "messages"} | _write(row["messages"], choose(format, FORMATS, "format"))
     try: back = to_messages(out)
     except UserError: back = None
-    if back != row: raise UserError(f"{format} cannot hold this row: turns, or fields of a turn, would be lost. messages and sharegpt can hold all")
+    if back != row:
+        raise UserError(f"{format} cannot hold this row: turns, or fields of a turn, would be lost. "
+                        "messages and sharegpt can hold all")
     return out
 
 # %% ../nbs/05_data.ipynb #2545b0d1
@@ -129,14 +143,16 @@ HH = re.compile(r"\n\n(Human|Assistant): ?(.*?)(?=\n\n(?:Human|Assistant):|\Z)",
 
 def _chat(value, role: str, place: str) -> list[Message]:
     "A list is read turn by turn; a text is one turn of `role`, or a whole chat in the form of hh-rlhf."
-    if isinstance(value, str) and value.startswith("\n\nHuman:"): value = [{"role": ROLE[who.lower()], "content": text.strip()} for who, text in HH.findall(value)]
+    if isinstance(value, str) and value.startswith("\n\nHuman:"):
+        value = [{"role": ROLE[who.lower()], "content": text.strip()} for who, text in HH.findall(value)]
     return [_turn(m, f"{place}: turn {j}") for j, m in enumerate(_say(role, value))]
 
 def _scored(row: dict, place: str) -> tuple:
     "The best and the worst answer of an UltraFeedback row."
     rate = lambda c: float(next((c[k] for k in ("overall_score", "score") if c.get(k) is not None), "nan"))
     ranked = sorted((c for c in row["completions"] if isinstance(c, dict) and rate(c) == rate(c)), key=rate)
-    if len(ranked) < 2 or rate(ranked[0]) == rate(ranked[-1]): raise UserError(f"{place}: no two completions with different scores, so there is nothing to prefer")
+    if len(ranked) < 2 or rate(ranked[0]) == rate(ranked[-1]):
+        raise UserError(f"{place}: no two completions with different scores, so there is nothing to prefer")
     return ranked[-1]["response"], ranked[0]["response"]
 
 def _implicit(chosen: list, rejected: list) -> tuple[list, list, list]:
@@ -162,7 +178,8 @@ def to_preference(
     prompt, used = row.get(key), {key, "chosen", "rejected", "system", "messages"}
     if form == "openai-dpo":
         if not isinstance(row["input"], dict) or "messages" not in row["input"]: raise UserError(f'{place}: "input" has no "messages"')
-        prompt, chosen, rejected, used = row["input"]["messages"], row["preferred_output"], row["non_preferred_output"], {"input", "preferred_output", "non_preferred_output"}
+        prompt, chosen, rejected, used = (row["input"]["messages"], row["preferred_output"], row["non_preferred_output"],
+                                          {"input", "preferred_output", "non_preferred_output"})
         extra = {k: v for k, v in row["input"].items() if k != "messages" and v is not None}
     elif form == "ultrafeedback": (chosen, rejected), used = _scored(row, place), used | {"completions"}
     else: chosen, rejected = row["chosen"], row["rejected"]
@@ -170,8 +187,10 @@ def to_preference(
     if key is None or (chosen and chosen[0]["role"] != "assistant"): prompt, chosen, rejected = _implicit(chosen, rejected)
     else: prompt = (_say("system", row["system"]) if row.get("system") else []) + _chat(prompt, "user", place)
     if not prompt: raise UserError(f"{place}: chosen and rejected have no prompt in common. Give a prompt column")
-    if not chosen or not rejected or {chosen[0]["role"], rejected[0]["role"]} != {"assistant"}: raise UserError(f"{place}: chosen and rejected do not answer the same question")
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, **{k: v for k, v in row.items() if k not in used and v is not None}, **extra}
+    if not chosen or not rejected or {chosen[0]["role"], rejected[0]["role"]} != {"assistant"}:
+        raise UserError(f"{place}: chosen and rejected do not answer the same question")
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected,
+            **{k: v for k, v in row.items() if k not in used and v is not None}, **extra}
 
 def from_preference(
     row: dict,                     # a row of `to_preference`
@@ -196,17 +215,21 @@ def to_unpaired(
     place: str = "row",  # named in the error: "data.jsonl:3"
 ) -> dict:               # {"prompt": […], "completion": […], "label": bool} and all other columns
     "Bring a rated answer into TRL's form. Raises `UserError` for a label that is neither true nor false."
-    if detect(row, place) != "unpaired": raise UserError(f"{place}: a row of the form {detect(row, place)}: it needs prompt, completion and label")
+    if detect(row, place) != "unpaired":
+        raise UserError(f"{place}: a row of the form {detect(row, place)}: it needs prompt, completion and label")
     label = row["label"].strip().casefold() if isinstance(row["label"], str) else row["label"]
-    if not isinstance(label, (bool, int, float, str)) or label not in LABELS: raise UserError(f"{place}: the label {row['label']!r} is neither true nor false")
+    if not isinstance(label, (bool, int, float, str)) or label not in LABELS:
+        raise UserError(f"{place}: the label {row['label']!r} is neither true nor false")
     rest = {k: v for k, v in row.items() if k not in ("prompt", "completion", "label", "messages") and v is not None}
-    return {"prompt": _chat(row["prompt"], "user", place), "completion": _chat(row["completion"], "assistant", place), "label": LABELS[label], **rest}
+    return {"prompt": _chat(row["prompt"], "user", place), "completion": _chat(row["completion"], "assistant", place),
+            "label": LABELS[label], **rest}
 
 def canonical(row, place: str = "row") -> dict:
     "Any row in its one form: chat, comparison or rated answer."
     form = detect(row, place)
     try: return (to_preference if form in PREFERENCES else to_unpaired if form == "unpaired" else to_messages)(row, place)
-    except (TypeError, ValueError, KeyError, AttributeError) as e: raise UserError(f"{place}: a broken row of the form {form} ({type(e).__name__}: {e})") from None
+    except (TypeError, ValueError, KeyError, AttributeError) as e:
+        raise UserError(f"{place}: a broken row of the form {form} ({type(e).__name__}: {e})") from None
 
 def conversations(row: dict) -> list[list[Message]]:
     "The whole conversations that a canonical row holds: one, or two for a comparison."
@@ -232,24 +255,29 @@ def read(
 _NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
 _EACH = "{% for m in messages %}{% if m['role'] == 'assistant' %}"
 _END = "{% endif %}{% endfor %}"
-_LLAMA_SYSTEM = """{{ bos_token + '<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\nToday Date: ' + (date_string or '26 Jul 2024') + '\n\n' }}\
-{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] | trim }}{% set messages = messages[1:] %}{% endif %}{{ '<|eot_id|>' }}"""
+_LLAMA_SYSTEM = """{{ bos_token + '<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n\
+Today Date: ' + (date_string or '26 Jul 2024') + '\n\n' }}{% if messages[0]['role'] == 'system' %}\
+{{ messages[0]['content'] | trim }}{% set messages = messages[1:] %}{% endif %}{{ '<|eot_id|>' }}"""
 GALLERY = {   # family: BOS, EOS, what the assistant's turn ends with, template
-    "Llama 2": ("<s>", "</s>", "</s>", "{% set s = messages[0]['role'] == 'system' %}{% for m in messages[1 if s else 0:] %}{% if m['role'] == 'assistant' %}"
-        "{{ ' ' }}{% generation %}{{ m['content'] | trim + ' ' + eos_token }}{% endgeneration %}{% else %}{% set text = m['content'] %}"
-        "{% if s and loop.first %}{% set text = '<<SYS>>\n' + messages[0]['content'] + '\n<</SYS>>\n\n' + text %}{% endif %}{{ bos_token + '[INST] ' + text | trim + ' [/INST]' }}" + _END),
+    "Llama 2": ("<s>", "</s>", "</s>", "{% set s = messages[0]['role'] == 'system' %}{% for m in messages[1 if s else 0:] %}"
+        "{% if m['role'] == 'assistant' %}{{ ' ' }}{% generation %}{{ m['content'] | trim + ' ' + eos_token }}{% endgeneration %}"
+        "{% else %}{% set text = m['content'] %}{% if s and loop.first %}{% set text = '<<SYS>>\n' + messages[0]['content']"
+        " + '\n<</SYS>>\n\n' + text %}{% endif %}{{ bos_token + '[INST] ' + text | trim + ' [/INST]' }}" + _END),
     "Llama 3": ("<|begin_of_text|>", "<|eot_id|>", "<|eot_id|>", TEMPLATE),
     "Llama 3.1": ("<|begin_of_text|>", "<|eot_id|>", "<|eot_id|>", TEMPLATE.replace("{{ bos_token }}", _LLAMA_SYSTEM)),
     "ChatML": (None, "<|im_end|>", "<|im_end|>", _EACH + "{{ '<|im_start|>assistant\n' }}{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
         "{% else %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}" + _END + "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"),
-    "Mistral": ("<s>", "</s>", "</s>", _NO_SYSTEM + "{{ bos_token }}" + _EACH + "{% generation %}{{ m['content'] + eos_token }}{% endgeneration %}"
-        "{% else %}{{ '[INST] ' + m['content'] + ' [/INST]' }}" + _END),
+    "Mistral": ("<s>", "</s>", "</s>", _NO_SYSTEM + "{{ bos_token }}" + _EACH + "{% generation %}{{ m['content'] + eos_token }}"
+        "{% endgeneration %}{% else %}{{ '[INST] ' + m['content'] + ' [/INST]' }}" + _END),
     "Phi-3": (None, "<|endoftext|>", "<|end|>", _EACH + "{{ '<|assistant|>\n' }}{% generation %}{{ m['content'] + '<|end|>' }}{% endgeneration %}{{ '\n' }}"
         "{% else %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}" + _END + "{{ '<|assistant|>\n' if add_generation_prompt else eos_token }}"),
-    "Gemma": ("<bos>", "<eos>", "<end_of_turn>", _NO_SYSTEM + "{{ bos_token }}" + _EACH + "{{ '<start_of_turn>model\n' }}{% generation %}{{ m['content'] | trim + '<end_of_turn>' }}{% endgeneration %}{{ '\n' }}"
-        "{% else %}{{ '<start_of_turn>' + m['role'] + '\n' + m['content'] | trim + '<end_of_turn>\n' }}" + _END + "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"),
-    "Alpaca": (None, "</s>", "</s>", "{{ 'Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n' }}" + _EACH +
-        "{% generation %}{{ m['content'] + eos_token }}{% endgeneration %}{{ '\n\n' if not loop.last }}{% else %}{{ '### Instruction:\n' + m['content'] + '\n\n### Response:\n' }}" + _END)}
+    "Gemma": ("<bos>", "<eos>", "<end_of_turn>", _NO_SYSTEM + "{{ bos_token }}" + _EACH +
+        "{{ '<start_of_turn>model\n' }}{% generation %}{{ m['content'] | trim + '<end_of_turn>' }}{% endgeneration %}{{ '\n' }}"
+        "{% else %}{{ '<start_of_turn>' + m['role'] + '\n' + m['content'] | trim + '<end_of_turn>\n' }}" + _END +
+        "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"),
+    "Alpaca": (None, "</s>", "</s>", "{{ 'Below is an instruction that describes a task. Write a response that appropriately "
+        "completes the request.\n\n' }}" + _EACH + "{% generation %}{{ m['content'] + eos_token }}{% endgeneration %}"
+        "{{ '\n\n' if not loop.last }}{% else %}{{ '### Instruction:\n' + m['content'] + '\n\n### Response:\n' }}" + _END)}
 
 def dress(tokenizer, family: str):
     "A copy of the tokenizer in the clothes of another family: its special tokens and its template."
@@ -270,7 +298,8 @@ DATE = "26 Jul 2024"   # Llama 3's templates print the date of today; a run that
 def _draw(tokenizer, messages: list[Message], **options):
     "Apply the chat template. Raises `UserError` if there is none."
     if not tokenizer.chat_template:
-        raise UserError(f"{tokenizer.name_or_path}: the tokenizer has no chat template. Use an instruct model, or set tokenizer.chat_template")
+        raise UserError(f"{tokenizer.name_or_path}: the tokenizer has no chat template. "
+                        "Use an instruct model, or set tokenizer.chat_template")
     return tokenizer.apply_chat_template([_called(m) for m in messages], date_string=DATE, **options)
 
 def _called(m: Message) -> Message:
@@ -287,11 +316,12 @@ def _spans(tokenizer, messages: list[Message], text: str, tools=None) -> list[tu
     for i, m in enumerate(messages):
         if m["role"] != "assistant" or m.get("weight") == 0: continue
         upto = _draw(tokenizer, messages[:i + 1], tokenize=False, tools=tools).rstrip()
-        before = _draw(tokenizer, messages[:i], tokenize=False, add_generation_prompt=True, tools=tools) if i else upto.partition(m["content"].strip())[0]
+        before = (_draw(tokenizer, messages[:i], tokenize=False, add_generation_prompt=True, tools=tools) if i
+                  else upto.partition(m["content"].strip())[0])
         if not text.startswith(upto): upto = upto.removesuffix(eos).rstrip()   # Phi-3 writes EOS behind the whole chat
         if not (text.startswith(upto) and upto.startswith(before)):
-            raise UserError(f"{tokenizer.name_or_path}: its chat template changes earlier turns, so the assistant's tokens cannot be found. "
-                            "Put {% generation %} … {% endgeneration %} around them in the template")
+            raise UserError(f"{tokenizer.name_or_path}: its chat template changes earlier turns, so the assistant's tokens "
+                            "cannot be found. Put {% generation %} … {% endgeneration %} around them in the template")
         spans.append((len(before), len(upto)))
     return spans
 
@@ -309,7 +339,9 @@ def tokenize(
     else:
         text = _draw(tokenizer, messages, tokenize=False, tools=tools)
         try: out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        except NotImplementedError: raise UserError(f"{tokenizer.name_or_path}: a slow tokenizer, which cannot say where its tokens lie in the text. Load a fast one") from None
+        except NotImplementedError:
+            raise UserError(f"{tokenizer.name_or_path}: a slow tokenizer, which cannot say where its tokens lie in the text. "
+                            "Load a fast one") from None
         ids, spans = out["input_ids"], _spans(tokenizer, messages, text, tools) if assistant_only_loss else [(0, len(text))]
         mask = [any(start <= a < b <= end for start, end in spans) for a, b in out["offset_mapping"]]
     return {"input_ids": list(ids), "labels": [t if m else -100 for t, m in zip(ids, mask)]}
@@ -333,16 +365,21 @@ class XRay:
         span = '<span style="background:{};color:#111;border-radius:2px;margin-right:1px;white-space:pre-wrap">{}</span>'
         show = lambda p: html.escape(p).replace("\n", "↵\n")
         body = "".join(span.format("#a8dfa8" if t else "#e4e4e4", show(p)) for p, t in zip(self.pieces, self.trained))
-        return f'<div style="font-family:monospace;line-height:1.7">{body}</div><div><b>green: trained</b>, grey: masked · {self._counts()}</div>'
+        return (f'<div style="font-family:monospace;line-height:1.7">{body}</div>'
+                f'<div><b>green: trained</b>, grey: masked · {self._counts()}</div>')
 
     def ansi(self) -> str:
         "The picture in a terminal's colours: trained tokens on green in two shades, masked ones in grey."
-        paint = lambda i, p: (f"\x1b[30;{(42, 102)[i % 2]}m" if self.trained[i] else f"\x1b[{(90, 2)[i % 2]}m") + _plain(p).replace("\n", "↵\x1b[0m\n") + "\x1b[0m"
+        paint = lambda i, p: (
+            (f"\x1b[30;{(42, 102)[i % 2]}m" if self.trained[i] else f"\x1b[{(90, 2)[i % 2]}m")
+            + _plain(p).replace("\n", "↵\x1b[0m\n") + "\x1b[0m")
         return "".join(paint(i, p) for i, p in enumerate(self.pieces)) + f"\n{self._counts()}"
 
     def faults(self) -> list[str]:
         "What a trainer should refuse in this row."
-        found = {"nothing is trained": not self.counts["trained"], "no end token is trained: the model would never learn to stop": self.counts["trained"] and not self.counts["end_trained"],
+        found = {"nothing is trained": not self.counts["trained"],
+                 "no end token is trained: the model would never learn to stop":
+                     self.counts["trained"] and not self.counts["end_trained"],
                  f"begins with {self.doubled} twice": self.doubled, "padding is trained": self.counts.get("pad_trained")}
         return [what for what, is_so in found.items() if is_so]
 
@@ -390,7 +427,8 @@ def xray_file(
         if isinstance(row, str): raise UserError(f"{place}: {row}")
         row = canonical(row, place)
         try: picture = xray(tokenizer, tokenize(tokenizer, conversations(row)[0], tools=row.get("tools")))
-        except (TemplateError, TypeError, ValueError) as e: raise UserError(f"{place}: the model's chat template refuses this conversation: {e}") from None
+        except (TemplateError, TypeError, ValueError) as e:
+            raise UserError(f"{place}: the model's chat template refuses this conversation: {e}") from None
         total.update(picture.counts); total["rows"] += 1; faults.update(picture.faults())
         if len(drawn) < rows: drawn.append((number, picture))
         if total["rows"] >= most: break
@@ -433,7 +471,8 @@ class NearDuplicates:
         return None
 
 # %% ../nbs/05_data.ipynb #eaecaed5
-SIDES = {"train": "train", "training": "train", "test": "test", "eval": "test", "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation"}
+SIDES = {"train": "train", "training": "train", "test": "test", "eval": "test",
+         "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation"}
 
 def _key(messages: list[Message]) -> str:
     "Turns as one text in which case and spacing do not count."
@@ -459,25 +498,40 @@ def turn_faults(messages: list[Message]) -> Iterator[tuple[str, str]]:
     roles = [m["role"] for m in messages]
     if "assistant" not in roles: yield "error", "no assistant turn: there is nothing to learn"; return
     if roles[-1] != "assistant": yield "error", f"ends with a turn of the {roles[-1]}: the last one must be the assistant's"
-    if all(m.get("weight") == 0 for m in messages if m["role"] == "assistant"): yield "error", "every assistant turn has weight 0: nothing is trained"
+    if all(m.get("weight") == 0 for m in messages if m["role"] == "assistant"):
+        yield "error", "every assistant turn has weight 0: nothing is trained"
     if "system" in roles[1:]: yield "warning", "a system turn that is not the first: many templates refuse it or drop it"
     talk = [m for m in messages if m["role"] in ("user", "assistant") and not m.get("tool_calls")]
-    if talk and talk[0]["role"] == "assistant" and len(messages) > 1: yield "warning", "the assistant speaks first: Mistral's and Gemma's templates refuse it"
+    if talk and talk[0]["role"] == "assistant" and len(messages) > 1:
+        yield "warning", "the assistant speaks first: Mistral's and Gemma's templates refuse it"
     for j, m in enumerate(messages):
         if not m["content"].strip() and not m.get("tool_calls"): yield "error", f"turn {j} ({m['role']}) is empty"
-        if m.get("weight", 1) not in (0, 1): yield "error", f"turn {j} has the weight {m['weight']!r}: only 0 and 1 mean something"
-        if m["role"] == "tool" and not any(x.get("tool_calls") for x in messages[:j]): yield "warning", f"turn {j} is a tool's answer, and no tool was called"
+        if m.get("weight", 1) not in (0, 1):
+            yield "error", f"turn {j} has the weight {m['weight']!r}: only 0 and 1 mean something"
+        if m["role"] == "tool" and not any(x.get("tool_calls") for x in messages[:j]):
+            yield "warning", f"turn {j} is a tool's answer, and no tool was called"
     for j, (a, b) in enumerate(zip(messages, messages[1:]), 1):
-        if a["content"].strip() and a["content"].strip() == b["content"].strip(): yield "warning", f"turn {j} repeats turn {j - 1} word for word"
-        elif a["role"] == b["role"] != "tool": yield "warning", f"turns {j - 1} and {j} are both the {b['role']}'s: Llama 2's, Mistral's and Gemma's templates refuse it"
+        if a["content"].strip() and a["content"].strip() == b["content"].strip():
+            yield "warning", f"turn {j} repeats turn {j - 1} word for word"
+        elif a["role"] == b["role"] != "tool":
+            yield "warning", (f"turns {j - 1} and {j} are both the {b['role']}'s: "
+                              "Llama 2's, Mistral's and Gemma's templates refuse it")
 
 # %% ../nbs/05_data.ipynb #9d8ae88e
-SECRETS = {"an AWS key": r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b", "a GitHub token": r"\b(?:gh[pousr]_[A-Za-z0-9]{36}|github_pat_\w{50})", "an API key": r"\bsk-[A-Za-z0-9_-]{20,}",
-           "a Hugging Face token": r"\bhf_[A-Za-z0-9]{30,}", "a Google key": r"\bAIza[\w-]{35}", "a Slack token": r"\bxox[abeprs]-[\w-]{10,}", "a Stripe key": r"\b[rs]k_live_\w{16,}",
-           "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY", "a signed web token": r"\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]+",
-           "a password": r"(?i:\b(?:password|passwd|secret|api[_-]?key|token)\b[\"']?\s*[:=]\s*[\"']?(?=[^\s\"']*\d)[^\s\"']{8,})"}
+SECRETS = {"an AWS key": r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b",
+           "a GitHub token": r"\b(?:gh[pousr]_[A-Za-z0-9]{36}|github_pat_\w{50})",
+           "an API key": r"\bsk-[A-Za-z0-9_-]{20,}",
+           "a Hugging Face token": r"\bhf_[A-Za-z0-9]{30,}",
+           "a Google key": r"\bAIza[\w-]{35}",
+           "a Slack token": r"\bxox[abeprs]-[\w-]{10,}",
+           "a Stripe key": r"\b[rs]k_live_\w{16,}",
+           "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY",
+           "a signed web token": r"\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]+",
+           "a password": r"(?i:\b(?:password|passwd|secret|api[_-]?key|token)\b[\"']?\s*[:=]\s*[\"']?"
+                         r"(?=[^\s\"']*\d)[^\s\"']{8,})"}
 _SECRET = re.compile("|".join(f"({p})" for p in SECRETS.values()))
-_HINTS = ("akia", "asia", "ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_", "sk-", "hf_", "aiza", "xox", "k_live_", "private key", "eyj", "passw", "secret", "key", "token")
+_HINTS = ("akia", "asia", "ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_", "sk-", "hf_", "aiza", "xox", "k_live_",
+          "private key", "eyj", "passw", "secret", "key", "token")
 _EMAIL = re.compile(r"\b[\w.+-]+@(?!example\.)[\w-]+(?:\.[\w-]+)*\.[a-zA-Z]{2,}\b")
 _SPECIAL = re.compile(r"<\|[a-z0-9_]+\|>|\[/?INST\]|</?s>|<(?:start|end)_of_turn>|<bos>|<eos>|<<SYS>>")
 _GARBLED = re.compile(r"\ufffd|Ã[\x80-\xbf]|â€")
@@ -485,10 +539,16 @@ _GARBLED = re.compile(r"\ufffd|Ã[\x80-\xbf]|â€")
 def text_faults(text: str) -> Iterator[tuple[str, str]]:
     "What is wrong with the letters of one conversation: (level, what). A secret is never printed whole."
     small = text.lower()   # a cheap look first
-    if any(hint in small for hint in _HINTS) and (m := _SECRET.search(text)): yield "error", f"holds {list(SECRETS)[m.lastindex - 1]} ({m[0][:4]}…): take it out, and revoke it"
-    if "@" in text and (m := _EMAIL.search(text)): yield "warning", f"holds an e-mail address ({m[0][:2]}…@{m[0].rpartition('@')[2]})"
-    if ("<" in text or "[" in text) and (m := _SPECIAL.search(text)): yield "warning", f"holds {m[0]}: the text was rendered already, or somebody plays tricks. BOS would be doubled, turns torn"
-    if not text.isascii() and (m := _GARBLED.search(text)): yield "warning", f"wrongly decoded letters near {text[max(0, m.start() - 8):m.end() + 4]!r}: read the source again as UTF-8"
+    if any(hint in small for hint in _HINTS) and (m := _SECRET.search(text)):
+        yield "error", f"holds {list(SECRETS)[m.lastindex - 1]} ({m[0][:4]}…): take it out, and revoke it"
+    if "@" in text and (m := _EMAIL.search(text)):
+        yield "warning", f"holds an e-mail address ({m[0][:2]}…@{m[0].rpartition('@')[2]})"
+    if ("<" in text or "[" in text) and (m := _SPECIAL.search(text)):
+        yield "warning", (f"holds {m[0]}: the text was rendered already, or somebody plays tricks. "
+                          "BOS would be doubled, turns torn")
+    if not text.isascii() and (m := _GARBLED.search(text)):
+        yield "warning", (f"wrongly decoded letters near {text[max(0, m.start() - 8):m.end() + 4]!r}: "
+                          "read the source again as UTF-8")
 
 # %% ../nbs/05_data.ipynb #973af032
 def synthesize(
@@ -505,8 +565,10 @@ def synthesize(
     for k in range(samples):
         replies = generate.batch(chats) if hasattr(generate, "batch") else [generate(chat) for chat in chats]
         for i, (row, chat, reply) in enumerate(zip(seeds, chats, replies)):
-            where = {"generator": name or type(generate).__name__, "verifier": getattr(verify, "__name__", str(verify)), "seed": row.get("id", i), "sample": k}
-            out = {"messages": [*chat, {"role": "assistant", "content": reply}], **{c: v for c, v in row.items() if c not in ("messages", "question")}, "provenance": where}
+            where = {"generator": name or type(generate).__name__, "verifier": getattr(verify, "__name__", str(verify)),
+                     "seed": row.get("id", i), "sample": k}
+            out = {"messages": [*chat, {"role": "assistant", "content": reply}],
+                   **{c: v for c, v in row.items() if c not in ("messages", "question")}, "provenance": where}
             try: why = "" if verify(row, reply) else "the verifier"
             except Exception as e: why = f"the verifier, with {type(e).__name__}: {e}"
             if not why and seen.setdefault(i, NearDuplicates(duplicate)).add(k, reply): why = "a copy"
@@ -523,4 +585,5 @@ def to_pairs(kept: list[dict], refused: list[dict]) -> list[dict]:
     "A right and a wrong answer to the same question, as comparisons: one for each question that has both."
     wrong = {r["provenance"]["seed"]: r for r in reversed(refused) if r["provenance"]["refused"] == "the verifier"}
     right = {r["provenance"]["seed"]: r for r in reversed(kept)}
-    return [{"prompt": r["messages"][:-1], "chosen": r["messages"][-1:], "rejected": wrong[i]["messages"][-1:], "provenance": r["provenance"]} for i, r in right.items() if i in wrong]
+    return [{"prompt": r["messages"][:-1], "chosen": r["messages"][-1:], "rejected": wrong[i]["messages"][-1:],
+             "provenance": r["provenance"]} for i, r in right.items() if i in wrong]

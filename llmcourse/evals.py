@@ -35,8 +35,10 @@ def grade_row(
     """Compare a reply with the row's reference: `answer`, `ideal` (a text or a list of them), or the last assistant turn.
     A tutor's answer counts only in its format, `Answer: N` on the last line; any other text must be equal up to case and spacing."""
     reference = _reference(row)
-    if reference is None: raise UserError("row without a reference: give it an \"answer\", or let the last message be the assistant's")
-    if row.get("task") in TASKS and isinstance(reference, (str, int)) and str(reference).isdigit(): return is_right(reply, reference)
+    if reference is None:
+        raise UserError("row without a reference: give it an \"answer\", or let the last message be the assistant's")
+    if row.get("task") in TASKS and isinstance(reference, (str, int)) and str(reference).isdigit():
+        return is_right(reply, reference)
     wanted = reference if isinstance(reference, list) else [reference]
     return any(chat_answer(reply) == chat_answer(str(w)) if chat_answer(str(w)) else _normal(reply) == _normal(w) for w in wanted)
 
@@ -94,12 +96,13 @@ def evaluate(
     chats = [_chat(row, f"row {i}") for i, row in enumerate(rows, 1)]
     if grade is None:
         for i, row in enumerate(rows, 1):
-            if _reference(row) is None: raise UserError(f"row {i}: no reference. Give it an \"answer\", or let the last message be the assistant's")
+            if _reference(row) is None:
+                raise UserError(f"row {i}: no reference. Give it an \"answer\", or let the last message be the assistant's")
     results = []
     for row, chat, reply in zip(rows, chats, _replies(generate, chats, workers, progress)):
         kept = chat_answer(reply) is not None if row.get("task") in TASKS else bool(reply.strip())
-        results.append({"task": row.get("task", "all"), "question": chat[-1]["content"], "answer": _reference(row), "reply": reply,
-                        "format": kept, "right": bool((grade or grade_row)(row, reply))})
+        results.append({"task": row.get("task", "all"), "question": chat[-1]["content"], "answer": _reference(row),
+                        "reply": reply, "format": kept, "right": bool((grade or grade_row)(row, reply))})
     return results
 
 # %% ../nbs/04_evals.ipynb #40282e9a
@@ -109,7 +112,8 @@ def wilson(
     level: float = 0.95,  # how often the interval should hold the true rate
 ) -> tuple[float, float]: # (low, high), shares between 0 and 1
     "Wilson's score interval for a share (Wilson 1927). Raises `UserError` for counts that cannot be."
-    if not (0 <= correct <= n and n): raise UserError(f"{correct} right out of {n}: give at least one problem, and no more right answers than problems")
+    if not (0 <= correct <= n and n):
+        raise UserError(f"{correct} right out of {n}: give at least one problem, and no more right answers than problems")
     if not 0 < level < 1: raise UserError(f"level {level}: give a share between 0 and 1, such as 0.95")
     z, p = NormalDist().inv_cdf((1 + level) / 2), correct / n
     middle, half = p + z*z/(2*n), z * math.sqrt(p*(1 - p)/n + z*z/(4*n*n))
@@ -142,7 +146,9 @@ def show(
     shares = ("accuracy", "before", "after", "gain")
     def tidy(row):
         row = dict(row)
-        if {"low", "high"} <= set(row): row["95 % interval"] = f"{100 * row['low']:.0f}{' to ' if row['low'] < 0 else '–'}{100 * row.pop('high'):.0f} %"; del row["low"]
+        if {"low", "high"} <= set(row):
+            row["95 % interval"] = f"{100 * row['low']:.0f}{' to ' if row['low'] < 0 else '–'}{100 * row.pop('high'):.0f} %"
+            del row["low"]
         return {k: f"{100 * v:.0f} %" if k in shares and isinstance(v, float) else v for k, v in row.items()}
     return pd.DataFrame([tidy(r) for r in rows])
 
@@ -173,7 +179,8 @@ class Completion:
         local,                                   # a `Local`, or anything whose `.batch` takes plain texts
         prompt: str = "{question}\nWorking:",    # what the model continues; `{question}` is filled in
     ): self.local, self.prompt, self.options = local, prompt, getattr(local, "options", {})
-    def batch(self, chats: list) -> list[str]: return self.local.batch([self.prompt.replace("{question}", c[-1]["content"]) for c in chats])
+    def batch(self, chats: list) -> list[str]:
+        return self.local.batch([self.prompt.replace("{question}", c[-1]["content"]) for c in chats])
     def __call__(self, messages: list[Message]) -> str: return self.batch([messages])[0]
 
 # %% ../nbs/04_evals.ipynb #b05df400
@@ -182,7 +189,8 @@ def paired(
     b: list[bool],  # was B right on the same problems, in the same order?
 ) -> dict:          # only_a, only_b: problems that only one solved; p: chance of a split this uneven if both were equally good
     "McNemar's exact test, two-sided (McNemar 1947). Raises `UserError` if the lists cannot be paired."
-    if len(a) != len(b): raise UserError(f"{len(a)} answers of A, {len(b)} of B: a paired test needs the same problems in the same order")
+    if len(a) != len(b):
+        raise UserError(f"{len(a)} answers of A, {len(b)} of B: a paired test needs the same problems in the same order")
     only_a, only_b = sum(bool(x) and not y for x, y in zip(a, b)), sum(bool(y) and not x for x, y in zip(a, b))
     m = only_a + only_b
     tail = sum(math.comb(m, i) for i in range(min(only_a, only_b) + 1))
@@ -197,13 +205,15 @@ def compare(
     "Two evaluations, problem by problem; the interval is Agresti and Min's (2005). Raises `UserError` unless the questions agree."
     if not before: raise UserError("no results to compare: evaluate both models on the same rows first")
     for i, (x, y) in enumerate(zip(before, after), 1):
-        if x["question"] != y["question"]: raise UserError(f"row {i}: the two evaluations asked different questions. Evaluate both on the same rows")
+        if x["question"] != y["question"]:
+            raise UserError(f"row {i}: the two evaluations asked different questions. Evaluate both on the same rows")
     a, b = [r["right"] for r in before], [r["right"] for r in after]
     test, n, z = paired(a, b), len(a), NormalDist().inv_cdf((1 + level) / 2)
     lost, won, m = test["only_a"] + 0.5, test["only_b"] + 0.5, n + 2
     half = z * math.sqrt(lost + won - (won - lost)**2 / m) / m
     gain = (won - lost) / m
-    return {"n": n, "before": sum(a) / n, "after": sum(b) / n, "gain": (sum(b) - sum(a)) / n, "low": max(-1.0, gain - half), "high": min(1.0, gain + half),
+    return {"n": n, "before": sum(a) / n, "after": sum(b) / n,
+            "gain": (sum(b) - sum(a)) / n, "low": max(-1.0, gain - half), "high": min(1.0, gain + half),
             "only_before": test["only_a"], "only_after": test["only_b"], "p": test["p"]}
 
 # %% ../nbs/04_evals.ipynb #29d261a2
@@ -214,6 +224,7 @@ def judge(
     top: int = 10,       # the best mark; the worst is 0
 ) -> int | None:         # the mark, or None if the judge gave none
     "Ask a model for a mark. Measure the judge itself, on answers whose worth you know, before you believe it."
-    request = f"Question:\n{question}\n\nAnswer:\n{answer}\n\nIs the answer right? Reply with one line, Score: N, where N goes from 0 (wrong) to {top} (right)."
+    request = (f"Question:\n{question}\n\nAnswer:\n{answer}\n\n"
+               f"Is the answer right? Reply with one line, Score: N, where N goes from 0 (wrong) to {top} (right).")
     found = re.search(r"Score:\s*(\d+)(?![\d.])", generate([{"role": "user", "content": request}]))
     return int(found[1]) if found and int(found[1]) <= top else None

@@ -12,7 +12,8 @@ from .data import DATE, XRay, _draw, _spans, canonical, detect, end_ids, side, t
 from .files import numbered
 from .models import load, weights_hash
 from .tutor import has_bf16
-from .runs import adapter, base_name, check_output, finish, fit, lora_fields, open_card, positive, quiet, rehearse, rows_hash, run_folder, tell
+from .runs import (
+    adapter, base_name, check_output, finish, fit, lora_fields, open_card, positive, quiet, rehearse, rows_hash, run_folder, tell)
 
 # %% auto #0
 __all__ = ['preflight', 'hyperparameters', 'sft', 'rerun']
@@ -28,11 +29,18 @@ def preflight(
     labels = [l for r in rows for l in r["labels"][:max_length] if l != -100]
     doubled = [i for i, r in enumerate(rows) if bos is not None and list(r["input_ids"][:2]) == [bos, bos]]
     look = "Look at xray(tokenizer, row)"
-    if not labels: raise UserError(f"nothing would be trained: all labels of {len(rows)} rows are masked (max_length={max_length}). {look}")
-    if not ends & set(labels): raise UserError(f"no end token would be trained in {len(rows)} rows (max_length={max_length}), so the model would never learn to stop. {look}")
-    if doubled: raise UserError(f"rows[{doubled[0]}] begins with {tokenizer.bos_token} twice ({len(doubled)} of {len(rows)} rows do). Leave it to the chat template alone")
+    if not labels:
+        raise UserError(f"nothing would be trained: all labels of {len(rows)} rows are masked (max_length={max_length}). {look}")
+    if not ends & set(labels):
+        raise UserError(f"no end token would be trained in {len(rows)} rows (max_length={max_length}), "
+                        f"so the model would never learn to stop. {look}")
+    if doubled:
+        raise UserError(f"rows[{doubled[0]}] begins with {tokenizer.bos_token} twice ({len(doubled)} of {len(rows)} rows do). "
+                        "Leave it to the chat template alone")
     long = sum(len(r["input_ids"]) > max_length for r in rows) if max_length else 0
-    if long: warnings.warn(f"{long} of {len(rows)} rows are longer than max_length={max_length} tokens and lose their end. Raise max_length, or split them", stacklevel=2)
+    if long:
+        warnings.warn(f"{long} of {len(rows)} rows are longer than max_length={max_length} tokens and lose their end. "
+                      "Raise max_length, or split them", stacklevel=2)
     return dict(rows=len(rows), tokens=sum(len(r["input_ids"]) for r in rows), trained=len(labels), too_long=long)
 
 # %% ../nbs/06_sft.ipynb #1c223105
@@ -47,10 +55,13 @@ def hyperparameters(
     fields = SFTConfig.__dataclass_fields__
     for name in overrides:
         close = difflib.get_close_matches(name, fields, 1)
-        if name not in fields: raise UserError(f"SFTConfig has no {name!r}{f': did you mean {close[0]!r}?' if close else '.'} Names are spelled as in trl.SFTConfig")
+        if name not in fields:
+            raise UserError(f"SFTConfig has no {name!r}{f': did you mean {close[0]!r}?' if close else '.'} "
+                            "Names are spelled as in trl.SFTConfig")
     rates, gpu = ((4e-3, 1e-3) if parameters < 1e8 else (2e-4, 2e-5)), dial["device"] != "cpu"
-    ours = dict(learning_rate=rates[0 if lora else 1], num_train_epochs=1, lr_scheduler_type="cosine", warmup_steps=0.1, optim="adamw_torch_fused",
-                weight_decay=0.0, max_grad_norm=1.0, per_device_train_batch_size=dial["batch_size"], gradient_accumulation_steps=dial["grad_accum"],
+    ours = dict(learning_rate=rates[0 if lora else 1], num_train_epochs=1, lr_scheduler_type="cosine", warmup_steps=0.1,
+                optim="adamw_torch_fused", weight_decay=0.0, max_grad_norm=1.0,
+                per_device_train_batch_size=dial["batch_size"], gradient_accumulation_steps=dial["grad_accum"],
                 max_length=dial["max_length"], assistant_only_loss=True, packing=False, gradient_checkpointing=gpu,
                 bf16=dial["dtype"] == "bfloat16" if gpu else has_bf16(), fp16=dial["dtype"] == "float16",
                 train_sampling_strategy="random" if gpu else "group_by_length", logging_steps=5,
@@ -64,9 +75,13 @@ def _rows(rows) -> tuple[list[dict], list[str]]:
     kept, forms, others = [], set(), 0
     for place, row in numbered(rows):
         form, row = detect(row, place), canonical(row, place)
-        if forms and form not in forms: tell(f"SFT: {place}: the form {form} among {', '.join(sorted(forms))}. Is that meant? Look with: llmcourse data check")
+        if forms and form not in forms:
+            tell(f"SFT: {place}: the form {form} among {', '.join(sorted(forms))}. Is that meant? "
+                 "Look with: llmcourse data check")
         forms.add(form)
-        if "messages" not in row: raise UserError(f"{place}: a row of the form {form}, and SFT takes one answer a row. Give the better one alone, or train on preferences")
+        if "messages" not in row:
+            raise UserError(f"{place}: a row of the form {form}, and SFT takes one answer a row. "
+                            "Give the better one alone, or train on preferences")
         check_messages(row["messages"], place)
         if row.get("split") and side(row) != "train": others += 1
         else: kept.append((place, row))
@@ -92,18 +107,25 @@ def _start(engine: str, model, scale: str, dial: dict, seed: int, peft_config, q
     if choose(engine, ("trl", "unsloth"), "engine") == "trl": return load(model, scale, **how)
     if dial["device"] == "cpu": raise UserError('engine "unsloth" needs a GPU. Choose a scale such as t4, or engine="trl"')
     try: from unsloth import FastLanguageModel
-    except ImportError: raise UserError('engine "unsloth" is not installed. pip install unsloth, or choose engine="trl"') from None
-    net, tokenizer = FastLanguageModel.from_pretrained(str(model_path(model)), max_seq_length=dial["max_length"], trust_remote_code=False, random_state=seed,
-                                                       load_in_4bit=quantization_config is not None, full_finetuning=peft_config is None)
+    except ImportError:
+        raise UserError('engine "unsloth" is not installed. pip install unsloth, or choose engine="trl"') from None
+    net, tokenizer = FastLanguageModel.from_pretrained(
+        str(model_path(model)), max_seq_length=dial["max_length"], trust_remote_code=False, random_state=seed,
+        load_in_4bit=quantization_config is not None, full_finetuning=peft_config is None)
     if peft_config is None: return net, tokenizer
-    fields = {k: v for k, v in lora_fields(peft_config).items() if k in ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "target_modules") and v != "all-linear"}
+    fields = {k: v for k, v in lora_fields(peft_config).items()
+              if k in ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "target_modules") and v != "all-linear"}
     return FastLanguageModel.get_peft_model(net, random_state=seed, **fields), tokenizer
 
 def _weights(dial: dict, peft_config, quantization_config, loftq: bool) -> dict:
     "How to load the weights, for `load`. Raises `UserError` for settings that do not go together."
-    if quantization_config and peft_config is None: raise UserError("weights of 4 or 8 bits cannot be trained. Give peft_config=lora_config(): the adapter is what learns")
-    if loftq and not getattr(quantization_config, "load_in_4bit", False): raise UserError("loftq makes up for rounding to 4 bits. Give quantization_config=BitsAndBytesConfig(load_in_4bit=True)")
-    exact = dict(dtype="float32") if peft_config is None or dial["device"] == "cpu" else {}   # full: weights in float32, autocast on top
+    if quantization_config and peft_config is None:
+        raise UserError("weights of 4 or 8 bits cannot be trained. Give peft_config=lora_config(): the adapter is what learns")
+    if loftq and not getattr(quantization_config, "load_in_4bit", False):
+        raise UserError("loftq makes up for rounding to 4 bits. "
+                        "Give quantization_config=BitsAndBytesConfig(load_in_4bit=True)")
+    # full: weights in float32, autocast on top
+    exact = dict(dtype="float32") if peft_config is None or dial["device"] == "cpu" else {}
     return exact | (dict(quantization_config=quantization_config) if quantization_config else {})
 
 # %% ../nbs/06_sft.ipynb #0af1823e
@@ -147,20 +169,24 @@ def _grouped(seed: int):
     class Trainer(SFTTrainer):
         def _get_train_sampler(self, train_dataset=None):
             if self.args.train_sampling_strategy != "group_by_length": return super()._get_train_sampler(train_dataset)
-            return Sampler(self.args.train_batch_size * self.args.gradient_accumulation_steps, lengths=[len(ids) for ids in self.train_dataset["input_ids"]])
+            return Sampler(self.args.train_batch_size * self.args.gradient_accumulation_steps,
+                           lengths=[len(ids) for ids in self.train_dataset["input_ids"]])
     return Trainer
 
 def _trainer(net, tokenizer, encoded: list[dict], folder: Path, hyper: dict, peft_config, seed: int, device: str):
     "TRL's `SFTTrainer`, with everything that a run needs."
     from datasets import Dataset
     from trl import SFTConfig
-    if device == "cpu": net.set_attn_implementation("eager")     # short rows: the backward pass of the fused kernel is slower on a CPU
-    settings = dict(output_dir=str(folder), seed=seed, data_seed=seed, use_cpu=device == "cpu", report_to="none", disable_tqdm=True)
-    settings |= hyper | {"assistant_only_loss": False}           # our labels say it already
+    if device == "cpu":
+        net.set_attn_implementation("eager")              # short rows: the backward pass of the fused kernel is slower on a CPU
+    settings = dict(output_dir=str(folder), seed=seed, data_seed=seed, use_cpu=device == "cpu",
+                    report_to="none", disable_tqdm=True)
+    settings |= hyper | {"assistant_only_loss": False}    # our labels say it already
     try: args = SFTConfig(**settings)
     except (TypeError, ValueError) as e: raise UserError(f"SFTConfig: {e}") from e
-    return _grouped(seed)(net, args=args, train_dataset=Dataset.from_list(encoded), processing_class=tokenizer,
-                      peft_config=None if hasattr(net, "peft_config") else copy.deepcopy(peft_config))    # PEFT writes into the one it is given
+    return _grouped(seed)(
+        net, args=args, train_dataset=Dataset.from_list(encoded), processing_class=tokenizer,
+        peft_config=None if hasattr(net, "peft_config") else copy.deepcopy(peft_config))   # PEFT writes into the one it is given
 
 # %% ../nbs/06_sft.ipynb #bf0bc45a
 def sft(
