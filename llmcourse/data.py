@@ -369,9 +369,9 @@ class XRay:
                 f'<div><b>green: trained</b>, grey: masked · {self._counts()}</div>')
 
     def ansi(self) -> str:
-        "The picture in a terminal's colours: trained tokens on green in two shades, masked ones in grey."
+        "The picture in a terminal's colours: trained tokens on green in two shades, masked ones plain and faint in turn."
         paint = lambda i, p: (
-            (f"\x1b[30;{(42, 102)[i % 2]}m" if self.trained[i] else f"\x1b[{(90, 2)[i % 2]}m")
+            (f"\x1b[30;{(42, 102)[i % 2]}m" if self.trained[i] else f"\x1b[{(39, 2)[i % 2]}m")
             + _plain(p).replace("\n", "↵\x1b[0m\n") + "\x1b[0m")
         return "".join(paint(i, p) for i, p in enumerate(self.pieces)) + f"\n{self._counts()}"
 
