@@ -93,9 +93,12 @@ def save_turn(
     saved, parent, conversation = [], None, None
     with _writing(db) as con:
         for m in messages:
-            if "id" in m: conversation = conversation or con.execute("SELECT conversation FROM messages WHERE id = ?", [m["id"]]).fetchone()[0]
+            if "id" in m:
+                conversation = conversation or con.execute("SELECT conversation FROM messages WHERE id = ?",
+                                                           [m["id"]]).fetchone()[0]
             else:
-                conversation = conversation or con.execute("INSERT INTO conversations (token) VALUES (?)", [secrets.token_urlsafe(16)]).lastrowid
+                conversation = conversation or con.execute("INSERT INTO conversations (token) VALUES (?)",
+                                                           [secrets.token_urlsafe(16)]).lastrowid
                 row = {"conversation": conversation, "parent": parent, "role": m["role"], "content": m["content"]}
                 row |= {k: m[k] for k in FACTS if m.get(k) is not None}
                 m = m | {"id": con.execute(f"INSERT INTO messages ({', '.join(row)}) VALUES (:{', :'.join(row)})", row).lastrowid}
@@ -116,7 +119,10 @@ def path_to(
         LEFT JOIN votes v ON v.message = m.id ORDER BY height DESC""", [message]).fetchall()
     return [dict(row) for row in rows]
 
-def newest(db: str | Path, token: str | None) -> int | None:   # the id of the last message said in the conversation with this token
+def newest(
+    db: str | Path,
+    token: str | None,
+) -> int | None:   # the id of the last message said in the conversation with this token
     "Where a browser left off: the token is all that it keeps."
     sql = "SELECT max(m.id) FROM messages m JOIN conversations c ON c.id = m.conversation WHERE c.token = ?"
     with _reading(db) as con: return con.execute(sql, [token]).fetchone()[0]
@@ -133,8 +139,10 @@ def save_vote(
     if values["vote"] not in (1, -1, None): raise UserError(f"vote {values['vote']!r}: give 1, -1, or None to take it back")
     with _writing(db) as con:
         found = con.execute("SELECT role FROM messages WHERE id = ?", [message]).fetchone()
-        if not found or found["role"] != "assistant": raise UserError(f"message {message}: not a reply, so there is nothing to vote on")
-        con.execute("INSERT INTO votes (message, vote, correction) VALUES (:message, :vote, :correction) ON CONFLICT (message) DO UPDATE SET "
+        if not found or found["role"] != "assistant":
+            raise UserError(f"message {message}: not a reply, so there is nothing to vote on")
+        con.execute("INSERT INTO votes (message, vote, correction) VALUES (:message, :vote, :correction) "
+                    "ON CONFLICT (message) DO UPDATE SET "
                     + "".join(f"{k} = excluded.{k}, " for k in changes) + "changed = CURRENT_TIMESTAMP", values)
 
 # %% ../nbs/11_chat.ipynb #48440506
@@ -146,9 +154,13 @@ def plain(
     head = [m for m in messages[:1] if m["role"] == "system"]
     return [{"role": m["role"], "content": m["content"]} for m in head + messages[len(head) + dropped:]]
 
-def votes(db: str | Path) -> list[dict]:  # prompt (messages), reply, vote (1, -1, None), correction, model, status, message (its id)
+def votes(
+    db: str | Path,
+) -> list[dict]:  # prompt (messages), reply, vote (1, -1, None), correction, model, status, message (its id)
     "Every reply that somebody voted on or corrected, with the prompt that led to it."
-    with _reading(db) as con: found = con.execute("SELECT message FROM votes WHERE vote IS NOT NULL OR correction IS NOT NULL ORDER BY message").fetchall()
+    with _reading(db) as con:
+        found = con.execute("SELECT message FROM votes "
+                            "WHERE vote IS NOT NULL OR correction IS NOT NULL ORDER BY message").fetchall()
     rows = []
     for row in found:
         *before, reply = path_to(db, row["message"])
@@ -186,7 +198,8 @@ def _chunks(ask, stop: threading.Event) -> Iterator:
 
 def _too_long(error: Exception) -> bool:
     "Does the server say that the conversation does not fit into the model's context?"
-    return getattr(error, "status_code", 0) in (400, 413, 422) and bool(re.search(r"context.?(length|size|window)|too long|must be <=", str(error), re.I))
+    return (getattr(error, "status_code", 0) in (400, 413, 422)
+            and bool(re.search(r"context.?(length|size|window)|too long|must be <=", str(error), re.I)))
 
 def _why(error: Exception, url) -> str:
     "One sentence for the person who chats."
@@ -210,10 +223,12 @@ def stream_reply(
     "Stream one reply. Never raises for what a server does: the last message's `status` and `note` say it."
     start, stop, finish = time.perf_counter(), stop or threading.Event(), None
     reply = {"role": "assistant", "content": "", "model": model, "status": "streaming"}
-    ask = lambda: client.chat.completions.create(model=model, messages=messages, stream=True, stream_options={"include_usage": True}, max_tokens=max_tokens, **options)
+    ask = lambda: client.chat.completions.create(model=model, messages=messages, stream=True,
+                                                 stream_options={"include_usage": True}, max_tokens=max_tokens, **options)
     try:
         for chunk in _chunks(ask, stop):
-            if chunk.usage: reply |= {"prompt_tokens": chunk.usage.prompt_tokens, "completion_tokens": chunk.usage.completion_tokens}
+            if chunk.usage:
+                reply |= {"prompt_tokens": chunk.usage.prompt_tokens, "completion_tokens": chunk.usage.completion_tokens}
             if not chunk.choices: continue
             finish = chunk.choices[0].finish_reason or finish
             if text := chunk.choices[0].delta.content:
@@ -222,7 +237,8 @@ def stream_reply(
         status = "stopped" if stop.is_set() else {None: "failed", "length": "cut"}.get(finish, "done")
         if status == "failed": reply |= {"note": f"{client.base_url} broke off in the middle. Press retry"}
         if status == "cut" and reply.get("completion_tokens", max_tokens) < max_tokens: status = "full"
-    except Exception as e: status, reply = ("full", reply) if _too_long(e) else ("failed", reply | {"note": _why(e, client.base_url)})
+    except Exception as e:
+        status, reply = ("full", reply) if _too_long(e) else ("failed", reply | {"note": _why(e, client.base_url)})
     yield reply | {"status": status, "seconds": time.perf_counter() - start}
 
 # %% ../nbs/11_chat.ipynb #09b969af
@@ -308,11 +324,14 @@ FLAG = "⚑"
 
 def view(messages: list[dict]) -> list[dict]:   # for `gr.Chatbot`: role, content, metadata with the id
     "A path as the page shows it: without the system prompt, with what happened to each reply."
-    said = {"stopped": "stopped", "cut": "cut: this is the longest reply that was asked for", "full": "no room left in the model: start a new chat"}
+    said = {"stopped": "stopped",
+            "cut": "cut: this is the longest reply that was asked for",
+            "full": "no room left in the model: start a new chat"}
     def notes(m):
         if m.get("dropped"): yield f"the {m['dropped']} oldest messages were not sent to the model"
         if text := m.get("note") if m.get("status") == "failed" else said.get(m.get("status")): yield text
-    return [{"role": m["role"], "content": m["content"] + "".join(f"\n\n*{FLAG} {n}*" for n in notes(m)), "metadata": {"id": m["id"]} if "id" in m else {}}
+    return [{"role": m["role"], "content": m["content"] + "".join(f"\n\n*{FLAG} {n}*" for n in notes(m)),
+             "metadata": {"id": m["id"]} if "id" in m else {}}
             for m in messages if m["role"] != "system"]
 
 READ_ALOUD = """async (shown) => {
@@ -337,7 +356,8 @@ def _page(desk: Desk, path: list[dict]) -> list:
     thumbs = [{1: "Like", -1: "Dislike"}.get(m["vote"]) for m in path if m["role"] == "assistant"]
     busy = bool(path) and path[-1]["role"] == "user"
     box = gr.Textbox(value="", submit_btn=False, stop_btn=True) if busy else gr.Textbox(submit_btn=True, stop_btn=False)
-    return [path[-1]["id"] if path else None, gr.Chatbot(value=view(path), feedback_value=thumbs), box, path[-1]["token"] if path else None]
+    return [path[-1]["id"] if path else None, gr.Chatbot(value=view(path), feedback_value=thumbs), box,
+            path[-1]["token"] if path else None]
 
 def _vote(desk: Desk, liked, message: int | None, leaf: int | None) -> list:
     "Save a thumb; after a thumbs-down ask for the better answer. Gives the message, the form, the text in it."
@@ -362,14 +382,17 @@ def _layout(desk: Desk) -> dict:
     import gradio as gr
     gr.Markdown(f"**{desk.server.model}** at `{desk.server.url}`. All that is said is kept in `{desk.db}` and nowhere else.")
     page = dict(leaf=gr.State(None), target=gr.State(None), memory=gr.BrowserState(None, storage_key="llmcourse-chat"),
-                shown=gr.Chatbot(label="Conversation", buttons=["copy"], editable="user", height="60vh", group_consecutive_messages=False))
+                shown=gr.Chatbot(label="Conversation", buttons=["copy"], editable="user", height="60vh",
+                                 group_consecutive_messages=False))
     with gr.Group(visible=False) as page["form"]:
         page["better"] = gr.Textbox(label="What should it have said? (optional)", lines=3)
         page["save"] = gr.Button("Save correction", size="sm")
-    page["box"] = gr.Textbox(label="Question", show_label=False, placeholder="Ask, and press Enter", submit_btn=True, autofocus=True)
+    page["box"] = gr.Textbox(label="Question", show_label=False, placeholder="Ask, and press Enter",
+                             submit_btn=True, autofocus=True)
     with gr.Row(): page |= dict(read=gr.Button("Read aloud", size="sm"), fresh=gr.Button("New chat", size="sm"))
     page["said"] = gr.Markdown()
-    with gr.Accordion("System prompt of the next new chat", open=False): page["system"] = gr.Textbox(desk.system, label="System prompt", show_label=False, lines=2)
+    with gr.Accordion("System prompt of the next new chat", open=False):
+        page["system"] = gr.Textbox(desk.system, label="System prompt", show_label=False, lines=2)
     return page
 
 # %% ../nbs/11_chat.ipynb #5e2c80a2
@@ -382,7 +405,8 @@ def _wire(app, desk: Desk, page: dict, users: int) -> None:
     import gradio as gr
     p = types.SimpleNamespace(**page)
     out = [p.leaf, p.shown, p.box, p.memory]
-    def ask(text, leaf, system, tab: gr.Request): yield from (_page(desk, path) for path in desk.ask(text, leaf, system, tab.session_hash))
+    def ask(text, leaf, system, tab: gr.Request):
+        yield from (_page(desk, path) for path in desk.ask(text, leaf, system, tab.session_hash))
     def retry(leaf, tab: gr.Request): yield from (_page(desk, path) for path in desk.retry(leaf, tab.session_hash))
     def edit(shown, leaf, change: gr.EditData, tab: gr.Request):
         yield from (_page(desk, path) for path in desk.edit(change.value, _id(shown, change.index), leaf, tab.session_hash))
@@ -425,7 +449,8 @@ class _Private:
     def __init__(self, app): self.app = app
     async def __call__(self, scope, receive, send):
         async def ruled(message):
-            if message["type"] == "http.response.start": message = message | {"headers": [*message.get("headers", []), (b"content-security-policy", self.rule)]}
+            if message["type"] == "http.response.start":
+                message = message | {"headers": [*message.get("headers", []), (b"content-security-policy", self.rule)]}
             await send(message)
         await self.app(scope, receive, ruled if scope["type"] == "http" else send)
 
@@ -441,12 +466,15 @@ def launch(
     "Open the chat page, offline and private. Raises `UserError` for an open host without a password, or a port that is in use."
     pairs = [auth] if auth and isinstance(auth[0], str) else auth or []
     if not all(len(p) == 2 and all(p) for p in pairs): raise UserError("auth: give ('name', 'password'), neither of them empty")
-    if not pairs and not is_loopback(host): raise UserError(f"host {host}: other machines can reach it, so it needs auth=('name', 'password'). Give one, or host='127.0.0.1'")
+    if not pairs and not is_loopback(host):
+        raise UserError(f"host {host}: other machines can reach it, so it needs auth=('name', 'password'). "
+                        "Give one, or host='127.0.0.1'")
     port = free_port(host, port)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     from starlette.middleware import Middleware
     app = build(url, db or home() / "chat.db", **options)
-    app.launch(server_name=host, server_port=port, auth=pairs or None, share=False, inbrowser=False, inline=False, quiet=True, ssr_mode=False, pwa=False, mcp_server=False,
-               run_history=False, enable_monitoring=False, footer_links=[], prevent_thread_lock=True, app_kwargs={"middleware": [Middleware(_Private)]})
+    app.launch(server_name=host, server_port=port, auth=pairs or None, share=False, inbrowser=False, inline=False, quiet=True,
+               ssr_mode=False, pwa=False, mcp_server=False, run_history=False, enable_monitoring=False, footer_links=[],
+               prevent_thread_lock=True, app_kwargs={"middleware": [Middleware(_Private)]})
     if block: print(f"chat at {app.local_url}\nCtrl-C stops it", flush=True); app.block_thread()
     return app

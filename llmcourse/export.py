@@ -7,8 +7,8 @@ from __future__ import annotations
 import contextlib, json, os, re, tempfile
 from pathlib import Path
 from .core import Message, UserError, choose, model_path, need_space, write_aside
-from .llamacpp import (DATE, Engine, _add_config, _add_general, _add_tokenizer, _adds, _block, _bytes, _check_tensors, _ggml, _merges_matter,
-                                _read, _read_config, _read_gguf, _requantised, _stored_as)
+from .llamacpp import (DATE, Engine, _add_config, _add_general, _add_tokenizer, _adds, _block, _bytes, _check_tensors,
+                                _ggml, _merges_matter, _read, _read_config, _read_gguf, _requantised, _stored_as)
 from .models import load, load_tokenizer, render, stop_ids
 
 # %% auto #0
@@ -28,12 +28,14 @@ def safetensors_index(
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     if not names: raise UserError(f"{folder}: no model.safetensors. Save the model with model.save_pretrained(folder)")
     for name in names:
-        if not (folder / name).is_file(): raise UserError(f"{folder}: {name} is missing, the index names it. Download the model again")
+        if not (folder / name).is_file():
+            raise UserError(f"{folder}: {name} is missing, the index names it. Download the model again")
         with open(folder / name, "rb") as f:
             size = int.from_bytes(f.read(8), "little")
             header = json.loads(f.read(size))
         for tensor, at in sorted(header.items()):
-            if tensor != "__metadata__": found[tensor] = (at["dtype"], tuple(at["shape"]), folder / name, 8 + size + at["data_offsets"][0])
+            if tensor != "__metadata__":
+                found[tensor] = (at["dtype"], tuple(at["shape"]), folder / name, 8 + size + at["data_offsets"][0])
     return found
 
 # %% ../nbs/10_export.ipynb #2c7fc20a
@@ -96,7 +98,8 @@ def _splits(pre: dict | None) -> tuple[str, ...] | None:
 def pre_tokenizer(tokenizer) -> str:
     "llama.cpp's name for the way this tokenizer cuts text, proved from its parts. Raises `UserError` for one that it has no equal of."
     place = tokenizer.name_or_path
-    if not hasattr(tokenizer, "backend_tokenizer"): raise UserError(f"{place}: a slow tokenizer. Save it as tokenizer.json with a fast one")
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        raise UserError(f"{place}: a slow tokenizer. Save it as tokenizer.json with a fast one")
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     model, normal = state["model"], state["normalizer"]
     name = PRE.get(_splits(state["pre_tokenizer"]))
@@ -104,22 +107,30 @@ def pre_tokenizer(tokenizer) -> str:
     refused = [(model["type"] != "BPE", f"a {model['type']} tokenizer"), (odd, f"BPE with {' and '.join(odd)}"),
                (name is None, f"its pre-tokenizer cuts by {_splits(state['pre_tokenizer']) or state['pre_tokenizer']}"),
                (normal and normal.get("normalizers", [normal]), "it normalises text, llama.cpp would not"),
-               ([t for t in state["added_tokens"] if t["lstrip"] or t["rstrip"] or t["single_word"]], "an added token eats the spaces beside it")]
+               ([t for t in state["added_tokens"] if t["lstrip"] or t["rstrip"] or t["single_word"]],
+                "an added token eats the spaces beside it")]
     for bad, what in refused:
-        if bad: raise UserError(f"{place}: {what[:200]}. We can prove byte-level BPE with the split of Llama 3, GPT-2, Qwen 2 or SmolLM; for others use llama.cpp's convert_hf_to_gguf.py")
+        if bad:
+            raise UserError(f"{place}: {what[:200]}. We can prove byte-level BPE with the split of Llama 3, GPT-2, Qwen 2 "
+                            "or SmolLM; for others use llama.cpp's convert_hf_to_gguf.py")
     skips = bool(model.get("ignore_merges"))
     if skips == (name == "llama-bpe") or not _merges_matter(state): return name
     if skips: raise UserError(f"{place}: ignore_merges with the split of {name}, which llama.cpp has no name for")
     return "smaug-bpe"   # Llama 3's split, but merges are never skipped
 
 # %% ../nbs/10_export.ipynb #4566ec5e
-TEXTS = ["Hello, world!", "", " ", "  two spaces,\ta tab \t\n\n\nthree lines \n ", "1 12 123 1234 12345678901 3.14 1,000,000 ٣٤ ½ x²",
-         "I'm sure we'll see; they've DON'T'S 'LL o'clock", "naïve café Zürich ŒUVRE ß ﬁ İstanbul", "数学は楽しい。 학생 уравнение αβγ שלום नमस्ते",
-         "🙂🚀 👩‍🏫 (normal) ✅ e\u0301\u200d\ufeff", "def f(x):\n    return x**2  # ok\r\n\r\n", "47+38: ones 7+8=15, carry 1.\nAnswer: 85"]
+TEXTS = ["Hello, world!", "", " ", "  two spaces,\ta tab \t\n\n\nthree lines \n ",
+         "1 12 123 1234 12345678901 3.14 1,000,000 ٣٤ ½ x²",
+         "I'm sure we'll see; they've DON'T'S 'LL o'clock", "naïve café Zürich ŒUVRE ß ﬁ İstanbul",
+         "数学は楽しい。 학생 уравнение αβγ שלום नमस्ते",
+         "🙂🚀 👩‍🏫 (normal) ✅ e\u0301\u200d\ufeff",
+         "def f(x):\n    return x**2  # ok\r\n\r\n", "47+38: ones 7+8=15, carry 1.\nAnswer: 85"]
 CHATS = [[{"role": "user", "content": "What is 47 + 38?"}],
          [{"role": "system", "content": "You are a maths tutor."}, {"role": "user", "content": "Hi!\n\nHow are you?"}],
-         [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}, {"role": "user", "content": "数学 + 1 😀"}],
-         [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b\nc"}, {"role": "user", "content": "d"}, {"role": "assistant", "content": "e"}, {"role": "user", "content": "f"}]]
+         [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"},
+          {"role": "user", "content": "数学 + 1 😀"}],
+         [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b\nc"}, {"role": "user", "content": "d"},
+          {"role": "assistant", "content": "e"}, {"role": "user", "content": "f"}]]
 
 # %% ../nbs/10_export.ipynb #a0f86946
 def _text(tokenizer, messages: list[Message], ask: bool = True) -> str:
@@ -131,7 +142,9 @@ def _rendered(tokenizer) -> list[tuple]:
     out = []
     for chat in CHATS if tokenizer.chat_template else []:
         with contextlib.suppress(Exception): out.append((chat, _text(tokenizer, chat)))
-    if tokenizer.chat_template and not out: raise UserError(f"{tokenizer.name_or_path}: its chat template renders none of our test conversations. Set one that takes system, user and assistant turns")
+    if tokenizer.chat_template and not out:
+        raise UserError(f"{tokenizer.name_or_path}: its chat template renders none of our test conversations. "
+                        "Set one that takes system, user and assistant turns")
     return out
 
 # %% ../nbs/10_export.ipynb #66d72356
@@ -148,7 +161,8 @@ def check_tokens(
     for text, ours, theirs in pairs:
         if ours != theirs:
             at = next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), min(len(ours), len(theirs)))
-            raise UserError(f"{Path(gguf).name}: llama.cpp reads {text[:60]!r} as {ours[:at + 3]}, transformers as {theirs[:at + 3]}: they part at token {at}. "
+            raise UserError(f"{Path(gguf).name}: llama.cpp reads {text[:60]!r} as {ours[:at + 3]}, "
+                            f"transformers as {theirs[:at + 3]}: they part at token {at}. "
                             "Look at the pre-tokenizer, the chat template and whether both add BOS")
     return len(pairs)
 
@@ -198,8 +212,11 @@ def to_gguf(
         kinds = {n: _stored_as(n, shape, dtype) for n, shape in plan.items()}
         need_space(output, sum(_bytes(plan[n], kinds[n]) for n in plan) + 10_000_000)
         writer = gguf.GGUFWriter(aside, "llama")
-        for n, shape in plan.items(): writer.add_tensor_info(n, shape, "float32", _bytes(shape, kinds[n]), gguf.GGMLQuantizationType[kinds[n]])
-        _add_general(writer, folder, name); _add_config(writer, config, dtype); _add_tokenizer(writer, folder, tokenizer, config["vocab_size"], pre_tokenizer(tokenizer))
+        for n, shape in plan.items():
+            writer.add_tensor_info(n, shape, "float32", _bytes(shape, kinds[n]), gguf.GGMLQuantizationType[kinds[n]])
+        _add_general(writer, folder, name)
+        _add_config(writer, config, dtype)
+        _add_tokenizer(writer, folder, tokenizer, config["vocab_size"], pre_tokenizer(tokenizer))
         writer.write_header_to_file(); writer.write_kv_data_to_file(); writer.write_ti_data_to_file()
         for array in extra.values(): writer.write_tensor_data(array)
         for n, at in tensors.items(): writer.write_tensor_data(_converted(n, _read(*at), config, kinds[gguf_name(n)]))
@@ -219,14 +236,17 @@ def parity(
     same, gap, tokens = 0, 0.0, 0
     with Engine(gguf, n_ctx=model.config.max_position_embeddings) as engine:
         for prompt in prompts:
-            ids = tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else tokenizer(render(tokenizer, prompt), add_special_tokens=False)["input_ids"]
+            ids = (tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else
+                   tokenizer(render(tokenizer, prompt), add_special_tokens=False)["input_ids"])
             x = torch.tensor([ids])
             with torch.inference_mode():
-                y = model.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=stop_ids(tokenizer), pad_token_id=tokenizer.pad_token_id)
+                y = model.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=max_new_tokens, do_sample=False,
+                                   eos_token_id=stop_ids(tokenizer), pad_token_id=tokenizer.pad_token_id)
                 logprobs = model(y).logits[0].log_softmax(-1)
             same += engine.generate(ids, max_new_tokens) == y[0, len(ids):].tolist()
             for end in range(len(ids), y.shape[1]):
-                gap = max(gap, *(abs(logprobs[end - 1, i].item() - p) for i, p in engine.logprobs(y[0, :end].tolist(), 1000).items()))
+                gap = max(gap, *(abs(logprobs[end - 1, i].item() - p)
+                                 for i, p in engine.logprobs(y[0, :end].tolist(), 1000).items()))
                 tokens += 1
     return {"prompts": len(prompts), "same": same, "tokens": tokens, "gap": gap}
 
@@ -251,12 +271,18 @@ def tensor_type(
     if name == "output.weight" or (tied and name == "token_embd.weight"):
         pick = "Q8_0" if base == "Q8_0" or columns % _block(base) else "Q6_K"
     elif ".attn_v." in name:
-        pick = {"Q2_K": "Q4_K" if heads // kv_heads >= 4 else "Q3_K", "Q3_K_M": "Q5_K" if layer < 2 else "Q4_K", "Q4_K_S": "Q5_K" if layer < 4 else base,
-                "Q4_K_M": "Q6_K" if more else base, "Q5_K_M": "Q6_K" if more else base}.get(kind, base)
+        pick = {"Q2_K": "Q4_K" if heads // kv_heads >= 4 else "Q3_K",
+                "Q3_K_M": "Q5_K" if layer < 2 else "Q4_K",
+                "Q4_K_S": "Q5_K" if layer < 4 else base,
+                "Q4_K_M": "Q6_K" if more else base,
+                "Q5_K_M": "Q6_K" if more else base}.get(kind, base)
         if layers == 80 and heads != kv_heads and pick in ("Q3_K", "Q4_K"): pick = "Q5_K"   # a 70B
     elif ".ffn_down." in name:
-        pick = {"Q2_K": "Q3_K", "Q3_K_M": "Q5_K" if layer < layers // 16 else "Q4_K", "Q4_K_S": "Q5_K" if layer < layers // 8 else base,
-                "Q4_K_M": "Q6_K" if more else base, "Q5_K_M": "Q6_K" if more else base}.get(kind, base)
+        pick = {"Q2_K": "Q3_K",
+                "Q3_K_M": "Q5_K" if layer < layers // 16 else "Q4_K",
+                "Q4_K_S": "Q5_K" if layer < layers // 8 else base,
+                "Q4_K_M": "Q6_K" if more else base,
+                "Q5_K_M": "Q6_K" if more else base}.get(kind, base)
     elif ".attn_output." in name: pick = {"Q2_K": "Q3_K", "Q3_K_M": "Q4_K"}.get(kind, base)
     if columns % _block(pick): pick = FALLBACK.get(pick, pick)
     return "F16" if columns % _block(pick) else pick
@@ -270,12 +296,14 @@ def plan_types(
     choose(kind, KINDS, "quantisation")
     reader = _read_gguf(gguf)
     read = lambda key: reader.fields[f"llama.{key}"].contents()
-    about = dict(kind=kind, layers=read("block_count"), heads=read("attention.head_count"), kv_heads=read("attention.head_count_kv"),
+    about = dict(kind=kind, layers=read("block_count"), heads=read("attention.head_count"),
+                 kv_heads=read("attention.head_count_kv"),
                  tied=all(t.name != "output.weight" for t in reader.tensors))
     out = {}
     for t in sorted(reader.tensors, key=lambda t: (int(t.name.split(".")[1]) if t.name.startswith("blk.") else -1, t.name)):
         shape, have = tuple(int(n) for n in t.shape[::-1]), t.tensor_type.name
-        if have not in ("F32", "F16", "BF16"): raise UserError(f"{gguf}: {t.name} is {have} already. Quantise from an f32, f16 or bf16 file")
+        if have not in ("F32", "F16", "BF16"):
+            raise UserError(f"{gguf}: {t.name} is {have} already. Quantise from an f32, f16 or bf16 file")
         keep = len(shape) < 2 or not t.name.endswith("weight") or "_norm.weight" in t.name
         want = have if keep else tensor_type(t.name, shape[-1], **about)
         out[t.name] = (want, shape, _bytes(shape, want))
@@ -298,9 +326,11 @@ def quantize(
         writer = GGUFWriter(aside, "llama")
         for key, field in reader.fields.items():
             if key.startswith("GGUF.") or key in last or key == "general.architecture": continue
-            writer.add_key_value(key, field.contents(), field.types[0], field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None)
+            writer.add_key_value(key, field.contents(), field.types[0],
+                                 field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None)
         for key, value in last.items(): writer.add_uint32(key, value)
-        for name, (want, shape, size) in plan.items(): writer.add_tensor_info(name, shape, "float32", size, GGMLQuantizationType[want])
+        for name, (want, shape, size) in plan.items():
+            writer.add_tensor_info(name, shape, "float32", size, GGMLQuantizationType[want])
         writer.write_header_to_file(); writer.write_kv_data_to_file(); writer.write_ti_data_to_file()
         for name, (want, *_) in plan.items(): writer.write_tensor_data(_requantised(tensors[name], want, lib, threads))
         writer.close()
@@ -328,17 +358,23 @@ def chat_pieces(tokenizer) -> dict[str, str]:
     words = ["sysword", "userword", "botword", "lastword"]
     s, u, a, v = ({"role": r, "content": w} for r, w in zip(["system", "user", "assistant", "user"], words))
     bos = tokenizer.bos_token if _adds(tokenizer)[0] else ""
-    if not tokenizer.chat_template: raise UserError(f"{tokenizer.name_or_path}: no chat template to write. Set tokenizer.chat_template")
+    if not tokenizer.chat_template:
+        raise UserError(f"{tokenizer.name_or_path}: no chat template to write. Set tokenizer.chat_template")
     say = lambda *chat, ask=False: _text(tokenizer, list(chat), ask).removeprefix(bos)
     try:
         one, two, four = say(u), say(u, a), say(s, u, a, v)
         cut = re.split("|".join(words), four)
-        p = {"user_end": one.split(words[1])[1], "assistant_end": two.split(words[2])[1], "system": cut[0], "answer": say(u, ask=True).removeprefix(one)}
+        p = {"user_end": one.split(words[1])[1], "assistant_end": two.split(words[2])[1], "system": cut[0],
+             "answer": say(u, ask=True).removeprefix(one)}
         p["assistant"], p["user"] = cut[2].removeprefix(p["user_end"]), cut[3].removeprefix(p["assistant_end"])
         p["system_end"], p["start"] = cut[1].removesuffix(p["user"]), one.split(words[1])[0].removesuffix(p["user"])
-    except Exception as e: raise UserError(f"{tokenizer.name_or_path}: its chat template refuses a system, user or assistant turn ({str(e)[:80]}). Write the Modelfile by hand") from None
+    except Exception as e:
+        raise UserError(f"{tokenizer.name_or_path}: its chat template refuses a system, user or assistant turn "
+                        f"({str(e)[:80]}). Write the Modelfile by hand") from None
     for chat, text in _rendered(tokenizer):
-        if fill(p, chat) != text.removeprefix(bos): raise UserError(f"{tokenizer.name_or_path}: its chat template does more than put constant text around each turn. Write the Modelfile by hand")
+        if fill(p, chat) != text.removeprefix(bos):
+            raise UserError(f"{tokenizer.name_or_path}: its chat template does more than put constant text "
+                            "around each turn. Write the Modelfile by hand")
     return p
 
 def fill(
@@ -355,10 +391,12 @@ def go_template(
 ) -> str:
     "The same in the template language of Go, which Ollama speaks. Raises `UserError` for text that a Modelfile cannot hold."
     for text in pieces.values():
-        if re.search(r'\{\{|\}\}|"""', text) or not re.sub(r"\s", "", text).isprintable(): raise UserError(f"the chat template holds {text!r}, which a Modelfile cannot. Write it by hand")
+        if re.search(r'\{\{|\}\}|"""', text) or not re.sub(r"\s", "", text).isprintable():
+            raise UserError(f"the chat template holds {text!r}, which a Modelfile cannot. Write it by hand")
     turn = lambda role: pieces[role] + "{{ .Content }}" + pieces[role + "_end"]
     start = "{{ if not .System }}" + pieces["start"] + "{{ end }}" if pieces["start"] else ""
-    roles = "".join(f'{{{{ {word} eq .Role "{role}" }}}}{turn(role)}' for word, role in (("if", "system"), ("else if", "user"), ("else if", "assistant")))
+    roles = "".join(f'{{{{ {word} eq .Role "{role}" }}}}{turn(role)}'
+                    for word, role in (("if", "system"), ("else if", "user"), ("else if", "assistant")))
     return start + "{{ range .Messages }}" + roles + "{{ end }}{{ end }}" + pieces["answer"]
 
 def modelfile(
@@ -371,9 +409,12 @@ def modelfile(
     reader, output = _read_gguf(gguf), Path(output)
     if isinstance(tokenizer, (str, Path)): tokenizer = load_tokenizer(tokenizer)
     made_for = reader.fields["llama.context_length"].contents()
-    if num_ctx and num_ctx > made_for: raise UserError(f"num_ctx {num_ctx}: {Path(gguf).name} was made for {made_for} tokens. Give at most that")
+    if num_ctx and num_ctx > made_for:
+        raise UserError(f"num_ctx {num_ctx}: {Path(gguf).name} was made for {made_for} tokens. Give at most that")
     near = Path(os.path.relpath(gguf, output.parent)).as_posix()
-    lines = [f"# ollama create NAME -f {output.name}", f"FROM {near if near.startswith('.') else './' + near}", f'TEMPLATE """{go_template(chat_pieces(tokenizer))}"""']
+    lines = [f"# ollama create NAME -f {output.name}",
+             f"FROM {near if near.startswith('.') else './' + near}",
+             f'TEMPLATE """{go_template(chat_pieces(tokenizer))}"""']
     lines += [f'PARAMETER stop "{token}"' for token in tokenizer.convert_ids_to_tokens(stop_ids(tokenizer))]
     lines += [f"PARAMETER num_ctx {num_ctx or min(made_for, 8192)}"]
     with write_aside(output) as aside: aside.write_text("\n".join(lines) + "\n", encoding="utf-8")

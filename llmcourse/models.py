@@ -22,17 +22,24 @@ def render(
     "The text that the model really sees. Raises `UserError` if the tokenizer has no chat template, or one that refuses."
     from jinja2 import TemplateError
     name = tokenizer.name_or_path
-    if not tokenizer.chat_template: raise UserError(f"{name}: the tokenizer has no chat template. Use an instruct model, or set tokenizer.chat_template")
+    if not tokenizer.chat_template:
+        raise UserError(f"{name}: the tokenizer has no chat template. Use an instruct model, or set tokenizer.chat_template")
     try: return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except TemplateError as e: raise UserError(f"{name}: its chat template refuses these messages ({e}). Roles: {', '.join(str(m.get('role')) for m in messages)}") from e
+    except TemplateError as e:
+        raise UserError(f"{name}: its chat template refuses these messages ({e}). "
+                        f"Roles: {', '.join(str(m.get('role')) for m in messages)}") from e
 
 # %% ../nbs/01_models.ipynb #41927499
 def _absent(what: str, place, error: Exception) -> UserError:
     "One line for a `from_pretrained` that failed: what is missing where, and the way out."
     text = " ".join(str(error).split())
-    if Path(place).is_dir(): return UserError(f"{place}: no {what} there that can be read ({text[:120]}). Save one with {what}.save_pretrained")
-    if "gated" in text: return UserError(f"{place}: its owner wants you to accept a licence on its Hub page and to log in (hf auth login). Or take an ungated copy, such as those in settings.ini")
-    return UserError(f"{place}: no such folder here, and not to be had from the Hub ({text[:120]}). Check the name and the network")
+    if Path(place).is_dir():
+        return UserError(f"{place}: no {what} there that can be read ({text[:120]}). Save one with {what}.save_pretrained")
+    if "gated" in text:
+        return UserError(f"{place}: its owner wants you to accept a licence on its Hub page and to log in (hf auth login). "
+                         "Or take an ungated copy, such as those in settings.ini")
+    return UserError(f"{place}: no such folder here, and not to be had from the Hub ({text[:120]}). "
+                     "Check the name and the network")
 
 def weights_hash(
     model: str | Path,  # `tutor/NAME`, a folder, or a Hub name
@@ -46,7 +53,8 @@ def _device(dial: dict) -> str:
     choose(dial["dtype"], ("float32", "bfloat16", "float16"), "dtype")
     try: torch.empty(0, device=dial["device"])
     except (RuntimeError, AssertionError) as e:
-        raise UserError(f"scale {dial['scale']!r} wants the device {dial['device']!r}, and torch finds none. Choose scale cpu, or install torch for your GPU") from e
+        raise UserError(f"scale {dial['scale']!r} wants the device {dial['device']!r}, and torch finds none. "
+                        "Choose scale cpu, or install torch for your GPU") from e
     return dial["device"]
 
 def _hush() -> None:
@@ -61,7 +69,8 @@ def _adapter_base(path: Path) -> str:
     place = path / "adapter_config.json"
     try: base = json.loads(place.read_text(encoding="utf-8")).get("base_model_name_or_path")
     except json.JSONDecodeError: raise UserError(f"{place}: not JSON. Save the adapter again") from None
-    if not base: raise UserError(f'{place}: names no base. Set "base_model_name_or_path" to the model that the adapter was trained on')
+    if not base:
+        raise UserError(f'{place}: names no base. Set "base_model_name_or_path" to the model that the adapter was trained on')
     return base
 
 def _with_adapter(net, path: Path, base: str, merge: bool):
@@ -70,15 +79,20 @@ def _with_adapter(net, path: Path, base: str, merge: bool):
     from safetensors import SafetensorError, safe_open
     then, now = read_card(path).get("model_hash") if (path / "run.yaml").is_file() else None, weights_hash(base)
     way = "Give it the base that it was trained on"
-    if then and now and then != now: raise UserError(f"{path}: this adapter was trained on weights {then}, and {base} is {now}. {way}")
+    if then and now and then != now:
+        raise UserError(f"{path}: this adapter was trained on weights {then}, and {base} is {now}. {way}")
     try:
         net = PeftModel.from_pretrained(net, str(path))
         with safe_open(path / "adapter_model.safetensors", "pt") as f: saved = {k for k in f.keys() if "lora_" in k}
-    except (RuntimeError, ValueError, OSError, SafetensorError) as e: raise UserError(f"{path}: this adapter does not fit {base} ({str(e).splitlines()[0][:100]}). {way}") from e
+    except (RuntimeError, ValueError, OSError, SafetensorError) as e:
+        raise UserError(f"{path}: this adapter does not fit {base} ({str(e).splitlines()[0][:100]}). {way}") from e
     if odd := saved ^ {k for k in get_peft_model_state_dict(net, save_embedding_layers=False) if "lora_" in k}:
-        raise UserError(f"{path}: this adapter does not fit {base}: {len(odd)} of its matrices have no partner, e.g. {min(odd)}. {way}")
+        raise UserError(f"{path}: this adapter does not fit {base}: "
+                        f"{len(odd)} of its matrices have no partner, e.g. {min(odd)}. {way}")
     if not merge: return net
-    if getattr(net.base_model.model, "is_quantized", False): raise UserError(f"{path}: merging into a quantised base would round the adapter away. Load with merge=False, or the base in 16 bits")
+    if getattr(net.base_model.model, "is_quantized", False):
+        raise UserError(f"{path}: merging into a quantised base would round the adapter away. "
+                        "Load with merge=False, or the base in 16 bits")
     return net.merge_and_unload().requires_grad_(True)   # merging freezes it, and it may be trained on
 
 # %% ../nbs/01_models.ipynb #9c5bba56
@@ -95,7 +109,8 @@ def load_tokenizer(
     except Exception as e: raise _absent("tokenizer", path, e) from e
     if tokenizer.pad_token is None:
         known = tokenizer.get_vocab()
-        tokenizer.pad_token = next((t for t in ("<|finetune_right_pad_id|>", "<|pad|>", "<pad>", "[PAD]") if t in known), tokenizer.eos_token)
+        tokenizer.pad_token = next((t for t in ("<|finetune_right_pad_id|>", "<|pad|>", "<pad>", "[PAD]") if t in known),
+                                   tokenizer.eos_token)
     return tokenizer
 
 # %% ../nbs/01_models.ipynb #7ac8ea3e
@@ -118,7 +133,9 @@ def load(
     if "quantization_config" in kwargs: kwargs.setdefault("device_map", device)
     try: net, info = AutoModelForCausalLM.from_pretrained(str(path), output_loading_info=True, **kwargs)
     except Exception as e: raise _absent("model", path, e) from e
-    if lost := info["missing_keys"]: raise UserError(f"{path}: {len(lost)} tensors of its config.json are not in its weights, e.g. {min(lost)}. Save the model again")
+    if lost := info["missing_keys"]:
+        raise UserError(f"{path}: {len(lost)} tensors of its config.json are not in its weights, e.g. {min(lost)}. "
+                        "Save the model again")
     return (net if "device_map" in kwargs else net.to(device)).eval(), tokenizer
 
 # %% ../nbs/01_models.ipynb #8a10232f
@@ -157,8 +174,11 @@ def generate(
     rows, replies, ends = [encode(tokenizer, p) for p in prompts], [], stop_ids(tokenizer)
     room = model.config.max_position_embeddings - max_new_tokens
     for i, ids in enumerate(rows):
-        if not 0 < len(ids) <= room: raise UserError(f"prompts[{i}]: {len(ids)} tokens, and the model has room for 1 to {max(room, 0)} beside {max_new_tokens} new ones. {'Shorten it' if ids else 'Give it some text'}")
-    plain = dict(do_sample=temperature > 0, temperature=temperature or 1.0, top_k=0 if temperature else 50, top_p=1.0, repetition_penalty=1.0, num_beams=1)
+        if not 0 < len(ids) <= room:
+            raise UserError(f"prompts[{i}]: {len(ids)} tokens, and the model has room for 1 to {max(room, 0)} "
+                            f"beside {max_new_tokens} new ones. {'Shorten it' if ids else 'Give it some text'}")
+    plain = dict(do_sample=temperature > 0, temperature=temperature or 1.0, top_k=0 if temperature else 50, top_p=1.0,
+                 repetition_penalty=1.0, num_beams=1)
     extra = dict(stop_strings=[stop], tokenizer=tokenizer) if stop else {}
     for i in range(0, len(rows), batch_size):
         batch = rows[i:i + batch_size]
@@ -166,7 +186,8 @@ def generate(
         ids = torch.tensor([[tokenizer.pad_token_id] * (n - len(r)) + r for r in batch], device=model.device)
         mask = torch.tensor([[0] * (n - len(r)) + [1] * len(r) for r in batch], device=model.device)
         with torch.inference_mode():
-            out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id, **plain, **extra)
+            out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens,
+                                 eos_token_id=ends, pad_token_id=tokenizer.pad_token_id, **plain, **extra)
         replies += [_reply(tokenizer, new, ends, stop) for new in out[:, n:].tolist()]
     return replies
 
@@ -179,14 +200,18 @@ class Local:
 
 # %% ../nbs/01_models.ipynb #8eb25dfb
 LLAMAS = {  # from the config.json of each model
-    "Llama 3.2 1B": dict(vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
-                         num_key_value_heads=8, head_dim=64, max_position_embeddings=131072, tie_word_embeddings=True),
-    "Llama 3.2 3B": dict(vocab_size=128256, hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24,
-                         num_key_value_heads=8, head_dim=128, max_position_embeddings=131072, tie_word_embeddings=True),
-    "Llama 3.1 8B": dict(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-                         num_key_value_heads=8, head_dim=128, max_position_embeddings=131072, tie_word_embeddings=False),
-    "Llama 3.1 70B": dict(vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
-                          num_key_value_heads=8, head_dim=128, max_position_embeddings=131072, tie_word_embeddings=False)}
+    "Llama 3.2 1B": dict(vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
+                         num_attention_heads=32, num_key_value_heads=8, head_dim=64,
+                         max_position_embeddings=131072, tie_word_embeddings=True),
+    "Llama 3.2 3B": dict(vocab_size=128256, hidden_size=3072, intermediate_size=8192, num_hidden_layers=28,
+                         num_attention_heads=24, num_key_value_heads=8, head_dim=128,
+                         max_position_embeddings=131072, tie_word_embeddings=True),
+    "Llama 3.1 8B": dict(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+                         num_attention_heads=32, num_key_value_heads=8, head_dim=128,
+                         max_position_embeddings=131072, tie_word_embeddings=False),
+    "Llama 3.1 70B": dict(vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80,
+                          num_attention_heads=64, num_key_value_heads=8, head_dim=128,
+                          max_position_embeddings=131072, tie_word_embeddings=False)}
 
 # %% ../nbs/01_models.ipynb #23eb6836
 def _shape(config) -> dict:
@@ -194,7 +219,8 @@ def _shape(config) -> dict:
     c = dict(config) if isinstance(config, dict) else config.to_dict()
     choose(c.get("model_type") or "llama", ("llama", "mistral"), "model_type for this formula:")
     need = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    if gone := [k for k in need if not c.get(k)]: raise UserError(f"config: no {', '.join(gone)}. Give model.config, or the config.json of a Llama as a dict")
+    if gone := [k for k in need if not c.get(k)]:
+        raise UserError(f"config: no {', '.join(gone)}. Give model.config, or the config.json of a Llama as a dict")
     c["num_key_value_heads"] = c.get("num_key_value_heads") or c["num_attention_heads"]
     c["head_dim"] = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
     return c
@@ -208,7 +234,9 @@ def parameter_parts(
     kv = c["num_key_value_heads"] * c["head_dim"]
     biases = layers * ((q + 2*kv + h) * bool(c.get("attention_bias")) + (2*f + h) * bool(c.get("mlp_bias")))
     return {"embeddings": c["vocab_size"] * h * (1 if c.get("tie_word_embeddings") else 2),
-            "attention": layers * (2*h*q + 2*h*kv), "mlp": layers * 3*h*f, "norms": layers * 2*h + h, **({"biases": biases} if biases else {})}
+            "attention": layers * (2*h*q + 2*h*kv),
+            "mlp": layers * 3*h*f,
+            "norms": layers * 2*h + h, **({"biases": biases} if biases else {})}
 
 def parameter_count(config) -> int:
     "All parameters of a Llama, by formula."

@@ -11,7 +11,8 @@ from .core import Message, UserError, check_messages, choose, need_space, set_se
 from .data import canonical
 from .files import numbered
 from .models import encode, generate, load, render, stop_ids, weights_hash
-from .runs import adapter, base_name, check_output, finish, fit, lora_fields, open_card, positive, quiet, rows_hash, run_folder, tell
+from .runs import (
+    adapter, base_name, check_output, finish, fit, lora_fields, open_card, positive, quiet, rows_hash, run_folder, tell)
 from .sft import DATE
 from .tutor import TASKS, has_bf16, to_chat
 
@@ -45,7 +46,8 @@ def advantages(
 ) -> list[float]:           # one a reply
     "How much better was each reply than its siblings? (Shao et al. 2024, §4.1.) Raises `UserError` for incomplete groups."
     choose(kind, ("group", "none", "rloo"), "kind of advantage")
-    if group < 2 or not rewards or len(rewards) % group: raise UserError(f"{len(rewards)} rewards in groups of {group}: give whole groups of at least two replies")
+    if group < 2 or not rewards or len(rewards) % group:
+        raise UserError(f"{len(rewards)} rewards in groups of {group}: give whole groups of at least two replies")
     out = []
     for i in range(0, len(rewards), group):
         rs = rewards[i:i + group]
@@ -69,7 +71,8 @@ def as_batch(
         return torch.tensor([fill(r, tokenizer.pad_token_id) for r in rows]), torch.tensor([fill([1] * len(r), 0) for r in rows])
     prompt_ids, prompt_mask = pad(encode([render(tokenizer, c) for c in chats]), left=True)
     completion_ids, completion_mask = pad(encode([r + tokenizer.eos_token for r in replies]), left=False)
-    return {"prompt_ids": prompt_ids, "prompt_mask": prompt_mask, "completion_ids": completion_ids, "completion_mask": completion_mask}
+    return {"prompt_ids": prompt_ids, "prompt_mask": prompt_mask,
+            "completion_ids": completion_ids, "completion_mask": completion_mask}
 
 def token_logps(model, batch: dict):
     "The log-probability (nats) that `model` gives to each token of each completion: a tensor (replies, tokens)."
@@ -151,7 +154,9 @@ def preflight(
     lengths = [len(encode(tokenizer, row["prompt"])) for row in rows]
     room = model.config.max_position_embeddings - max_completion_length
     for i, n in enumerate(lengths):
-        if n > room: raise UserError(f"rows[{i}]: a prompt of {n} tokens, and the model has room for {room} beside a reply of {max_completion_length}. Shorten it, or lower max_completion_length")
+        if n > room:
+            raise UserError(f"rows[{i}]: a prompt of {n} tokens, and the model has room for {room} "
+                            f"beside a reply of {max_completion_length}. Shorten it, or lower max_completion_length")
     return dict(rows=len(rows), prompts=len({str(row["prompt"]) for row in rows}), shortest=min(lengths), longest=max(lengths))
 
 # %% ../nbs/09_rl.ipynb #5e5d1571
@@ -174,16 +179,20 @@ def probe(
         scored = f(completions=[[{"role": "assistant", "content": t}] for t in replies], **columns)
         totals = [t + (s or 0.0) for t, s in zip(totals, scored, strict=True)]
     split = [totals[i:i + num_generations] for i in range(0, len(totals), num_generations)]
-    found = dict(groups=len(split), silent=sum(max(g) - min(g) < 1e-8 for g in split), reward=statistics.fmean(totals), best=statistics.fmean(map(max, split)))
+    found = dict(groups=len(split), silent=sum(max(g) - min(g) < 1e-8 for g in split),
+                 reward=statistics.fmean(totals), best=statistics.fmean(map(max, split)))
     if found["silent"] < found["groups"]: return found
-    way = "harder problems or a stricter reward" if found["reward"] > 0 else "easier problems, a better start (SFT), more num_generations, or a reward with steps in between"
-    raise UserError(f"all {len(split)} groups of {num_generations} replies are silent: each reply to a prompt got the same reward ({found['reward']:.2f} on average), so nothing can be learnt. Give {way}")
+    way = ("harder problems or a stricter reward" if found["reward"] > 0 else
+           "easier problems, a better start (SFT), more num_generations, or a reward with steps in between")
+    raise UserError(f"all {len(split)} groups of {num_generations} replies are silent: each reply to a prompt "
+                    f"got the same reward ({found['reward']:.2f} on average), so nothing can be learnt. Give {way}")
 
 # %% ../nbs/09_rl.ipynb #c87f1228
 def _trainers(method: str) -> tuple:
     "TRL's config and trainer: GRPO, or RLOO with the same arguments."
     import trl
-    return {"grpo": (trl.GRPOConfig, trl.GRPOTrainer), "rloo": (trl.RLOOConfig, trl.RLOOTrainer)}[choose(method, ("grpo", "rloo"), "method")]
+    return {"grpo": (trl.GRPOConfig, trl.GRPOTrainer),
+            "rloo": (trl.RLOOConfig, trl.RLOOTrainer)}[choose(method, ("grpo", "rloo"), "method")]
 
 # %% ../nbs/09_rl.ipynb #85db469f
 def defaults(
@@ -198,14 +207,16 @@ def defaults(
     for name in overrides:
         close = difflib.get_close_matches(name, config.__dataclass_fields__, 1)
         if name not in config.__dataclass_fields__:
-            raise UserError(f"{config.__name__} has no {name!r}{f': did you mean {close[0]!r}?' if close else '.'} Names are spelled as in trl.{config.__name__}")
+            raise UserError(f"{config.__name__} has no {name!r}{f': did you mean {close[0]!r}?' if close else '.'} "
+                            f"Names are spelled as in trl.{config.__name__}")
     small, cpu = parameters < 1e8, dial["device"] == "cpu"
     rates, batch = ((1e-3, 2e-4) if small else (1e-5, 1e-6)), 64 if small else dial["batch_size"]
-    ours = dict(learning_rate=rates[0 if lora else 1], lr_scheduler_type="constant_with_warmup", warmup_steps=5, max_steps=50, optim="adamw_torch",
-                num_generations=8, per_device_train_batch_size=batch, gradient_accumulation_steps=max(1, 64 // batch), temperature=1.0,
-                max_completion_length=dial["max_new_tokens"], beta=0.0, weight_decay=0.0, max_grad_norm=1.0, gradient_checkpointing=not cpu,
-                bf16=has_bf16() if cpu else dial["dtype"] == "bfloat16", fp16=not cpu and dial["dtype"] == "float16", logging_steps=1,
-                save_strategy="no" if cpu and "save_steps" not in overrides else "steps", save_steps=50)
+    ours = dict(learning_rate=rates[0 if lora else 1], lr_scheduler_type="constant_with_warmup", warmup_steps=5, max_steps=50,
+                optim="adamw_torch", num_generations=8, per_device_train_batch_size=batch,
+                gradient_accumulation_steps=max(1, 64 // batch), temperature=1.0, max_completion_length=dial["max_new_tokens"],
+                beta=0.0, weight_decay=0.0, max_grad_norm=1.0, gradient_checkpointing=not cpu,
+                bf16=has_bf16() if cpu else dial["dtype"] == "bfloat16", fp16=not cpu and dial["dtype"] == "float16",
+                logging_steps=1, save_strategy="no" if cpu and "save_steps" not in overrides else "steps", save_steps=50)
     if method == "grpo": ours |= dict(loss_type="dapo", scale_rewards="group", epsilon=0.2)
     return positive(ours | overrides)
 
@@ -214,7 +225,8 @@ def _find(name: str) -> Callable:
     "The reward function with that import name. Raises `UserError` if there is none."
     module, _, func = name.rpartition(".")
     try: return getattr(importlib.import_module(module), func)
-    except (ImportError, AttributeError, ValueError): raise UserError(f"reward {name!r}: cannot be imported. Hand it over: rerun(card, output, reward_funcs=…)") from None
+    except (ImportError, AttributeError, ValueError):
+        raise UserError(f"reward {name!r}: cannot be imported. Hand it over: rerun(card, output, reward_funcs=…)") from None
 
 def _config(method: str, hyper: dict, rows: list[dict], seed: int, device: str):
     "TRL's config. Raises `UserError` for settings that do not go together, or too few rows to fill a step."
@@ -224,7 +236,9 @@ def _config(method: str, hyper: dict, rows: list[dict], seed: int, device: str):
     try: args = config(**settings | hyper)
     except (TypeError, ValueError) as e: raise UserError(f"{config.__name__}: {e}") from e
     prompts = args.generation_batch_size // args.num_generations
-    if len(rows) < prompts: raise UserError(f"{len(rows)} rows, but each step takes {prompts} different prompts. Give more rows, or a smaller per_device_train_batch_size")
+    if len(rows) < prompts:
+        raise UserError(f"{len(rows)} rows, but each step takes {prompts} different prompts. "
+                        "Give more rows, or a smaller per_device_train_batch_size")
     return args
 
 @contextlib.contextmanager
@@ -241,15 +255,18 @@ def _trainer(net, tokenizer, rows: list[dict], reward_funcs: list, folder: Path,
     from datasets import Dataset
     net.generation_config.eos_token_id, args.output_dir = stop_ids(tokenizer), str(folder)
     with _reference(net, folder, args.beta, peft_config):
-        return _trainers(method)[1](net, list(reward_funcs), args, Dataset.from_list(rows), processing_class=tokenizer, peft_config=copy.deepcopy(peft_config))
+        return _trainers(method)[1](net, list(reward_funcs), args, Dataset.from_list(rows), processing_class=tokenizer,
+                                    peft_config=copy.deepcopy(peft_config))
 
 # %% ../nbs/09_rl.ipynb #d9e19101
 def _before(net, tokenizer, rows: list[dict], funcs: list[Callable], groups: int, method: str, hyper: dict) -> dict:
     "Look before the first step; say in one line what was found, and return it for the card."
     found = {"rows": (seen := preflight(net, tokenizer, rows, hyper["max_completion_length"]))}
-    text = f"{method.upper()}: {seen['rows']:,} rows, {seen['prompts']:,} different prompts of {seen['shortest']} to {seen['longest']} tokens"
+    text = (f"{method.upper()}: {seen['rows']:,} rows, {seen['prompts']:,} different prompts "
+            f"of {seen['shortest']} to {seen['longest']} tokens")
     if groups:
-        found["probe"] = tried = probe(net, tokenizer, rows, funcs, groups, hyper["num_generations"], hyper["temperature"], hyper["max_completion_length"])
+        found["probe"] = tried = probe(net, tokenizer, rows, funcs, groups, hyper["num_generations"], hyper["temperature"],
+                                       hyper["max_completion_length"])
         text += f"; tried first: {tried['silent']} of {tried['groups']} groups silent, mean reward {tried['reward']:.2f}"
     tell(text)
     return found
@@ -278,8 +295,10 @@ def grpo(
         args, keep = _config(method, hyper, rows, seed, dial["device"]), hyper["save_strategy"] != "no"
         need_space(output.parent, (5 + keep * (36 if peft_config is None else 2)) * net.num_parameters())
         before = _before(net, tokenizer, rows, funcs, probe_groups, method, hyper)
-        hyper |= dict(probe_groups=probe_groups, reward_funcs=[f"{f.__module__}.{f.__qualname__}" for f in funcs], peft_config=lora_fields(peft_config))
-        plan = dict(method=method, model=base_name(model), model_hash=weights_hash(model), data_hash=rows_hash(rows), seed=seed, scale=scale, hyperparameters=hyper)
+        hyper |= dict(probe_groups=probe_groups, reward_funcs=[f"{f.__module__}.{f.__qualname__}" for f in funcs],
+                      peft_config=lora_fields(peft_config))
+        plan = dict(method=method, model=base_name(model), model_hash=weights_hash(model), data_hash=rows_hash(rows),
+                    seed=seed, scale=scale, hyperparameters=hyper)
         with run_folder(output, plan, keep) as folder:
             write_jsonl(folder / "train.jsonl", rows)
             log, seconds = fit(_trainer(net, tokenizer, rows, funcs, folder, method, args, peft_config), folder, method.upper(), "reward")

@@ -4,7 +4,8 @@
 
 # %% ../nbs/02_serve.ipynb #cb6bfc66
 from __future__ import annotations
-import atexit, contextlib, hmac, http.client, ipaddress, json, os, re, shutil, socket, statistics, subprocess, sys, tempfile, threading, time
+import atexit, contextlib, hmac, http.client, ipaddress, json, os, re, shutil, socket, statistics, subprocess, sys, \
+    tempfile, threading, time
 import urllib.parse, urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,9 @@ ENGINES = ("llama.cpp", "transformers")
 
 def _gguf(model: str | Path, gguf: bool) -> str:
     "The absolute path of a GGUF file. Raises `UserError` if it is none."
-    if not gguf: raise UserError(f"{model}: llama.cpp takes a .gguf file. Write one with `llmcourse export`, or give engine='transformers'")
+    if not gguf:
+        raise UserError(f"{model}: llama.cpp takes a .gguf file. "
+                        "Write one with `llmcourse export`, or give engine='transformers'")
     if not Path(model).is_file(): raise UserError(f"{model}: no such file. Check the path, or write one with `llmcourse export`")
     with open(model, "rb") as f: magic = f.read(4)
     if magic != b"GGUF": raise UserError(f"{model}: not a GGUF file, it starts with {magic!r}. Write one with `llmcourse export`")
@@ -35,7 +38,8 @@ def resolve(
     gguf = str(model).endswith(".gguf") or Path(model).is_file()
     engine = choose(engine or ENGINES[not gguf], ENGINES, "engine")
     if engine == "llama.cpp": return engine, _gguf(model, gguf)
-    if gguf: raise UserError(f"{model}: transformers takes a model folder, not a GGUF file. Give the folder, or engine='llama.cpp'")
+    if gguf:
+        raise UserError(f"{model}: transformers takes a model folder, not a GGUF file. Give the folder, or engine='llama.cpp'")
     path = model_path(model)
     if Path(path).is_dir() and not any((Path(path) / f).is_file() for f in ("config.json", "adapter_config.json")):
         raise UserError(f"{model}: no config.json there, so it is not a model folder. Save one with model.save_pretrained")
@@ -58,13 +62,15 @@ def free_port(
         if sys.platform != "win32": s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try: s.bind((host, port))
         except (OSError, OverflowError) as e:
-            raise UserError(f"port {port} on {host}: {getattr(e, 'strerror', None) or e}. Stop what runs there, or give port=0 to get a free one") from None
+            raise UserError(f"port {port} on {host}: {getattr(e, 'strerror', None) or e}. "
+                            "Stop what runs there, or give port=0 to get a free one") from None
         return s.getsockname()[1]
 
 # %% ../nbs/02_serve.ipynb #5fb49aa8
 def check_key(key: str | None) -> None:
     "Raise `UserError` for a key that an HTTP header cannot carry."
-    if key and not re.fullmatch(r"[!-~]+", key): raise UserError("key: use letters, digits and signs of ASCII, without spaces; `openssl rand -hex 16` makes one")
+    if key and not re.fullmatch(r"[!-~]+", key):
+        raise UserError("key: use letters, digits and signs of ASCII, without spaces; `openssl rand -hex 16` makes one")
 
 def check_address(
     host: str,        # the address to listen on
@@ -74,7 +80,8 @@ def check_address(
     "Check where a server is about to listen. Raises `UserError` for a port in use, or an open door without a key."
     check_key(key)
     if not 0 <= port <= 65535: raise UserError(f"port {port}: has to lie between 0 (any free one) and 65535")
-    if not key and not is_loopback(host): raise UserError(f"host {host}: other machines can reach it, so it needs a key. Give key=…, or host='127.0.0.1'")
+    if not key and not is_loopback(host):
+        raise UserError(f"host {host}: other machines can reach it, so it needs a key. Give key=…, or host='127.0.0.1'")
     return free_port(host, port)
 
 # %% ../nbs/02_serve.ipynb #764f3890
@@ -86,7 +93,7 @@ def _run_llama(job: dict) -> None:
     params.api_keys = [job["key"]] if job["key"] else []
     params.n_parallel, params.n_ctx = job["n_parallel"], job["n_parallel"] * job["n_ctx"]         # slots share the context
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = job["n_threads"]
-    params.endpoint_metrics, params.ui, params.cors_origins = True, False, ""     # counters; no page; no page of others may call us
+    params.endpoint_metrics, params.ui, params.cors_origins = True, False, ""   # counters; no page; no page of others may call us
     for name, value in job["options"].items():
         old = getattr(params, choose(name, [n for n in dir(params) if n[0] != "_"], "setting of llama.cpp"))
         members = {m.name.rsplit("_", 1)[1].lower(): m for m in type(old)} if hasattr(type(old), "__members__") else {}
@@ -100,8 +107,10 @@ def _guard(app, key: str | None, name: str):
     async def guarded(scope, receive, send):
         if scope["type"] != "http" or scope["path"] == "/health": return await app(scope, receive, send)
         given = dict(scope["headers"]).get(b"authorization", b"")
-        if key and not hmac.compare_digest(given, f"Bearer {key}".encode()): status, body = 401, {"error": {"message": "Invalid API Key", "code": 401}}
-        elif scope["path"] == "/v1/models": status, body = 200, {"object": "list", "data": [{"id": name, "object": "model"}]}
+        if key and not hmac.compare_digest(given, f"Bearer {key}".encode()):
+            status, body = 401, {"error": {"message": "Invalid API Key", "code": 401}}
+        elif scope["path"] == "/v1/models":
+            status, body = 200, {"object": "list", "data": [{"id": name, "object": "model"}]}
         else: return await app(scope, receive, send)
         await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", b"application/json")]})
         await send({"type": "http.response.body", "body": json.dumps(body).encode()})
@@ -135,7 +144,8 @@ def _launch(job: dict) -> subprocess.Popen:
     if Path(job["path"]).exists(): env["HF_HUB_OFFLINE"] = "1"
     apart = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if sys.platform == "win32" else {"start_new_session": True}
     with open(Path(job["folder"]) / "log.txt", "w") as log:
-        child = subprocess.Popen([sys.executable, "-c", "from llmcourse.serve import _child; _child()"], stdin=subprocess.PIPE, stdout=log, stderr=log, text=True, env=env, **apart)
+        child = subprocess.Popen([sys.executable, "-c", "from llmcourse.serve import _child; _child()"], stdin=subprocess.PIPE,
+                                 stdout=log, stderr=log, text=True, env=env, **apart)
     with contextlib.suppress(OSError): child.stdin.write(json.dumps(job) + "\n"); child.stdin.flush()
     return child
 
@@ -167,7 +177,8 @@ class Server:
     def get(self, path: str, body: dict | None = None) -> str:
         head = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
         request = urllib.request.Request(self.root + path, json.dumps(body).encode() if body else None, head)
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=10) as answer: return answer.read().decode()
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=10) as answer:
+            return answer.read().decode()
 
     def wait(self) -> None:
         "Block until it is stopped. Raises `UserError` if it dies by itself."
@@ -183,7 +194,8 @@ class Server:
 
     def __enter__(self): return self
     def __exit__(self, *error): self.stop()
-    def __repr__(self): return f"{self.engine} serves {self.name} at {self.url}" + ("" if self.process.poll() is None else " (stopped)")
+    def __repr__(self):
+        return f"{self.engine} serves {self.name} at {self.url}" + ("" if self.process.poll() is None else " (stopped)")
 
 # %% ../nbs/02_serve.ipynb #6b62071d
 def _cause(log: str) -> str:
@@ -196,10 +208,12 @@ def _wait_ready(server: Server, timeout: float) -> None:
     "Return when `server` answers /health. Raises `UserError` with the reason from its log if it dies, or takes too long."
     end = time.monotonic() + timeout
     while time.monotonic() < end:
-        if server.process.poll() is not None: raise UserError(f"{server.name}: the {server.engine} server died while starting: {_cause(server.log(200))}")
+        if server.process.poll() is not None:
+            raise UserError(f"{server.name}: the {server.engine} server died while starting: {_cause(server.log(200))}")
         with contextlib.suppress(OSError, http.client.HTTPException): server.get("/health"); return
         time.sleep(0.05)
-    raise UserError(f"{server.name}: the {server.engine} server is not ready after {timeout:g} s. Give a longer timeout=…; its log ends in: {_cause(server.log(1))}")
+    raise UserError(f"{server.name}: the {server.engine} server is not ready after {timeout:g} s. "
+                    f"Give a longer timeout=…; its log ends in: {_cause(server.log(1))}")
 
 def _model_folder(path: str, folder: Path) -> dict:
     "What `transformers serve` opens: the folder itself, or for an adapter a merged copy inside `folder`."
@@ -224,8 +238,9 @@ def serve(
     "Start an OpenAI-compatible server and wait until it answers. Raises `UserError`, and then leaves nothing behind."
     engine, path = resolve(model, engine)
     port, folder = check_address(host, port, key), Path(tempfile.mkdtemp(prefix="llmcourse-serve-"))
-    job = dict(engine=engine, path=path, name=Path(path).stem if engine == "llama.cpp" else path, host=host, port=port, key=key, folder=str(folder),
-               n_ctx=n_ctx, n_parallel=n_parallel, n_threads=n_threads or max(1, (os.cpu_count() or 2) // 2), options=options)
+    job = dict(engine=engine, path=path, name=Path(path).stem if engine == "llama.cpp" else path, host=host, port=port, key=key,
+               folder=str(folder), n_ctx=n_ctx, n_parallel=n_parallel,
+               n_threads=n_threads or max(1, (os.cpu_count() or 2) // 2), options=options)
     server = None
     try:
         if Path(path).is_dir(): job |= _model_folder(path, folder)
@@ -240,9 +255,12 @@ def _explained(url: str):
     "Turn the client's exceptions into `UserError`s."
     import openai
     try: yield
-    except openai.APITimeoutError: raise UserError(f"{url}: no answer in time. Give a longer timeout, or ask for fewer tokens") from None
-    except openai.APIConnectionError: raise UserError(f"{url}: nothing answers there. Start a server first: llmcourse serve") from None
-    except openai.AuthenticationError: raise UserError(f"{url}: the key is missing or wrong. Give the one that the server was started with: key=…") from None
+    except openai.APITimeoutError:
+        raise UserError(f"{url}: no answer in time. Give a longer timeout, or ask for fewer tokens") from None
+    except openai.APIConnectionError:
+        raise UserError(f"{url}: nothing answers there. Start a server first: llmcourse serve") from None
+    except openai.AuthenticationError:
+        raise UserError(f"{url}: the key is missing or wrong. Give the one that the server was started with: key=…") from None
     except openai.APIStatusError as e:
         body = e.body if isinstance(e.body, dict) else {}
         raise UserError(f"{url}: {e.status_code}: {body.get('message') or body.get('detail') or e.message}") from None
@@ -290,8 +308,10 @@ def bench(
     def one(messages):
         start, first, tokens = time.perf_counter(), None, 0
         with _explained(url):
-            for chunk in ask.client.chat.completions.create(messages=messages, stream=True, stream_options={"include_usage": True}, **ask.options):
-                if chunk.choices and chunk.choices[0].delta.content: first, tokens = first or time.perf_counter() - start, tokens + 1
+            for chunk in ask.client.chat.completions.create(messages=messages, stream=True,
+                                                            stream_options={"include_usage": True}, **ask.options):
+                if chunk.choices and chunk.choices[0].delta.content:
+                    first, tokens = first or time.perf_counter() - start, tokens + 1
                 if chunk.usage: tokens = chunk.usage.completion_tokens
         return first, tokens
     start = time.perf_counter()
