@@ -105,14 +105,17 @@ def grpo_loss(
 # %% ../nbs/09_rl.ipynb #bcd0336b
 def _known(row: dict, place: str) -> dict:
     "A problem or a conversation as it is, a row in any other form of `llmcourse.data` as a conversation."
-    if not isinstance(row, dict): raise UserError(f"{place}: a {type(row).__name__}, not a row. Give {{\"messages\": […], \"answer\": …}}")
-    if isinstance(row.get("prompt"), str) and "completion" not in row: return row | {"prompt": [{"role": "user", "content": row["prompt"]}]}
+    if not isinstance(row, dict):
+        raise UserError(f"{place}: a {type(row).__name__}, not a row. Give {{\"messages\": […], \"answer\": …}}")
+    if isinstance(row.get("prompt"), str) and "completion" not in row:
+        return row | {"prompt": [{"role": "user", "content": row["prompt"]}]}
     return row if {"messages", "question"} & row.keys() or isinstance(row.get("prompt"), list) else row | canonical(row, place)
 
 def _prompt(row: dict, place: str) -> list[Message]:
     "What the model is asked: a problem's question, or a conversation without its last answer."
     if "question" in row and "messages" not in row and "prompt" not in row:
-        return to_chat(row, answered=False)["messages"] if row.get("task") in TASKS else [{"role": "user", "content": str(row["question"])}]
+        if row.get("task") in TASKS: return to_chat(row, answered=False)["messages"]
+        return [{"role": "user", "content": str(row["question"])}]
     messages = check_messages(row.get("messages", row.get("prompt")), place, answered=False)
     messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages
     if not messages: raise UserError(f"{place}: nothing before the assistant's turn, so there is no question")
@@ -122,10 +125,12 @@ def _answered(row: dict) -> dict:
     "The row with its `answer`: its own, of GSM8K's what follows `####`, else what its assistant's turn ends in."
     last = (row.get("messages") or [{}])[-1]
     given = next((row[k] for k in ("answer", "ideal") if row.get(k) is not None), None)
-    if given is None and last.get("role") == "assistant": given = final_answer(last["content"]) or last["content"].strip()
+    if given is None and last.get("role") == "assistant":
+        given = final_answer(last["content"]) or last["content"].strip()
     if marked := re.search(r"####\s*(\S+)\s*$", str(given)): given = marked[1].replace(",", "")
     return row if given is None else row | {"answer": str(given)}
 
+# %% ../nbs/09_rl.ipynb #08ed118b
 def _needed(reward_funcs: list[Callable]) -> set[str]:
     "The columns that the rewards ask for by name."
     given = {"completions", "prompts", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments"}
@@ -133,7 +138,7 @@ def _needed(reward_funcs: list[Callable]) -> set[str]:
     return {p.name for p in asked if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)} - given
 
 def _rows(rows, reward_funcs: list[Callable]) -> list[dict]:
-    "Rows as TRL takes them, {\"prompt\": messages, \"answer\": …}: every row checked, and every column that a reward asks for is there."
+    "Checked rows as TRL takes them, {\"prompt\": messages, \"answer\": …}, with every column that a reward asks for."
     places, found = zip(*numbered(rows))
     found = [_known(row, place) for row, place in zip(found, places)]
     prompts, rows = [_prompt(row, place) for row, place in zip(found, places)], [_answered(row) for row in found]

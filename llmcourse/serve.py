@@ -4,8 +4,8 @@
 
 # %% ../nbs/02_serve.ipynb #cb6bfc66
 from __future__ import annotations
-import atexit, contextlib, hmac, http.client, ipaddress, json, os, re, shutil, socket, statistics, subprocess, sys, \
-    tempfile, threading, time
+import atexit, contextlib, hmac, http.client, ipaddress, json, os, re, shutil, socket, statistics, subprocess, sys
+import tempfile, threading, time
 import urllib.parse, urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
