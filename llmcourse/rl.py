@@ -164,6 +164,18 @@ def preflight(
                             f"beside a reply of {max_completion_length}. Shorten it, or lower max_completion_length")
     return dict(rows=len(rows), prompts=len({str(row["prompt"]) for row in rows}), shortest=min(lengths), longest=max(lengths))
 
+def _before(net, tokenizer, rows: list[dict], funcs: list[Callable], groups: int, method: str, hyper: dict) -> dict:
+    "Look before the first step; say in one line what was found, and return it for the card."
+    found = {"rows": (seen := preflight(net, tokenizer, rows, hyper["max_completion_length"]))}
+    text = (f"{method.upper()}: {seen['rows']:,} rows, {seen['prompts']:,} different prompts "
+            f"of {seen['shortest']} to {seen['longest']} tokens")
+    if groups:
+        found["probe"] = tried = probe(net, tokenizer, rows, funcs, groups, hyper["num_generations"], hyper["temperature"],
+                                       hyper["max_completion_length"])
+        text += f"; tried first: {tried['silent']} of {tried['groups']} groups silent, mean reward {tried['reward']:.2f}"
+    tell(text)
+    return found
+
 # %% ../nbs/09_rl.ipynb #5e5d1571
 def probe(
     model, tokenizer,
@@ -262,19 +274,6 @@ def _trainer(net, tokenizer, rows: list[dict], reward_funcs: list, folder: Path,
     with _reference(net, folder, args.beta, peft_config):
         return _trainers(method)[1](net, list(reward_funcs), args, Dataset.from_list(rows), processing_class=tokenizer,
                                     peft_config=copy.deepcopy(peft_config))
-
-# %% ../nbs/09_rl.ipynb #d9e19101
-def _before(net, tokenizer, rows: list[dict], funcs: list[Callable], groups: int, method: str, hyper: dict) -> dict:
-    "Look before the first step; say in one line what was found, and return it for the card."
-    found = {"rows": (seen := preflight(net, tokenizer, rows, hyper["max_completion_length"]))}
-    text = (f"{method.upper()}: {seen['rows']:,} rows, {seen['prompts']:,} different prompts "
-            f"of {seen['shortest']} to {seen['longest']} tokens")
-    if groups:
-        found["probe"] = tried = probe(net, tokenizer, rows, funcs, groups, hyper["num_generations"], hyper["temperature"],
-                                       hyper["max_completion_length"])
-        text += f"; tried first: {tried['silent']} of {tried['groups']} groups silent, mean reward {tried['reward']:.2f}"
-    tell(text)
-    return found
 
 # %% ../nbs/09_rl.ipynb #770395e7
 def grpo(
