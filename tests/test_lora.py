@@ -268,15 +268,15 @@ def test_sweep_is_the_file_that_its_readme_names():
     assert f"`{hashlib.sha256((DATA / 'sweep.jsonl').read_bytes()).hexdigest()}`" in (DATA / "README.md").read_text(encoding="utf-8")
 
 
-def test_sweep_holds_every_setting_once():
+def test_sweep_holds_every_setting_once_a_seed():
     pytest.importorskip("bitsandbytes")
     spec = importlib.util.spec_from_file_location("sweep", DATA.parent / "benchmarks" / "sweep.py")
     spec.loader.exec_module(sweep := importlib.util.module_from_spec(spec))
     names = lambda rows: sorted(map(str, rows))
-    assert names((g, n) for g, n, *_ in sweep.settings()) == names((r["group"], r["setting"]) for r in SWEEP)
+    assert names((g, n, seed) for g, n, *_ in sweep.settings() for seed in sweep.SEEDS) == names((r["group"], r["setting"], r["seed"]) for r in SWEEP)
 
 
-@pytest.mark.parametrize("row", SWEEP, ids=lambda r: f"{r['group']}-{r['setting']}")
+@pytest.mark.parametrize("row", SWEEP, ids=lambda r: f"{r['group']}-{r['setting']}-{r['seed']}")
 def test_sweep_rows_agree_with_themselves(row):
     assert (row["low"], row["high"]) == tuple(round(x, 4) for x in wilson(row["correct"], row["n"])) and row["correct"] <= row["format"] <= row["n"]
     assert 0 <= row["bytes_measured"] - row["bytes_predicted"] < 1000     # the optimizer's step counters
