@@ -147,7 +147,7 @@ def show(
     def tidy(row):
         row = dict(row)
         if {"low", "high"} <= set(row):
-            row["95 % interval"] = f"{100 * row['low']:.0f}{' to ' if row['low'] < 0 else '–'}{100 * row.pop('high'):.0f} %"
+            row["95 % interval"] = f"{100 * row['low']:z.0f}{' to ' if row['low'] < 0 else '–'}{100 * row.pop('high'):z.0f} %"
             del row["low"]
         return {k: f"{100 * v:.0f} %" if k in shares and isinstance(v, float) else v for k, v in row.items()}
     return pd.DataFrame([tidy(r) for r in rows])
