@@ -17,7 +17,7 @@ __all__ = ['lora_config', 'linear_shapes', 'lora_parameters', 'merge']
 def lora_config(
     r: int = 16,                                      # the rank: how many pieces an update may have
     lora_alpha: int = 32,                             # an update is multiplied by lora_alpha / r
-    target_modules: str | list[str] = "all-linear",   # which layers: all linear ones but the head, or names such as ["q_proj", "v_proj"]
+    target_modules: str | list[str] = "all-linear",   # all linear layers but the head, or names such as ["q_proj", "v_proj"]
     **overrides,                                      # spelled as in `peft.LoraConfig`: lora_dropout, use_rslora, …
 ):                                                    # a `peft.LoraConfig`
     "LoRA for a language model (Hu et al. 2021). Raises `UserError` for a rank below 1 or a name that `LoraConfig` does not have."
@@ -25,7 +25,9 @@ def lora_config(
     if not isinstance(r, int) or r < 1: raise UserError(f"r={r}: a rank is a whole number of at least 1, often 8 to 64")
     for name in overrides:
         close = difflib.get_close_matches(name, fields := LoraConfig.__dataclass_fields__, 1)
-        if name not in fields: raise UserError(f"LoraConfig has no {name!r}{f': did you mean {close[0]!r}?' if close else '.'} Names are spelled as in peft.LoraConfig")
+        if name not in fields:
+            raise UserError(f"LoraConfig has no {name!r}{f': did you mean {close[0]!r}?' if close else '.'} "
+                            "Names are spelled as in peft.LoraConfig")
     return LoraConfig(**dict(r=r, lora_alpha=lora_alpha, target_modules=target_modules, task_type="CAUSAL_LM") | overrides)
 
 # %% ../nbs/07_lora.ipynb #57bdf2b9
@@ -36,7 +38,8 @@ def linear_shapes(
     d, f = config.hidden_size, config.intermediate_size
     head = getattr(config, "head_dim", None) or d // config.num_attention_heads
     q, kv = head * config.num_attention_heads, head * config.num_key_value_heads
-    return {"q_proj": (d, q), "k_proj": (d, kv), "v_proj": (d, kv), "o_proj": (q, d), "gate_proj": (d, f), "up_proj": (d, f), "down_proj": (f, d)}
+    return {"q_proj": (d, q), "k_proj": (d, kv), "v_proj": (d, kv), "o_proj": (q, d),
+            "gate_proj": (d, f), "up_proj": (d, f), "down_proj": (f, d)}
 
 def lora_parameters(
     config,             # of a Llama or a model built like one
@@ -52,8 +55,12 @@ def lora_parameters(
 def _adapter(path: str | Path) -> Path:
     "The folder of an adapter, looked at before anything is loaded."
     folder = Path(model_path(path))
-    if not (folder / "adapter_config.json").is_file(): raise UserError(f"{folder}: no adapter there (no adapter_config.json). Give the run folder of a LoRA; a merged model needs no merging")
-    if not (folder / "adapter_model.safetensors").is_file(): raise UserError(f"{folder}: no adapter_model.safetensors. Save the adapter with model.save_pretrained(folder)")
+    if not (folder / "adapter_config.json").is_file():
+        raise UserError(f"{folder}: no adapter there (no adapter_config.json). Give the run folder of a LoRA; "
+                        "a merged model needs no merging")
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise UserError(f"{folder}: no adapter_model.safetensors. "
+                        "Save the adapter with model.save_pretrained(folder)")
     return folder
 
 def _base_config(base: str | Path):
@@ -62,7 +69,9 @@ def _base_config(base: str | Path):
     path = Path(model_path(base))
     if (path / "adapter_config.json").is_file(): return _base_config(_adapter_base(path))
     try: return AutoConfig.from_pretrained(str(path))
-    except (OSError, ValueError) as e: raise UserError(f"{path}: no model there ({str(e).splitlines()[0][:100]}). Say where the base lies: merge(adapter, output, base=...)") from None
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path}: no model there ({str(e).splitlines()[0][:100]}). "
+                        "Say where the base lies: merge(adapter, output, base=...)") from None
 
 def _method(packed) -> str:
     "'bitsandbytes' out of a quantization config, which is a dict or an object."
@@ -85,8 +94,8 @@ def merge(
     config, output = _base_config(base), check_output(output, folder)
     packed = getattr(config, "quantization_config", None)
     if packed and not dequantize:
-        raise UserError(f"{base}: stored in few bits ({_method(packed)}), and rounding the merged weights to them again would lose much of the update. "
-                        "Unpack it first: merge(adapter, output, dequantize=True)")
+        raise UserError(f"{base}: stored in few bits ({_method(packed)}), and rounding the merged weights to them again "
+                        "would lose much of the update. Unpack it first: merge(adapter, output, dequantize=True)")
     dtype = choose(dtype or str(config.dtype or "float32").removeprefix("torch."), ["float32", "bfloat16", "float16"], "dtype")
     with quiet(), write_aside(check_output(output, base)) as aside:
         net, _ = load(base, scale)
