@@ -37,7 +37,7 @@ check: $(VENV)/.ready ## notebooks clean and exported, code linted
 docs: $(VENV)/.ready ## prepare the site in _proc/ and render it where quarto is installed
 	python tests/build_docs.py
 
-checkpoints: $(VENV)/.ready ## rebuild the tutor's checkpoints from nothing (under 45 minutes on two cores)
+checkpoints: $(VENV)/.ready ## rebuild the tutor's checkpoints from nothing (about 20 minutes on two cores)
 	llmcourse checkpoints
 
 clean:           ## remove what the targets made, not the environments
