@@ -181,9 +181,25 @@ def train(
     print(rerun(card, output or None))
 
 # %% ../nbs/workshop/cli.ipynb #a8276c08
+def _exam(data: str) -> list[dict]:
+    "The rows to be examined on: of a file that says its splits, those that no training takes."
+    from llmcourse.core import check_messages
+    from llmcourse.data import canonical, side
+    from llmcourse.files import numbered
+    rows = []
+    for place, row in numbered(data):
+        if not ({"messages", "question"} & row.keys() or {"input", "ideal"} <= row.keys()): row = canonical(row, place)
+        if "messages" in row: check_messages(row["messages"], place, answered=False)
+        try: rows.append((row, row.get("split") and side(row) == "train"))
+        except UserError as e: raise UserError(f"{place}: {e}") from None
+    kept = [row for row, trained in rows if not trained]
+    if not kept: raise UserError(f"{data}: all rows are of the split train. Give rows that were not trained on")
+    if len(kept) < len(rows): print(f"{data}: {len(rows) - len(kept):,} rows of the split train are left out", file=sys.stderr)
+    return kept
+
 def eval(
     model: str = "",           # a checkpoint, a folder, or a Hub name; by default tutor/sft
-    data: str = "",            # JSONL of chats whose last turn, or "answer", is the reference, which the reply must equal; the tutor's held-out problems by default
+    data: str = "",            # chats whose last turn, or "answer", is the reference, which the whole reply must equal; the tutor's held-out problems by default
     url: str = "",             # ask this OpenAI-compatible server instead, for --model or the first that it lists; its key from $LLMCOURSE_API_KEY
     n: int = 100,              # problems of each kind, without --data
     seed: int = 1,             # draws the problems
@@ -197,12 +213,12 @@ def eval(
     llmcourse eval --url http://127.0.0.1:8080/v1 --data test.jsonl
     """
     from llmcourse import evals
-    from llmcourse.core import read_jsonl, scale as read_scale, write_jsonl
+    from llmcourse.core import scale as read_scale, write_jsonl
     from llmcourse.models import Local, load
     from llmcourse.serve import remote
     from llmcourse.tutor import problems
     import json as j
-    rows = read_jsonl(data) if data else problems(n, seed, split="test")
+    rows = _exam(data) if data else problems(n, seed, split="test")
     room = read_scale(scale)["max_new_tokens"]
     if url: generate = remote(url, model or None, os.environ.get("LLMCOURSE_API_KEY"), max_tokens=room)
     else: generate = Local(*load(model or "tutor/sft", scale), max_new_tokens=room)

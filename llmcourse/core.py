@@ -89,7 +89,7 @@ def model_path(
     if text.startswith("tutor/"):
         return str(weights() / choose(text, checkpoints(), "checkpoint").split("/")[1])
     if Path(text).is_dir(): return text
-    if text.startswith((".", "/", "~")) or text.count("/") != 1:
+    if text.startswith((".", "/", "~")) or text.count("/") != 1 or Path(text).parent.is_dir():
         raise UserError(f"{text}: no such folder. Give a model folder, a Hub name (owner/name), or one of {', '.join(checkpoints())}")
     return text
 

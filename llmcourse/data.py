@@ -310,6 +310,14 @@ def _called(m: Message) -> Message:
         except (KeyError, TypeError, ValueError): return call
     return m | {"tool_calls": [opened(c) for c in m["tool_calls"]]} if m.get("tool_calls") else m
 
+def _check_calls(tokenizer, messages: list[Message], tools=None) -> None:
+    "A template that prints no call of a tool would train an empty answer in its place."
+    from jinja2 import TemplateError
+    calls = [(j, (c.get("function") or {}).get("name", "")) for j, m in enumerate(messages) for c in m.get("tool_calls") or []]
+    text = _draw(tokenizer, messages, tokenize=False, tools=tools) if calls else ""
+    for j, name in calls:
+        if name not in text: raise TemplateError(f"it does not print the call of {name!r} in turn {j}, so an empty answer would be trained")
+
 def _spans(tokenizer, messages: list[Message], text: str, tools=None) -> list[tuple[int, int]]:
     "From which to which character of `text` each trained assistant turn goes, its end token included."
     spans, eos = [], tokenizer.eos_token or ""
@@ -332,6 +340,7 @@ def tokenize(
     tools: list | None = None,         # what the assistant may call, for templates that print it
 ) -> dict[str, list[int]]:             # input_ids and labels, equally long; a label of -100 is not trained
     "One conversation as the trainer sees it. Raises `UserError` for a tokenizer whose chat template is missing or of no use."
+    _check_calls(tokenizer, messages, tools)
     weighted = any(m.get("weight") == 0 for m in messages)
     if assistant_only_loss and not weighted and "endgeneration" in str(tokenizer.chat_template):
         out = _draw(tokenizer, messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, tools=tools)

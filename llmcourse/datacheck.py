@@ -81,19 +81,22 @@ class Seen:
 class Report:
     "What the doctor found: `found` (level, place, what), `count`, `code` (0 fine, 1 warnings, 2 errors), and the numbers of a run."
     def __init__(self, source, against="", limit: int = 3):
-        self.source, self.against, self.limit, self.rows, self.first, self.run = str(source), str(against), limit, 0, {}, {}
+        self.source, self.limit, self.rows, self.first, self.run = str(source), limit, 0, {}, {}
+        self.here, self.there = Path(source).name, Path(against).name
+        if self.here == self.there: self.here, self.there = self.source, f"the other {self.there}"   # train/data.jsonl against test/data.jsonl
         self.findings, self.count, self.kinds, self.forms, self.sides = [], Counter(), Counter(), Counter(), Counter()
 
     def say(self, level: str, code: int, what: str) -> None:
         "Count a finding; keep the first few of each kind."
         kind = re.sub(r"\d+|'[^']*'|\(.*?\)|\S*…\S*", "", what)[:45]
+        kind = kind.replace("{}", "another row")
         kind = kind if kind in self.kinds or len(self.kinds) < 500 else "other"
         self.count[level] += 1; self.kinds[kind] += 1
         if self.kinds[kind] <= self.limit: self.findings.append((code, level, what, kind))
 
     def where(self, code: int) -> str:
         "The place that a number stands for: a line of the file, or of the one that it is compared with."
-        return (f"{Path(self.against).name} " if code >> 40 else "") + f"line {code & 2**40 - 1}"
+        return (f"{self.there} " if code >> 40 else "") + f"line {code & 2**40 - 1}"
 
     @property
     def found(self) -> list[tuple[str, str, str]]:
@@ -157,7 +160,7 @@ def _examine(report: Report, code: int, row, seen: Seen, lengths: Lengths, name:
     given, chats, found = str(row.get("split", "")).casefold(), conversations(row), []
     where = SIDES.get(given, name)
     report.forms[form] += 1; report.sides[where] += 1; report.first.setdefault(form, code)
-    if given and given not in SIDES: found.append(("warning", f"the split {given!r} is none of {', '.join(SIDES)}"))
+    if given and given not in SIDES: found.append(("error", f"the split {given!r} is none of {', '.join(SIDES)}"))
     if "chosen" in row and row["chosen"] == row["rejected"]: found.append(("error", "chosen and rejected are the same: there is nothing to learn"))
     for chat in chats:
         faults = list(turn_faults(chat))
@@ -188,13 +191,14 @@ def check_data(
 ) -> Report:                            # shows itself; its `code` is the exit code
     "Examine a file of training rows, line by line, in bounded memory. Raises `UserError` if there are no rows at all."
     dial, model = read_scale(scale), model or read_scale(scale)["model"]
+    if not epochs > 0: raise UserError(f"epochs={epochs}: has to be more than 0")
     report, seen = Report(source, against, limit), Seen()
     lengths, other = (Lengths(tokenizer or load_tokenizer(model), dial["max_length"], n) for n in (sample, 0))
     for number, row in lines(source):
         report.rows += 1
-        _examine(report, number, row, seen, lengths, Path(source).name if against else "all")
+        _examine(report, number, row, seen, lengths, report.here if against else "all")
     sides = report.sides.copy()
-    for number, row in lines(against) if against else (): _examine(report, number | 1 << 40, row, seen, other, Path(against).name)
+    for number, row in lines(against) if against else (): _examine(report, number | 1 << 40, row, seen, other, report.there)
     if not report.rows: raise UserError(f"{source}: no rows. Give at least one")
     _mixed(report)
     for code, level, what in seen.copies(): report.say(level, code, what)

@@ -22,6 +22,7 @@ def export_folder(
     from llmcourse.export import KINDS, modelfile, quantize, to_gguf
     from llmcourse.models import load_tokenizer
     output, plain = Path(output), ("F32", "F16", "BF16")
+    if output.is_file(): raise UserError(f"{output}: a file. Name a folder for the GGUF and its Modelfile")
     name = output / f"{Path(model).resolve().name}-{choose(quant, [*plain, *KINDS], 'GGUF type')}.gguf"
     if quant in plain: to_gguf(model, name, quant.lower())
     else:
@@ -41,6 +42,7 @@ def served(
     "Serve any model, exporting it first where the engine needs that. Yields the server. Raises `UserError` before it exports for a port in use, or an open door without a key."
     from llmcourse.serve import check_address, serve
     check_address(host, port, key)
+    if len(found := list(Path(model).glob("*.gguf"))) == 1: model = found[0]      # the folder that `export_folder` made
     with tempfile.TemporaryDirectory(prefix="llmcourse-") as tmp:
         if choose(engine, ["llama.cpp", "transformers"], "engine") == "llama.cpp" and not str(model).endswith(".gguf"):
             model = export_folder(model, tmp, quant)[0]

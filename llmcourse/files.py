@@ -57,8 +57,10 @@ def _cell(text: str):
 
 def _table(path: Path) -> Iterator[tuple]:
     csv.field_size_limit(LONGEST)
+    with path.open("rb") as f: head = f.readline()
+    mark = max(",;\t", key=lambda c: head.count(c.encode()))       # spreadsheets of half of Europe write ;
     with path.open(encoding="utf-8-sig", newline="") as f:
-        reader = csv.DictReader(f, delimiter="\t" if path.suffix == ".tsv" else ",")
+        reader = csv.DictReader(f, delimiter="\t" if path.suffix == ".tsv" else mark)
         try:
             for row in reader:
                 odd = None in row or None in row.values()

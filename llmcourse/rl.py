@@ -143,7 +143,7 @@ def _rows(rows, reward_funcs: list[Callable]) -> list[dict]:
     found = [_known(row, place) for row, place in zip(found, places)]
     prompts, rows = [_prompt(row, place) for row, place in zip(found, places)], [_answered(row) for row in found]
     for row, place in zip(rows, places):
-        if missing := sorted(k for k in _needed(reward_funcs) if row.get(k) is None):
+        if missing := sorted(k for k in _needed(reward_funcs) if row.get(k) in (None, "")):
             raise UserError(f"{place}: no {missing[0]!r}, which the reward asks for. Add it to the row, or use another reward")
     plain = lambda k: len(kinds := {type(r.get(k)) for r in rows}) == 1 and kinds <= {str, int, float, bool}
     keep = [k for k in rows[0] if k not in ("messages", "prompt", "question") and plain(k)]

@@ -313,7 +313,9 @@ def positive(
     "Raises `UserError` for a number that has to be more than 0 and is not."
     for name in ("learning_rate", "num_train_epochs", "save_steps", "logging_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "num_generations"):
         value = hyper.get(name)
+        if isinstance(value, str): raise UserError(f"{name}={value!r}: a text, not a number. YAML reads 4e-3 as text: write 0.004")
         if value is not None and not value > 0: raise UserError(f"{name}={value}: has to be more than 0")
+    if hyper.get("max_steps") == 0: raise UserError("max_steps=0: has to be more than 0, or -1 for as many as the epochs take")
     return hyper
 
 def lora_fields(

@@ -63,7 +63,7 @@ def free_port(
         try: s.bind((host, port))
         except (OSError, OverflowError) as e:
             raise UserError(f"port {port} on {host}: {getattr(e, 'strerror', None) or e}. "
-                            "Stop what runs there, or give port=0 to get a free one") from None
+                            "Stop what runs there, or give port 0 to get a free one") from None
         return s.getsockname()[1]
 
 # %% ../nbs/02_serve.ipynb #5fb49aa8
@@ -81,7 +81,7 @@ def check_address(
     check_key(key)
     if not 0 <= port <= 65535: raise UserError(f"port {port}: has to lie between 0 (any free one) and 65535")
     if not key and not is_loopback(host):
-        raise UserError(f"host {host}: other machines can reach it, so it needs a key. Give key=…, or host='127.0.0.1'")
+        raise UserError(f"host {host}: other machines can reach it, so it needs a key. Give a key, or the host 127.0.0.1")
     return free_port(host, port)
 
 # %% ../nbs/02_serve.ipynb #764f3890
@@ -260,7 +260,7 @@ def _explained(url: str):
     except openai.APIConnectionError:
         raise UserError(f"{url}: nothing answers there. Start a server first: llmcourse serve") from None
     except openai.AuthenticationError:
-        raise UserError(f"{url}: the key is missing or wrong. Give the one that the server was started with: key=…") from None
+        raise UserError(f"{url}: the key is missing or wrong. Give the one that the server was started with") from None
     except openai.APIStatusError as e:
         body = e.body if isinstance(e.body, dict) else {}
         raise UserError(f"{url}: {e.status_code}: {body.get('message') or body.get('detail') or e.message}") from None

@@ -83,7 +83,9 @@ def _rows(rows) -> tuple[list[dict], list[str]]:
             raise UserError(f"{place}: a row of the form {form}, and SFT takes one answer a row. "
                             "Give the better one alone, or train on preferences")
         check_messages(row["messages"], place)
-        if row.get("split") and side(row) != "train": others += 1
+        try: other = row.get("split") and side(row) != "train"
+        except UserError as e: raise UserError(f"{place}: {e}") from None
+        if other: others += 1
         else: kept.append((place, row))
     if others: tell(f"SFT: {others:,} rows of other splits than train are left out")
     if not kept: raise UserError(f"{place}: all rows are of other splits than train, so none is left to train on")

@@ -149,3 +149,31 @@ def test_a_real_process_exits_with_2_and_no_traceback():
     done = subprocess.run([sys.executable, "-c", "from llmcourse.cli import cli; import sys; sys.argv = ['llmcourse', 'sft', '--scale', 'x']; cli()"],
                           capture_output=True, text=True, env=os.environ)
     assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.startswith("llmcourse: unknown scale")
+
+
+def test_eval_leaves_rows_of_training_out(capsys, tmp_path):
+    from llmcourse.cli import _exam
+    rows = [CHAT | {"split": s} for s in ("train", "test", "train")]
+    assert len(_exam(jsonl(tmp_path / "a.jsonl", *rows))) == 1
+    assert "2 rows of the split train are left out" in capsys.readouterr().err
+    assert "all rows are of the split train" in bad(capsys, "eval", "--data", jsonl(tmp_path / "b.jsonl", rows[0]))
+    assert "c.jsonl:2: unknown split 'tset'" in bad(capsys, "eval", "--data", jsonl(tmp_path / "c.jsonl", CHAT, CHAT | {"split": "tset"}))
+    (tmp_path / "d.csv").write_text("question;answer\n1+1?;2\n")
+    assert _exam(tmp_path / "d.csv") == [{"question": "1+1?", "answer": "2"}]
+
+
+def test_more_that_cannot_work(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("x"); (tmp_path / "runs").mkdir()
+    assert "a file" in bad(capsys, "export", "--output", "file")
+    assert "no such folder" in bad(capsys, "eval", "--model", "runs/nope")
+    assert "max_steps" in bad(capsys, "grpo", "--steps", "0")
+    assert "epochs" in bad(capsys, "data", "check", jsonl(tmp_path / "a.jsonl", CHAT), "--epochs", "-1")
+    (tmp_path / "e.csv").write_text("question,answer\n1+1?,2\n2+2?,\n")
+    assert "e.csv:3: no 'answer'" in bad(capsys, "grpo", "--data", "e.csv")
+
+
+def test_a_leak_between_files_of_one_name(capsys, tmp_path):
+    (tmp_path / "train").mkdir(); (tmp_path / "test").mkdir()
+    one, two = (jsonl(tmp_path / side / "data.jsonl", CHAT) for side in ("train", "test"))
+    assert main(["data", "check", str(one), "--against", str(two)]) == 2 and "a leak between the splits" in capsys.readouterr().out

@@ -432,7 +432,7 @@ PLANTED = [
     ([{"messages": [user("q"), said("token ghp_" + "a1" * 18)]}], "error", "a GitHub token (ghp_…)"), ([{"messages": [user("password: hunter22x"), said("ok")]}], "error", "a password"),
     ([{"messages": [user("q"), said("-----BEGIN RSA PRIVATE KEY-----")]}], "error", "a private key"), ([{"messages": [user("q"), said("sk-proj-" + "x1" * 15)]}], "error", "an API key"),
     ([{"messages": [user("mail jo@school.org"), said("ok")]}], "warning", "an e-mail address"), ([{"messages": [user("<s>[INST] hi [/INST]"), said("ok")]}], "warning", "rendered already"),
-    ([{"messages": [user("cafÃ©"), said("ok")]}], "warning", "wrongly decoded"), ([{"messages": CHAT, "split": "tset"}], "warning", "split 'tset'")]
+    ([{"messages": [user("cafÃ©"), said("ok")]}], "warning", "wrongly decoded"), ([{"messages": CHAT, "split": "tset"}], "error", "split 'tset'")]
 
 
 @pytest.mark.parametrize("rows,level,words", PLANTED, ids=[p[2] for p in PLANTED])

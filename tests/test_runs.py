@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from llmcourse.core import UserError, read_card, write_card
-from llmcourse.runs import NEEDED, PLAN, adapter, check_checkpoint, drill, last_complete, run_folder, seal
+from llmcourse.runs import NEEDED, PLAN, adapter, check_checkpoint, drill, last_complete, positive, run_folder, seal
 from llmcourse.sft import sft
 from llmcourse.tutor import problems, to_chat
 
@@ -336,3 +336,8 @@ def test_a_field_of_the_adapter_decides(name, small, tmp_path):
 def test_other_rows_and_another_model_are_seen(small, base, tmp_path):
     assert weights(sft(ROWS[:-1], tmp_path / "rows", small, **BASE)) != base[1]
     assert weights(sft(ROWS, tmp_path / "model", tmp_path / "rows", **BASE)) != base[1]
+
+
+@pytest.mark.parametrize("hyper,said", [({"learning_rate": "4e-3"}, "YAML"), ({"max_steps": 0}, "more than 0"), ({"learning_rate": 0}, "more than 0")])
+def test_numbers_that_are_none(hyper, said):
+    with pytest.raises(UserError, match=said): positive(hyper)

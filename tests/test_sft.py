@@ -432,5 +432,8 @@ def test_a_call_of_a_tool_can_be_trained(own):
     row = {"messages": [{"role": "user", "content": "Rain?"}, {"role": "assistant", "content": None, "tool_calls": [call]},
                         {"role": "tool", "content": "sun", "tool_call_id": "1"}, {"role": "assistant", "content": "Sun."}]}
     (kept,), _ = _rows([row])
-    own.chat_template = "{% for m in messages %}{{ m['content'] }}{% for c in m.tool_calls or [] %}{{ c.function.arguments | tojson }}{% endfor %}{{ eos_token }}{% endfor %}"
+    own.chat_template = "{% for m in messages %}{{ m['content'] }}{% for c in m.tool_calls or [] %}{{ c.function.name }}{{ c.function.arguments | tojson }}{% endfor %}{{ eos_token }}{% endfor %}"
     assert '{"city": "Bern"}' in own.decode(tokenize(own, kept["messages"], assistant_only_loss=False)["input_ids"])
+    from jinja2 import TemplateError
+    own.chat_template = CHATML
+    with pytest.raises(TemplateError, match="does not print the call of 'weather' in turn 1"): tokenize(own, kept["messages"])
