@@ -108,7 +108,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'llmcourse.core.model_path': ('workshop/core.html#model_path', 'llmcourse/core.py'),
                                 'llmcourse.core.need_space': ('workshop/core.html#need_space', 'llmcourse/core.py'),
                                 'llmcourse.core.read_card': ('workshop/core.html#read_card', 'llmcourse/core.py'),
-                                'llmcourse.core.read_chats': ('workshop/core.html#read_chats', 'llmcourse/core.py'),
                                 'llmcourse.core.read_jsonl': ('workshop/core.html#read_jsonl', 'llmcourse/core.py'),
                                 'llmcourse.core.scale': ('workshop/core.html#scale', 'llmcourse/core.py'),
                                 'llmcourse.core.set_seed': ('workshop/core.html#set_seed', 'llmcourse/core.py'),

@@ -140,6 +140,7 @@ def _build_rl(place: Path, options: dict) -> None:
     model, _ = load(place)
     model.to(torch.bfloat16).save_pretrained(place)
 
+# %% ../nbs/workshop/checkpoints.ipynb #9ed2e3fb
 BUILDERS = {"base": _build_base, "sft": _build_sft, "grpo": lambda p: _build_rl(p, GRPO), "rl": lambda p: _build_rl(p, RL)}
 
 # %% ../nbs/workshop/checkpoints.ipynb #fac5f015

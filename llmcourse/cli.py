@@ -52,6 +52,7 @@ def scores(
     if json: print(j.dumps(rows)); return
     for r in rows: print(f"{r['checkpoint']:<12} {r['task']:<16} {r['correct']:>4}/{r['n']:<4} {r['correct']/r['n']:>5.0%}  ({r['low']:.0%}–{r['high']:.0%})")
 
+# %% ../nbs/workshop/cli.ipynb #f018309b
 def course(
     action: str = "list",   # list: the chapters, and which exercises you have solved
     chapter: str = "",      # only this one, such as 06
@@ -146,6 +147,7 @@ def sft(
     config = None if full else lora_config(r=r, lora_alpha=2 * r)
     print(train(data or sft_rows(seed), output, model or _start(scale, "tutor/base"), scale, config, seed, num_train_epochs=epochs, **rate))
 
+# %% ../nbs/workshop/cli.ipynb #e98cf427
 def grpo(
     model: str = "",            # a model that keeps the format already; by default tutor/sft, on a GPU scale the scale's own
     data: str = "",             # rows with messages (or question) and answer: JSONL, JSON, CSV or Parquet; the tutor's own problems by default
@@ -197,6 +199,7 @@ def _exam(data: str) -> list[dict]:
     if len(kept) < len(rows): print(f"{data}: {len(rows) - len(kept):,} rows of the split train are left out", file=sys.stderr)
     return kept
 
+# %% ../nbs/workshop/cli.ipynb #83412d84
 def eval(
     model: str = "",           # a checkpoint, a folder, or a Hub name; by default tutor/sft
     data: str = "",            # chats whose last turn, or "answer", is the reference, which the whole reply must equal; the tutor's held-out problems by default
@@ -227,6 +230,7 @@ def eval(
     table = evals.summary(results)
     print(j.dumps(table) if json else evals.show(table).to_string(index=False))
 
+# %% ../nbs/workshop/cli.ipynb #c8bd1ba7
 def export(
     model: str = "tutor/sft",  # a checkpoint, a model or adapter folder, or a Hub name
     output: str = "runs/gguf", # folder for the .gguf and the Modelfile
@@ -257,6 +261,7 @@ def serve(
         try: server.wait()
         except KeyboardInterrupt: print("stopped")
 
+# %% ../nbs/workshop/cli.ipynb #ffec102b
 def chat(
     model: str = "tutor/sft",  # what to serve and chat with
     url: str = "",             # chat with this OpenAI-compatible server instead

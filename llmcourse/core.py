@@ -12,7 +12,7 @@ from pathlib import Path
 # %% auto #0
 __all__ = ['Message', 'Generate', 'ROLES', 'CARD_KEYS', 'CHAPTERS', 'UserError', 'choose', 'scale', 'set_seed', 'weights',
            'checkpoints', 'model_path', 'write_aside', 'need_space', 'write_jsonl', 'json_lines', 'read_jsonl',
-           'check_messages', 'read_chats', 'file_hash', 'environment', 'write_card', 'read_card', 'stopwatch', 'home']
+           'check_messages', 'file_hash', 'environment', 'write_card', 'read_card', 'stopwatch', 'home']
 
 # %% ../nbs/workshop/core.ipynb #a71c98b3
 Message = dict[str, str]                     # {"role": "user", "content": "What is 2 + 2?"}
@@ -163,15 +163,6 @@ def check_messages(
         if not isinstance(m.get("content"), str): raise UserError(f"{place}: turn {j} has no text in \"content\"")
     if answered and messages[-1]["role"] != "assistant": raise UserError(f"{place}: the last message must be the assistant's, or there is nothing to learn")
     return messages
-
-def read_chats(path: str | Path) -> list[dict]:
-    "Read training conversations, rows of `{\"messages\": […]}`, and check each one."
-    rows = []
-    for i, row in json_lines(path):
-        check_messages(row.get("messages"), f"{path}:{i}")
-        rows.append(row)
-    if not rows: raise UserError(f"{path}: empty. Give at least one row")
-    return rows
 
 # %% ../nbs/workshop/core.ipynb #73e381a8
 def file_hash(

@@ -333,6 +333,7 @@ def _spans(tokenizer, messages: list[Message], text: str, tools=None) -> list[tu
         spans.append((len(before), len(upto)))
     return spans
 
+# %% ../nbs/05_data.ipynb #d86b52d1
 def tokenize(
     tokenizer,
     messages: list[Message],

@@ -31,6 +31,7 @@ def _run_engine(gguf: str, n_ctx: str, n_threads: str, exact: str) -> None:
 # %% ../nbs/workshop/llamacpp.ipynb #0bb753e5
 DATE = {"date_string": "26 Jul 2024"}   # Llama 3's templates name a day: unless told, transformers takes this one, and llama.cpp today
 
+# %% ../nbs/workshop/llamacpp.ipynb #b8198567
 class Engine:
     "llama.cpp on one GGUF file, in a process of its own. Use it in a `with` block. Raises `UserError` if the file does not load."
     def __init__(self,

@@ -44,6 +44,7 @@ def tell(text: str) -> None:
     "One line about a run."
     print(text, file=_place(), flush=True)
 
+# %% ../nbs/workshop/runs.ipynb #21b8a3c9
 def bar(
     name: str,          # before the bar
     what: str = "loss", # the logged number to show behind it
@@ -115,6 +116,7 @@ def check_checkpoint(folder: str | Path) -> dict:   # its manifest
         if name in files and file_hash(folder / name) != files[name]: raise UserError(f"{folder / name}: not what the manifest says. Go on from an earlier checkpoint")
     return manifest
 
+# %% ../nbs/workshop/runs.ipynb #3c8f805b
 def last_complete(
     folder: str | Path,   # holds checkpoints `step-000020`, …
 ) -> Path | None:         # the newest whole one; None if there is none at all
@@ -157,6 +159,7 @@ def _alone(folder: Path):
         except OSError: raise UserError(f"{folder}: another process is training there. Wait for it, or choose another output folder") from None
         yield
 
+# %% ../nbs/workshop/runs.ipynb #87b71abb
 @contextlib.contextmanager
 def run_folder(
     output: Path,   # where the finished run is to lie
@@ -208,6 +211,7 @@ def _on_sigterm(do):
     try: yield
     finally: signal.signal(signal.SIGTERM, old)
 
+# %% ../nbs/workshop/runs.ipynb #9e825145
 def fit(
     trainer,              # of transformers or TRL
     folder: Path,         # from `run_folder`
@@ -279,6 +283,7 @@ def check_packing(trainer, close: float = 1e-2) -> str:
 
 OUT_OF_MEMORY = "out of memory: halve per_device_train_batch_size and double gradient_accumulation_steps, shorten max_length, train a LoRA instead of all weights, or choose a smaller model"
 
+# %% ../nbs/workshop/runs.ipynb #7de30c9c
 def check_gradient(trainer) -> str:
     "The longest batch fits into memory, its loss is a number, and weights that are to be trained get a gradient."
     import torch
@@ -343,6 +348,7 @@ def rows_hash(rows: list[dict]) -> str:
     "The hash that `file_hash` gives for the file of these rows."
     return hashlib.sha256("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()).hexdigest()[:16]
 
+# %% ../nbs/workshop/runs.ipynb #ebd254d2
 def base_name(model: str | Path) -> str:
     "The name by which a card calls a model: a folder by its whole path, the tutor's checkpoints and Hub models by their name."
     source = Path(model_path(model))
@@ -374,6 +380,7 @@ def finish(
     write_card(folder, **card)
     (folder / "README.md").write_text(_readme(card), encoding="utf-8")
 
+# %% ../nbs/workshop/runs.ipynb #b363065f
 def open_card(
     card: str | Path,          # a run folder, or its run.yaml
     methods: tuple[str, ...],  # which of them the caller can repeat

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from llmcourse.core import UserError, file_hash, read_card, read_chats, read_jsonl, scale, write_aside, write_card, write_jsonl
+from llmcourse.core import UserError, file_hash, read_card, read_jsonl, scale, write_aside, write_card, write_jsonl
 
 
 def test_own_settings_win_key_by_key(tmp_path):
@@ -84,7 +84,5 @@ def test_hash_sees_names_and_contents(tmp_path):
 
 def test_an_error_names_the_line_of_the_file_also_behind_blank_lines(tmp_path):
     path = tmp_path / "chats.jsonl"
-    path.write_text('\n\n{"messages": [{"role": "user", "content": "Hi"}]}\n')
-    with pytest.raises(UserError, match="chats.jsonl:3"): read_chats(path)
     path.write_bytes(b'{"a": 1}\n\n{"b": "\xff"}\n')
     with pytest.raises(UserError, match="chats.jsonl:3: byte 8 .*UTF-8"): read_jsonl(path)

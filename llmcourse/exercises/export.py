@@ -77,6 +77,7 @@ def _any_stop(text, bos, ends):
     return {name for name, bad in {"no template": not any(line.startswith("TEMPLATE") for line in lines), "double bos": any(bos in line for line in lines),
                                    "no stop": not any(line.startswith("PARAMETER stop") for line in lines)}.items() if bad}
 
+# %% ../../nbs/workshop/exercises/export.ipynb #cb8f2e6e
 EXERCISES = [
     Exercise("10.1", "the 32 weights of one Q4_0 block", _test_read,
              "two bytes of float16, then low halves for weights 0 to 15 and high halves for 16 to 31; level 8 means zero",
