@@ -11,7 +11,7 @@ from .core import CHAPTERS, UserError, choose
 
 # %% auto #0
 __all__ = ['WORDS', 'COMMANDS', 'demo', 'doctor', 'scores', 'course', 'data', 'xray', 'sft', 'grpo', 'train', 'eval', 'export',
-           'serve', 'chat', 'checkpoints', 'usage', 'Parser', 'parser', 'parse', 'main', 'cli']
+           'serve', 'chat', 'checkpoints', 'usage', 'parser', 'parse', 'main', 'cli']
 
 # %% ../nbs/workshop/cli.ipynb #367001d2
 def demo(
@@ -39,7 +39,7 @@ def doctor():
 def scores(
     n: int = 300,                  # fresh held-out problems of each kind
     seed: int = 0,                 # draws the problems; 0: a new draw each time
-    checkpoints: str = "",         # names, separated by commas; all by default
+    checkpoints: str = None,       # names, separated by commas; all by default
     json: bool = False,            # print JSON: a list of {checkpoint, task, n, correct, low, high}
 ):
     """Score every shipped checkpoint afresh on held-out problems.
@@ -48,14 +48,14 @@ def scores(
     """
     from llmcourse.checkpoints import scores as measure
     import json as j, secrets
-    rows = measure(n, seed or secrets.randbelow(10**6) + 1, [c for c in checkpoints.split(",") if c] or None, progress=not json)
+    rows = measure(n, seed or secrets.randbelow(10**6) + 1, [c for c in (checkpoints or "").split(",") if c] or None, progress=not json)
     if json: print(j.dumps(rows)); return
     for r in rows: print(f"{r['checkpoint']:<12} {r['task']:<16} {r['correct']:>4}/{r['n']:<4} {r['correct']/r['n']:>5.0%}  ({r['low']:.0%}–{r['high']:.0%})")
 
 # %% ../nbs/workshop/cli.ipynb #f018309b
 def course(
     action: str = "list",   # list: the chapters, and which exercises you have solved
-    chapter: str = "",      # only this one, such as 06
+    chapter: str = None,    # only this one, such as 06
 ):
     """Show the map of the course and your progress through it.
 
@@ -66,7 +66,7 @@ def course(
     if chapter: choose(chapter, CHAPTERS, "chapter")
     done = progress()
     for number, name in CHAPTERS.items():
-        if chapter not in ("", number): continue
+        if chapter not in (None, number): continue
         ids = [e.id for e in exercises(number)]
         print(f"{number} {name:<8} {''.join('✓' if i in done else '·' for i in ids):<5} {sum(i in done for i in ids)} of {len(ids)} exercises")
 
@@ -74,12 +74,12 @@ def course(
 def data(
     action: str,                    # check: examine the file line by line
     file: str,                      # JSONL, JSON, CSV, TSV or Parquet, or a data set on the Hub
-    against: str = "",              # another file that must share no question with this one: your test set
-    model: str = "",                # whose tokenizer and chat template; the scale's by default
+    against: str = None,            # another file that must share no question with this one: your test set
+    model: str = None,              # whose tokenizer and chat template; the scale's by default
     scale: str = "cpu",             # a section of settings.ini: cpu, t4, l4, a100, h100
     epochs: float = 1.0,            # times through the data
-    tokens_per_second: float = 0.0, # of training on your device; measured here by default if the model is the tutor
-    price: float = 0.0,             # of an hour of the device, in USD
+    tokens_per_second: float = None,  # of training on your device; measured here by default if the model is the tutor
+    price: float = None,             # of an hour of the device, in USD
     limit: int = 3,                 # findings of each kind that are shown
 ):
     """Examine training rows: errors and warnings by line, token lengths, steps, time and cost.
@@ -88,7 +88,7 @@ def data(
     """
     from llmcourse.datacheck import check_data
     choose(action, ["check"], "action")
-    report = check_data(file, model, scale, against, epochs, tokens_per_second, price, limit=limit)
+    report = check_data(file, model or "", scale, against or "", epochs, tokens_per_second or 0, price or 0, limit=limit)
     print(report)
     return report.code
 
@@ -124,14 +124,14 @@ def _look(data: str, output: str) -> None:
     if (Path(output) / "run.yaml").is_file(): print(f"{output}: the run that lies there will be replaced when this one is done", file=sys.stderr)
 
 def sft(
-    model: str = "",            # a checkpoint, a folder, or a Hub name; by default tutor/base, on a GPU scale the scale's own
-    data: str = "",             # conversations: JSONL, JSON, CSV or Parquet in any usual form; the tutor's own by default
+    model: str = None,          # a checkpoint, a folder, or a Hub name; by default tutor/base, on a GPU scale the scale's own
+    data: str = None,           # conversations: JSONL, JSON, CSV or Parquet in any usual form; the tutor's own by default
     output: str = "runs/sft",   # the run folder
     scale: str = "cpu",         # a section of settings.ini: cpu, t4, l4, a100, h100
     full: bool = False,         # move all weights instead of a LoRA
     r: int = 16,                # rank of the LoRA
     epochs: float = 1.0,        # times through the data
-    learning_rate: float = 0.0, # peak learning rate; by default one that suits the model's size
+    learning_rate: float = None,  # peak learning rate; by default one that suits the model's size
     save_steps: int = 0,        # keep a checkpoint every so many steps: after an interruption the same command goes on; 0: only on GPU scales
     seed: int = 42,             # of data order, dropout and weights
 ):
@@ -149,13 +149,13 @@ def sft(
 
 # %% ../nbs/workshop/cli.ipynb #e98cf427
 def grpo(
-    model: str = "",            # a model that keeps the format already; by default tutor/sft, on a GPU scale the scale's own
-    data: str = "",             # rows with messages (or question) and answer: JSONL, JSON, CSV or Parquet; the tutor's own problems by default
+    model: str = None,          # a model that keeps the format already; by default tutor/sft, on a GPU scale the scale's own
+    data: str = None,           # rows with messages (or question) and answer: JSONL, JSON, CSV or Parquet; the tutor's own problems by default
     output: str = "runs/grpo",  # the run folder
     scale: str = "cpu",         # a section of settings.ini: cpu, t4, l4, a100, h100
     steps: int = 50,            # optimizer steps; 50 take the tutor under 3 minutes on two cores
     r: int = 0,                 # rank of a LoRA; 0 moves all weights
-    learning_rate: float = 0.0, # peak learning rate; by default one that suits the model's size
+    learning_rate: float = None,  # peak learning rate; by default one that suits the model's size
     save_steps: int = 0,        # keep a checkpoint every so many steps: after an interruption the same command goes on; 0: only on GPU scales
     seed: int = 42,             # of sampling and data order
 ):
@@ -173,7 +173,7 @@ def grpo(
 
 def train(
     card: str,                   # a run.yaml, or the folder that holds it
-    output: str = "",            # where to write; the run's folder with -again behind it by default
+    output: str = None,          # where to write; the run's folder with -again behind it by default
 ):
     """Repeat a run from its run card.
 
@@ -201,13 +201,13 @@ def _exam(data: str) -> list[dict]:
 
 # %% ../nbs/workshop/cli.ipynb #83412d84
 def eval(
-    model: str = "",           # a checkpoint, a folder, or a Hub name; by default tutor/sft
-    data: str = "",            # chats whose last turn, or "answer", is the reference, which the whole reply must equal; the tutor's held-out problems by default
-    url: str = "",             # ask this OpenAI-compatible server instead, for --model or the first that it lists; its key from $LLMCOURSE_API_KEY
+    model: str = None,         # a checkpoint, a folder, or a Hub name; by default tutor/sft
+    data: str = None,          # chats whose last turn, or "answer", is the reference, which the whole reply must equal; the tutor's held-out problems by default
+    url: str = None,           # ask this OpenAI-compatible server instead, for --model or the first that it lists; its key from $LLMCOURSE_API_KEY
     n: int = 100,              # problems of each kind, without --data
     seed: int = 1,             # draws the problems
     scale: str = "cpu",        # a section of settings.ini
-    output: str = "",          # write every prediction to this JSONL
+    output: str = None,        # write every prediction to this JSONL
     json: bool = False,        # print JSON instead of a table
 ):
     """Measure a model or a server: score, n and 95 % interval of each task.
@@ -247,7 +247,7 @@ def serve(
     model: str = "tutor/sft",  # a .gguf, a checkpoint, a folder, or a Hub name
     port: int = 8080,          # TCP port
     host: str = "127.0.0.1",   # address; any other than loopback needs --key
-    key: str = "",             # API key that clients must send; better in $LLMCOURSE_API_KEY, where nobody sees it
+    key: str = None,           # API key that clients must send; better in $LLMCOURSE_API_KEY, where nobody sees it
     engine: str = "llama.cpp", # llama.cpp or transformers
     quant: str = "Q8_0",       # with llama.cpp and a model that is not a GGUF yet
 ):
@@ -264,7 +264,7 @@ def serve(
 # %% ../nbs/workshop/cli.ipynb #ffec102b
 def chat(
     model: str = "tutor/sft",  # what to serve and chat with
-    url: str = "",             # chat with this OpenAI-compatible server instead
+    url: str = None,           # chat with this OpenAI-compatible server instead
     port: int = 7860,          # port of the page
     db: str = "runs/chat.db",  # SQLite file for turns and thumbs
 ):
@@ -280,15 +280,15 @@ def chat(
         launch(url, db, port=port)
 
 def checkpoints(
-    output: str = "",  # where to build; the package's own folder by default
-    names: str = "",   # which, separated by commas: base, sft, grpo, rl
+    output: str = None,  # where to build; the package's own folder by default
+    names: str = None,   # which, separated by commas: base, sft, grpo, rl
 ):
     """Rebuild the tutor's checkpoints from nothing and compare them with the shipped ones.
 
     llmcourse checkpoints --names sft,grpo --output rebuilt
     """
     from llmcourse.checkpoints import build
-    build(output or None, [x for x in names.split(",") if x] or None)
+    build(output or None, [x for x in (names or "").split(",") if x] or None)
 
 WORDS = ("action", "file", "card")   # parameters that are given without `--`
 COMMANDS = {f.__name__: f for f in (demo, doctor, scores, course, data, xray, sft, grpo, train, eval, export, serve, chat, checkpoints)}
@@ -300,26 +300,17 @@ def usage() -> str:
     return (f"usage: llmcourse COMMAND [options]\n\nllmcourse {__version__}: serve, measure, fine-tune, reinforce, export and chat with your own Llama.\n\n"
             f"commands:\n{lines}\n\nllmcourse COMMAND --help shows the options of one.")
 
-class Parser(argparse.ArgumentParser):
-    "Refuses in one line, as everything here does."
-    def error(self, message): raise UserError(f"{message}. {self.prog} --help lists the options")
-
-def _option(name: str) -> str: return name if name in WORDS else "--" + name.replace("_", "-")
+def _refuse(message: str): raise UserError(f"{message}. llmcourse COMMAND --help lists the options")
 
 def parser(
-    function,        # a command
-) -> Parser:
-    "The options of a command: its parameters without a default are words, the others `--options`."
-    from fastcore.docments import docments
-    about, _, examples = inspect.getdoc(function).partition("\n\n")
-    out = Parser(f"llmcourse {function.__name__}", description=about, epilog=examples and f"example:\n  {examples}".replace("\n", "\n  "),
-                 allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, p in docments(function, full=True, returns=False, eval_str=True).items():
-        option, given = _option(name), p.default is not inspect.Parameter.empty
-        text = (p.docment or "").replace("%", "%%") + (f" (default: {p.default})" if given and p.default else "")
-        if name in WORDS: out.add_argument(option, help=text, **dict(nargs="?", default=p.default) if given else {})
-        elif p.anno is bool: out.add_argument(option, action="store_true", help=text)
-        else: out.add_argument(option, type=p.anno, default=p.default, help=text, metavar={int: "N", float: "X"}.get(p.anno, name.upper()))
+    function,   # a command
+):              # an `ArgumentParser`
+    "The options of a command: its signature read by fastcore, the second paragraph of its text as examples."
+    from fastcore.script import anno_parser
+    out = anno_parser(function, prog=f"llmcourse {function.__name__}", pos=WORDS)
+    out.description, _, examples = inspect.getdoc(function).partition("\n\n")
+    out.epilog, out.formatter_class = examples and f"example:\n  {examples}".replace("\n", "\n  "), argparse.RawDescriptionHelpFormatter
+    out.allow_abbrev, out.error = False, _refuse
     return out
 
 def parse(name: str, argv: list[str]) -> dict:
@@ -327,9 +318,9 @@ def parse(name: str, argv: list[str]) -> dict:
     options = parser(COMMANDS[choose(name, COMMANDS, "command")])
     found, rest = options.parse_known_args(argv)
     for word in rest:
-        if word.startswith("-"): choose(word.split("=")[0], map(_option, COMMANDS[name].__annotations__), f"option of llmcourse {name}:")
+        if word.startswith("-"): choose(word.split("=")[0], ["--" + p.replace("_", "-") for p in COMMANDS[name].__annotations__ if p not in WORDS], f"option of llmcourse {name}:")
     if rest: raise UserError(f"{rest[0]!r} is one word too many. {options.prog} --help shows what it takes")
-    return vars(found)
+    return {k: v for k, v in vars(found).items() if k not in ("pdb", "xtra")}
 
 # %% ../nbs/workshop/cli.ipynb #7c27b1f9
 def main(
