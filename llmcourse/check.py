@@ -7,7 +7,7 @@ from __future__ import annotations
 import importlib, json, time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from .core import CHAPTERS, UserError, choose, home, write_aside
+from .core import CHAPTERS, UserError, begins, choose, home, write_aside
 
 # %% auto #0
 __all__ = ['Exercise', 'exercises', 'exercise', 'progress', 'remember', 'ToDo', 'grade', 'check']
@@ -48,7 +48,7 @@ def progress() -> dict[str, str]:
 
 def remember(id: str) -> None:
     "Note that an exercise is solved."
-    with write_aside(home() / "progress.json") as aside: aside.write_text(json.dumps(progress() | {id: time.strftime("%Y-%m-%d")}, indent=1))
+    with write_aside(home() / "progress.json", begins(b"{")) as aside: aside.write_text(json.dumps(progress() | {id: time.strftime("%Y-%m-%d")}, indent=1))
 
 # %% ../nbs/workshop/check.ipynb #8d64974e
 class ToDo(AssertionError):

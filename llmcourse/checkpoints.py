@@ -7,7 +7,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 from . import core, evals, tutor
-from .core import UserError, choose, file_hash, read_card, set_seed, stopwatch, weights, write_aside, write_card
+from .core import UserError, choose, file_hash, is_run, read_card, set_seed, stopwatch, weights, write_aside, write_card
 
 # %% auto #0
 __all__ = ['PRETRAIN', 'LORA', 'SFT', 'GRPO', 'RL', 'ABOUT_BASE', 'BUILDERS', 'sft_rows', 'grpo_rows', 'score_model', 'scores',
@@ -157,7 +157,7 @@ def build(
         was = output if (output / name / "run.yaml").is_file() else shipped
         old = (read_card(was / name).get("after") or []) if (was / name / "run.yaml").is_file() else []
         os.environ["LLMCOURSE_WEIGHTS"] = str(output)
-        with write_aside(output / name) as place: BUILDERS[name](place)
+        with write_aside(output / name, is_run) as place: BUILDERS[name](place)
         rows = score_model(f"tutor/{name}", n)
         card = read_card(output / name) | {"after": rows, "files": hashes(output / name)}
         write_card(output / name, **card)

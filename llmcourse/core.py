@@ -4,15 +4,16 @@
 
 # %% ../nbs/workshop/core.ipynb #877e1a2f
 from __future__ import annotations
-import configparser, contextlib, difflib, hashlib, json, os, random, shutil, sys, tempfile, time
+import configparser, contextlib, difflib, hashlib, itertools, json, os, random, shutil, sys, tempfile, time
 from collections.abc import Callable, Iterable, Iterator
 from importlib import resources
 from pathlib import Path
 
 # %% auto #0
 __all__ = ['Message', 'Generate', 'ROLES', 'CARD_KEYS', 'CHAPTERS', 'UserError', 'choose', 'scale', 'set_seed', 'weights',
-           'checkpoints', 'model_path', 'write_aside', 'need_space', 'write_jsonl', 'json_lines', 'read_jsonl',
-           'check_messages', 'file_hash', 'environment', 'write_card', 'read_card', 'stopwatch', 'home']
+           'checkpoints', 'model_path', 'begins', 'is_run', 'check_free', 'write_aside', 'need_space', 'write_jsonl',
+           'json_lines', 'read_jsonl', 'check_messages', 'file_hash', 'environment', 'write_card', 'read_card',
+           'stopwatch', 'home']
 
 # %% ../nbs/workshop/core.ipynb #a71c98b3
 Message = dict[str, str]                     # {"role": "user", "content": "What is 2 + 2?"}
@@ -94,15 +95,42 @@ def model_path(
     return text
 
 # %% ../nbs/workshop/core.ipynb #9fa2e47a
+def begins(mark: bytes) -> Callable[[Path], bool]:
+    "Recognise a file by its first bytes."
+    def earlier(path: Path) -> bool:
+        if not path.is_file(): return False
+        with path.open("rb") as f: return f.read(len(mark)) == mark
+    return earlier
+
+def is_run(path: str | Path) -> bool:
+    "Is this the folder of a run? Each has a card."
+    return (Path(path) / "run.yaml").is_file()
+
+def check_free(
+    path: str | Path,                                # the file or folder to make
+    earlier: Callable[[Path], bool] | None = None,   # is what exists there an earlier result of the same kind?
+) -> Path:                                           # where to write: `path`, or what it links to
+    "Raise `UserError` if something is at `path` that must not be replaced. An empty folder may always be."
+    path = Path(path)
+    if path.is_symlink(): path = path.resolve()
+    if not path.exists() or path.is_dir() and not any(path.iterdir()): return path
+    if earlier is None or not earlier(path):
+        kind = "folder" if path.is_dir() else "file"
+        raise UserError(f"{path}: a {kind} is already there, and it is not an earlier result of this command. Choose another output")
+    return path
+
 @contextlib.contextmanager
 def write_aside(
-    path: str | Path,  # the file or folder to make
+    path: str | Path,                                # the file or folder to make
+    earlier: Callable[[Path], bool] | None = None,   # as for `check_free`
 ):
     "Yield a path beside `path` to write to; rename it into place on success, remove it on any error or interrupt."
-    path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
+    path = check_free(path, earlier)
+    path.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent)) / path.name
     try:
         yield aside
+        check_free(path, earlier)   # somebody else may have written there meanwhile
         if path.is_dir(): shutil.rmtree(path)
         os.replace(aside, path)
     finally: shutil.rmtree(aside.parent, ignore_errors=True)
@@ -119,10 +147,24 @@ def need_space(
     if free < size: raise UserError(f"{path}: {free/1e6:.0f} MB free, {size/1e6:.0f} MB needed. Free some space or choose another --output")
 
 # %% ../nbs/workshop/core.ipynb #f921ff3d
-def write_jsonl(path: str | Path, rows: Iterable[dict]) -> Path:
-    "Write one JSON object a line, aside and renamed."
-    with write_aside(path) as aside, aside.open("w", encoding="utf-8") as f:
-        for row in rows: f.write(json.dumps(row, ensure_ascii=False) + "\n")
+def _same_columns(row: dict) -> Callable[[Path], bool]:
+    "Recognise a JSONL file whose first row has the columns of `row`."
+    def earlier(path: Path) -> bool:
+        if not path.is_file(): return False
+        with path.open("rb") as f: first = f.readline()
+        try: return json.loads(first).keys() == row.keys()
+        except (ValueError, AttributeError): return False
+    return earlier
+
+def write_jsonl(
+    path: str | Path,      # replaced if it is a JSONL file with the same columns
+    rows: Iterable[dict],
+) -> Path:                 # `path`
+    "Write one JSON object a line. Raises `UserError` if another kind of file is there."
+    rows = iter(rows)
+    first = next(rows, {})
+    with write_aside(path, _same_columns(first)) as aside, aside.open("w", encoding="utf-8") as f:
+        for row in itertools.chain([first] if first else [], rows): f.write(json.dumps(row, ensure_ascii=False) + "\n")
     return Path(path)
 
 def json_lines(
@@ -193,7 +235,7 @@ def write_card(folder: str | Path, **fields) -> Path:
     import yaml
     for k in fields: choose(k, CARD_KEYS, "field of a run card")
     card = {"environment": environment(), **fields}
-    with write_aside(Path(folder) / "run.yaml") as aside:
+    with write_aside(Path(folder) / "run.yaml", begins(b"method:")) as aside:
         aside.write_text(yaml.safe_dump({k: card[k] for k in CARD_KEYS if k in card}, sort_keys=False, allow_unicode=True))
     return Path(folder) / "run.yaml"
 

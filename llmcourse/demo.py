@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib, os, platform, shutil, sys, tempfile
 from pathlib import Path
 from . import core, evals, tutor
-from .core import UserError, choose, stopwatch, write_aside
+from .core import UserError, begins, check_free, choose, stopwatch, write_aside
 
 # %% auto #0
 __all__ = ['export_folder', 'served', 'rung', 'show_ladder', 'draw_ladder', 'run', 'examine']
@@ -24,6 +24,7 @@ def export_folder(
     output, plain = Path(output), ("F32", "F16", "BF16")
     if output.is_file(): raise UserError(f"{output}: a file. Name a folder for the GGUF and its Modelfile")
     name = output / f"{Path(model).resolve().name}-{choose(quant, [*plain, *KINDS], 'GGUF type')}.gguf"
+    for path, mark in ((name, b"GGUF"), (output / "Modelfile", b"# ollama create")): check_free(path, begins(mark))
     if quant in plain: to_gguf(model, name, quant.lower())
     else:
         with tempfile.TemporaryDirectory() as tmp: quantize(to_gguf(model, Path(tmp) / "f32.gguf", "f32"), name, quant)

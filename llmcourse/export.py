@@ -6,7 +6,7 @@
 from __future__ import annotations
 import contextlib, json, os, re, tempfile
 from pathlib import Path
-from .core import Message, UserError, choose, model_path, need_space, write_aside
+from .core import Message, UserError, begins, check_free, choose, model_path, need_space, write_aside
 from .llamacpp import (DATE, Engine, _add_config, _add_general, _add_tokenizer, _adds, _block, _bytes, _check_tensors,
                                 _ggml, _merges_matter, _read, _read_config, _read_gguf, _requantised, _stored_as)
 from .models import load, load_tokenizer, render, stop_ids
@@ -203,7 +203,7 @@ def to_gguf(
     "Write a Llama as one GGUF file. Raises `UserError` for a model that we cannot export exactly."
     import gguf
     choose(dtype, DTYPES, "GGUF type")
-    with _model_folder(model) as (folder, name), write_aside(output) as aside:
+    with _model_folder(model) as (folder, name), write_aside(output, begins(b"GGUF")) as aside:
         config, tokenizer, extra = _read_config(folder), load_tokenizer(folder), {}
         tokenizer.name_or_path = str(model)
         tensors = _check_tensors(folder, config, safetensors_index(folder))
@@ -317,12 +317,13 @@ def quantize(
     threads: int = 1,       # processor threads
 ) -> Path:                  # `output`
     "Quantise a GGUF file as llama.cpp does. Raises `UserError` for an unknown kind or a file that is quantised already."
+    if Path(output).resolve() == Path(gguf).resolve(): raise UserError(f"{output}: the file to read. Choose another output")
     from gguf import GGMLQuantizationType, GGUFWriter, GGUFValueType, GGML_QUANT_VERSION, LlamaFileType
     plan, reader, lib = plan_types(gguf, kind), _read_gguf(gguf), _ggml()
     tensors = {t.name: t for t in reader.tensors}
     last = {"general.quantization_version": GGML_QUANT_VERSION, "general.file_type": int(LlamaFileType[f"MOSTLY_{kind}"])}
     need_space(output, sum(size for *_, size in plan.values()) + 10_000_000)
-    with write_aside(output) as aside:
+    with write_aside(output, begins(b"GGUF")) as aside:
         writer = GGUFWriter(aside, "llama")
         for key, field in reader.fields.items():
             if key.startswith("GGUF.") or key in last or key == "general.architecture": continue
@@ -417,5 +418,5 @@ def modelfile(
              f'TEMPLATE """{go_template(chat_pieces(tokenizer))}"""']
     lines += [f'PARAMETER stop "{token}"' for token in tokenizer.convert_ids_to_tokens(stop_ids(tokenizer))]
     lines += [f"PARAMETER num_ctx {num_ctx or min(made_for, 8192)}"]
-    with write_aside(output) as aside: aside.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with write_aside(output, begins(b"# ollama create")) as aside: aside.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return output

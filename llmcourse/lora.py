@@ -6,7 +6,7 @@
 from __future__ import annotations
 import difflib
 from pathlib import Path
-from .core import UserError, choose, model_path, need_space, write_aside, write_card
+from .core import UserError, choose, is_run, model_path, need_space, write_aside, write_card
 from .models import _adapter_base, _with_adapter, load, load_tokenizer, weights_hash
 from .runs import check_output, quiet
 
@@ -97,7 +97,7 @@ def merge(
         raise UserError(f"{base}: stored in few bits ({_method(packed)}), and rounding the merged weights to them again "
                         "would lose much of the update. Unpack it first: merge(adapter, output, dequantize=True)")
     dtype = choose(dtype or str(config.dtype or "float32").removeprefix("torch."), ["float32", "bfloat16", "float16"], "dtype")
-    with quiet(), write_aside(check_output(output, base)) as aside:
+    with quiet(), write_aside(check_output(output, base), is_run) as aside:
         net, _ = load(base, scale)
         net = _with_adapter(net.dequantize() if packed else net, folder, str(base), merge=True)
         net = net.to(getattr(torch, dtype))

@@ -6,7 +6,7 @@
 from __future__ import annotations
 import contextlib, hashlib, json, logging, os, random, shutil, signal, sys, time, warnings
 from pathlib import Path
-from .core import UserError, choose, file_hash, model_path, read_card, write_aside, write_card, write_jsonl
+from .core import UserError, choose, file_hash, is_run, model_path, read_card, write_aside, write_card, write_jsonl
 from .models import weights_hash
 
 # %% auto #0
@@ -168,7 +168,7 @@ def run_folder(
 ):
     "Yield the folder to write a run into; move it to `output` at the end. Raises `UserError` if an unfinished run with other settings lies there."
     if not keep:
-        with write_aside(output) as aside: aside.mkdir(); yield aside
+        with write_aside(output, is_run) as aside: aside.mkdir(); yield aside
         return
     place = output.with_name(f"{output.name}.unfinished")
     place.mkdir(parents=True, exist_ok=True)

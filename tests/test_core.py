@@ -5,6 +5,8 @@ import subprocess
 import sys
 import time
 
+from pathlib import Path
+
 import pytest
 
 from llmcourse.core import UserError, file_hash, read_card, read_jsonl, scale, write_aside, write_card, write_jsonl
@@ -27,7 +29,7 @@ def test_broken_settings_are_named(tmp_path):
 
 def test_write_aside_replaces_a_folder_whole(tmp_path):
     for content in ("one", "two"):
-        with write_aside(tmp_path / "run") as aside:
+        with write_aside(tmp_path / "run", Path.is_dir) as aside:
             aside.mkdir()
             (aside / content).write_text(content)
     assert [p.name for p in tmp_path.rglob("*")] == ["run", "two"]
