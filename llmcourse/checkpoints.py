@@ -5,20 +5,23 @@
 # %% ../nbs/workshop/checkpoints.ipynb #369a9d41
 from __future__ import annotations
 import random
+from dataclasses import replace
 from pathlib import Path
 from . import core, evals, tutor
-from .core import UserError, choose, file_hash, is_run, read_card, set_seed, stopwatch, weights, write_aside, write_card
+from .card import Run, read_card, write_card
+from .core import UserError, choose, file_hash, is_run, set_seed, stopwatch, weights, write_aside
+from .methods import rerun
 
 # %% auto #0
-__all__ = ['PRETRAIN', 'LORA', 'SFT', 'GRPO', 'RL', 'ABOUT_BASE', 'BUILDERS', 'sft_rows', 'grpo_rows', 'score_model', 'scores',
-           'hashes', 'verify', 'build', 'compare', 'rerun']
+__all__ = ['PRETRAIN_RECIPE', 'LORA_RECIPE', 'SFT_RECIPE', 'GRPO_RECIPE', 'RL_RECIPE', 'ABOUT_BASE', 'BUILDERS', 'sft_rows',
+           'grpo_rows', 'score_model', 'scores', 'hashes', 'verify', 'build', 'compare', 'repeat']
 
 # %% ../nbs/workshop/checkpoints.ipynb #f07fdbde
-PRETRAIN = dict(tokens=6e6, batch_size=8, seed=0)
-LORA = dict(r=16, lora_alpha=32)
-SFT = dict(learning_rate=4e-3, train_sampling_strategy="random", bf16=False)   # the way tutor/sft was made
-GRPO = dict(learning_rate=2e-4, max_steps=50)
-RL = dict(learning_rate=2e-4, max_steps=120)
+PRETRAIN_RECIPE = dict(tokens=6e6, batch_size=8, seed=0)
+LORA_RECIPE = dict(r=16, lora_alpha=32)
+SFT_RECIPE = dict(learning_rate=4e-3, train_sampling_strategy="random", bf16=False)   # the way tutor/sft was made
+GRPO_RECIPE = dict(learning_rate=2e-4, max_steps=50)
+RL_RECIPE = dict(learning_rate=2e-4, max_steps=120)
 
 # %% ../nbs/workshop/checkpoints.ipynb #2e77934a
 def sft_rows(
@@ -94,7 +97,7 @@ def verify(folder: str | Path | None = None) -> list[str]:
     names = sorted(p.parent.name for p in Path(folder or weights()).glob("*/run.yaml"))
     for name in names:
         place = Path(folder or weights()) / name
-        said, found = read_card(place).get("files") or {}, hashes(place)
+        said, found = read_card(place).files, hashes(place)
         bad = sorted(f for f in said.keys() | found.keys() if said.get(f) != found.get(f))
         if bad: raise UserError(f"{place / bad[0]}: not the file that the run card describes. Reinstall the package, or run: llmcourse checkpoints")
     return names
@@ -116,20 +119,21 @@ is. Its world ends at numbers of two digits; for anything outside of the course 
 
 def _build_base(place: Path) -> None:
     import torch
-    set_seed(PRETRAIN["seed"])
+    set_seed(PRETRAIN_RECIPE["seed"])
     tokenizer = tutor.train_tokenizer()
     model = tutor.new_model(tokenizer)
-    with stopwatch() as took: losses = tutor.pretrain(model, tokenizer, **PRETRAIN)
+    with stopwatch() as took: losses = tutor.pretrain(model, tokenizer, **PRETRAIN_RECIPE)
     model.to(torch.bfloat16).save_pretrained(place); tokenizer.save_pretrained(place)
     (place / "README.md").write_text(ABOUT_BASE, encoding="utf-8")
     core.write_jsonl(place / "metrics.jsonl", [{"step": i, "loss": round(x, 4)} for i, x in enumerate(losses) if i % 20 == 0 or i == len(losses) - 1])
-    write_card(place, method="pretrain", model="LlamaForCausalLM", seed=PRETRAIN["seed"], scale="cpu",
-               hyperparameters=PRETRAIN | {"muon_lr": 0.02, "adam_lr": 2e-3, "mixture": tutor.MIXTURE}, seconds=took["seconds"])
+    chosen = PRETRAIN_RECIPE | {"muon_lr": 0.02, "adam_lr": 2e-3, "mixture": tutor.MIXTURE}
+    run = Run("pretrain", model="LlamaForCausalLM", seed=PRETRAIN_RECIPE["seed"], scale="cpu", hyperparameters=chosen)
+    write_card(replace(run, seconds=took["seconds"]), place)
 
 def _build_sft(place: Path) -> None:
     from llmcourse.lora import lora_config
     from llmcourse.sft import sft
-    sft(sft_rows(), place, model="tutor/base", peft_config=lora_config(**LORA), **SFT)
+    sft(sft_rows(), place, model="tutor/base", peft_config=lora_config(**LORA_RECIPE), **SFT_RECIPE)
 
 def _build_rl(place: Path, options: dict) -> None:
     "Reinforce from `tutor/sft`; kept as bfloat16."
@@ -141,7 +145,7 @@ def _build_rl(place: Path, options: dict) -> None:
     model.to(torch.bfloat16).save_pretrained(place)
 
 # %% ../nbs/workshop/checkpoints.ipynb #9ed2e3fb
-BUILDERS = {"base": _build_base, "sft": _build_sft, "grpo": lambda p: _build_rl(p, GRPO), "rl": lambda p: _build_rl(p, RL)}
+BUILDERS = {"base": _build_base, "sft": _build_sft, "grpo": lambda p: _build_rl(p, GRPO_RECIPE), "rl": lambda p: _build_rl(p, RL_RECIPE)}
 
 # %% ../nbs/workshop/checkpoints.ipynb #fac5f015
 def build(
@@ -155,12 +159,11 @@ def build(
     wanted = [choose(x, BUILDERS, "checkpoint") for x in names or BUILDERS]
     for name in (x for x in BUILDERS if x in wanted):
         was = output if (output / name / "run.yaml").is_file() else shipped
-        old = (read_card(was / name).get("after") or []) if (was / name / "run.yaml").is_file() else []
+        old = (read_card(was / name).after or []) if is_run(was / name) else []
         os.environ["LLMCOURSE_WEIGHTS"] = str(output)
         with write_aside(output / name, is_run) as place: BUILDERS[name](place)
         rows = score_model(f"tutor/{name}", n)
-        card = read_card(output / name) | {"after": rows, "files": hashes(output / name)}
-        write_card(output / name, **card)
+        write_card(replace(read_card(output / name), after=rows, files=hashes(output / name)), output / name)
         for line in compare(old, rows): print(line)
 
 def compare(old: list[dict], new: list[dict]) -> list[str]:
@@ -173,15 +176,14 @@ def compare(old: list[dict], new: list[dict]) -> list[str]:
     return lines
 
 # %% ../nbs/workshop/checkpoints.ipynb #564923ca
-def rerun(
+def repeat(
     card: str | Path,                  # a run.yaml, or its folder
     output: str | Path | None = None,  # where to write; the run's folder with -again behind it by default
 ) -> Path:                             # the new run's folder
     "Repeat a run from its card. Raises `UserError` for a card of an unknown method."
-    fields, place = read_card(card), Path(card)
+    method, place = read_card(card).method, Path(card)
     place = place if place.is_dir() else place.parent
     output = Path(output or f"{place}-again")
-    method = choose(fields.get("method"), ["sft", "grpo", "rloo", "pretrain"], f"method in {card}:")
-    if method == "pretrain": build(output, ["base"]); return output / "base"
-    from llmcourse import rl, sft
-    return (sft if method == "sft" else rl).rerun(card, output)
+    if method != "pretrain": return rerun(card, output)
+    build(output, ["base"])
+    return output / "base"

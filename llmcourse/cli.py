@@ -4,14 +4,16 @@
 
 # %% ../nbs/workshop/cli.ipynb #ede7e3c4
 from __future__ import annotations
-import argparse, contextlib, inspect, json, logging, os, signal, sys
+import contextlib, functools, inspect, json, logging, os, signal, sys
 from pathlib import Path
 from . import __version__
 from .core import CHAPTERS, UserError, choose
+from .methods import METHODS, method
+from .options import parse
 
 # %% auto #0
-__all__ = ['WORDS', 'COMMANDS', 'demo', 'doctor', 'scores', 'course', 'data', 'xray', 'sft', 'grpo', 'train', 'eval', 'export',
-           'serve', 'chat', 'checkpoints', 'usage', 'parser', 'parse', 'main', 'cli']
+__all__ = ['COMMANDS', 'demo', 'doctor', 'scores', 'course', 'data', 'xray', 'training', 'train', 'eval', 'export', 'serve',
+           'chat', 'checkpoints', 'command', 'usage', 'main', 'cli']
 
 # %% ../nbs/workshop/cli.ipynb #367001d2
 def demo(
@@ -112,92 +114,71 @@ def xray(
     return int(bool(faults))
 
 # %% ../nbs/workshop/cli.ipynb #40715eb3
-def _start(scale: str, tutor: str) -> str:
-    "The model that a training begins with when none is named."
-    from llmcourse.core import scale as read_scale
-    return tutor if scale == "cpu" else read_scale(scale)["model"]
-
 def _look(data: str, output: str) -> None:
     "Before anything heavy is imported: refuse a file that is missing or empty, and say that an earlier run will be replaced."
+    from llmcourse.core import is_run
     from llmcourse.files import lines
     if data and next(lines(data), None) is None: raise UserError(f"{data}: empty. Give at least one row")
-    if (Path(output) / "run.yaml").is_file(): print(f"{output}: the run that lies there will be replaced when this one is done", file=sys.stderr)
+    if is_run(output): print(f"{output}: the earlier run there will be replaced when this one is done", file=sys.stderr)
 
-def sft(
-    model: str = None,          # a checkpoint, a folder, or a Hub name; by default tutor/base, on a GPU scale the scale's own
-    data: str = None,           # conversations: JSONL, JSON, CSV or Parquet in any usual form; the tutor's own by default
-    output: str = "runs/sft",   # the run folder
-    scale: str = "cpu",         # a section of settings.ini: cpu, t4, l4, a100, h100
-    full: bool = False,         # move all weights instead of a LoRA
-    r: int = 16,                # rank of the LoRA
-    epochs: float = 1.0,        # times through the data
+def training(
+    model: str = None,            # a checkpoint, a folder, or a Hub name; by default the tutor's, on a GPU scale the scale's own
+    data: str = None,             # rows: JSONL, JSON, CSV or Parquet in any usual form, or a data set on the Hub; the tutor's own by default
+    output: str = None,           # the run folder; by default runs/ and the method's name
+    scale: str = "cpu",           # a section of settings.ini: cpu, t4, l4, a100, h100
+    full: bool = False,           # train all weights and no LoRA
+    r: int = None,                # rank of the LoRA; 0 trains all weights; sft takes 16 by default, other methods 0
+    epochs: float = None,         # times through the data
+    steps: int = None,            # optimizer steps, instead of epochs; grpo and rloo take 50 by default, under 3 minutes on two cores
     learning_rate: float = None,  # peak learning rate; by default one that suits the model's size
-    save_steps: int = 0,        # keep a checkpoint every so many steps: after an interruption the same command goes on; 0: only on GPU scales
-    seed: int = 42,             # of data order, dropout and weights
+    save_steps: int = None,       # keep a checkpoint every so many steps, so that the same command goes on after an interruption
+    seed: int = 42,               # of data order, sampling, dropout and new weights
+    name: str = "sft",            # the method
 ):
-    """Fine-tune on chats (supervised), by LoRA unless --full.
-
-    llmcourse sft --data chats.jsonl --model ./my-llama --scale t4 --save-steps 100
-    """
-    _look(data, output)
-    from llmcourse.checkpoints import sft_rows
+    "Train by any method of the table."
     from llmcourse.lora import lora_config
-    from llmcourse.sft import sft as train
-    rate = {k: v for k, v in dict(learning_rate=learning_rate, save_steps=save_steps).items() if v}
-    config = None if full else lora_config(r=r, lora_alpha=2 * r)
-    print(train(data or sft_rows(seed), output, model or _start(scale, "tutor/base"), scale, config, seed, num_train_epochs=epochs, **rate))
+    from llmcourse.training import train
+    entry, output = method(name), output or f"runs/{name}"
+    _look(data, output)
+    rank = 0 if full else entry.r if r is None else r
+    given = dict(num_train_epochs=epochs, max_steps=steps, learning_rate=learning_rate, save_steps=save_steps)
+    if epochs is not None and steps is None: given["max_steps"] = -1   # as many as the epochs take
+    config = lora_config(r=rank, lora_alpha=2 * rank) if rank else None
+    print(train(entry, data or entry.own_rows(seed), output, model, scale, seed, peft_config=config,
+                **{k: v for k, v in given.items() if v is not None}))
 
 # %% ../nbs/workshop/cli.ipynb #e98cf427
-def grpo(
-    model: str = None,          # a model that keeps the format already; by default tutor/sft, on a GPU scale the scale's own
-    data: str = None,           # rows with messages (or question) and answer: JSONL, JSON, CSV or Parquet; the tutor's own problems by default
-    output: str = "runs/grpo",  # the run folder
-    scale: str = "cpu",         # a section of settings.ini: cpu, t4, l4, a100, h100
-    steps: int = 50,            # optimizer steps; 50 take the tutor under 3 minutes on two cores
-    r: int = 0,                 # rank of a LoRA; 0 moves all weights
-    learning_rate: float = None,  # peak learning rate; by default one that suits the model's size
-    save_steps: int = 0,        # keep a checkpoint every so many steps: after an interruption the same command goes on; 0: only on GPU scales
-    seed: int = 42,             # of sampling and data order
-):
-    """Reinforce by a reward: GRPO with exact match of the answer.
-
-    llmcourse grpo --data problems.jsonl --model runs/sft --steps 100 --r 16
-    """
-    _look(data, output)
-    from llmcourse.checkpoints import grpo_rows
-    from llmcourse.lora import lora_config
-    from llmcourse.rl import grpo as train
-    rate = {k: v for k, v in dict(learning_rate=learning_rate, save_steps=save_steps).items() if v}
-    config = lora_config(r=r, lora_alpha=2 * r) if r else None
-    print(train(data or grpo_rows(seed), output, model or _start(scale, "tutor/sft"), scale=scale, peft_config=config, seed=seed, max_steps=steps, **rate))
-
 def train(
-    card: str,                   # a run.yaml, or the folder that holds it
-    output: str = None,          # where to write; the run's folder with -again behind it by default
+    card: str,             # a run.yaml, or the folder that holds it
+    output: str = None,    # where to write; by default the run's folder with -again behind it
 ):
     """Repeat a run from its run card.
 
     llmcourse train runs/sft/run.yaml --output runs/sft-again
     """
-    from llmcourse.checkpoints import rerun
-    print(rerun(card, output or None))
+    from llmcourse.checkpoints import repeat
+    print(repeat(card, output))
 
 # %% ../nbs/workshop/cli.ipynb #a8276c08
-def _exam(data: str) -> list[dict]:
-    "The rows to be examined on: of a file that says its splits, those that no training takes."
-    from llmcourse.core import check_messages
-    from llmcourse.data import canonical, side
-    from llmcourse.files import numbered
-    rows = []
-    for place, row in numbered(data):
-        if not ({"messages", "question"} & row.keys() or {"input", "ideal"} <= row.keys()): row = canonical(row, place)
-        if "messages" in row: check_messages(row["messages"], place, answered=False)
-        try: rows.append((row, row.get("split") and side(row) == "train"))
-        except UserError as e: raise UserError(f"{place}: {e}") from None
-    kept = [row for row, trained in rows if not trained]
-    if not kept: raise UserError(f"{data}: all rows are of the split train. Give rows that were not trained on")
-    if len(kept) < len(rows): print(f"{data}: {len(rows) - len(kept):,} rows of the split train are left out", file=sys.stderr)
-    return kept
+def _exam(data: str, model: str | None) -> list[dict]:
+    "The rows to be examined on: none of the split train, and none that the model was trained on."
+    from llmcourse.core import read_jsonl
+    from llmcourse.progress import tell
+    from llmcourse.rows import prompt, question, read, reference
+    from llmcourse.runs import trained_rows
+    rows = read(data, "exam")
+    for row in rows:
+        prompt(row)
+        if reference(row.data) is None:
+            raise UserError(f'{row.place}: nothing to compare a reply with. Give it an "answer", or let the last turn be the assistant\'s')
+    known = {question(row.data): file for file in trained_rows(model) for row in read(file)} if model else {}
+    new = [row for row in rows if question(row.data) not in known]
+    if len(new) < len(rows):
+        first = next(row for row in rows if question(row.data) in known)
+        said = f"{len(rows) - len(new):,} rows that the model was trained on ({first.place} is in {known[question(first.data)]})"
+        if not new: raise UserError(f"{data}: all are {said}. Give rows that it has not seen")
+        tell(f"{data}: {said} are left out")
+    return [row.data | {"place": row.place} for row in new]
 
 # %% ../nbs/workshop/cli.ipynb #83412d84
 def eval(
@@ -221,7 +202,7 @@ def eval(
     from llmcourse.serve import remote
     from llmcourse.tutor import problems
     import json as j
-    rows = _exam(data) if data else problems(n, seed, split="test")
+    rows = _exam(data, None if url else model or "tutor/sft") if data else problems(n, seed, split="test")
     room = read_scale(scale)["max_new_tokens"]
     if url: generate = remote(url, model or None, os.environ.get("LLMCOURSE_API_KEY"), max_tokens=room)
     else: generate = Local(*load(model or "tutor/sft", scale), max_new_tokens=room)
@@ -290,54 +271,58 @@ def checkpoints(
     from llmcourse.checkpoints import build
     build(output or None, [x for x in (names or "").split(",") if x] or None)
 
-WORDS = ("action", "file", "card")   # parameters that are given without `--`
-COMMANDS = {f.__name__: f for f in (demo, doctor, scores, course, data, xray, sft, grpo, train, eval, export, serve, chat, checkpoints)}
-
 # %% ../nbs/workshop/cli.ipynb #cabca18b
+COMMANDS = {f.__name__: f for f in (demo, doctor, scores, course, data, xray)}
+COMMANDS |= {name: training for name in METHODS}
+COMMANDS |= {f.__name__: f for f in (train, eval, export, serve, chat, checkpoints)}
+
+def command(name: str):
+    "One command as a function of its options; the methods share `training`. Raises `UserError` for a name that is none."
+    function = COMMANDS[choose(name, COMMANDS, "command")]
+    if name not in METHODS: return function
+    @functools.wraps(function)
+    def trains(**options): return function(name=name, **options)
+    parameters = [p for p in inspect.signature(function).parameters.values() if p.name != "name"]
+    trains.__signature__ = inspect.Signature(parameters)
+    trains.__doc__ = f"{method(name).about}\n\n{method(name).example}"
+    return trains
+
 def usage() -> str:
     "The help text of `llmcourse` itself."
-    lines = "\n".join(f"  {name:<12} {inspect.getdoc(f).splitlines()[0]}" for name, f in COMMANDS.items())
-    return (f"usage: llmcourse COMMAND [options]\n\nllmcourse {__version__}: serve, measure, fine-tune, reinforce, export and chat with your own Llama.\n\n"
+    lines = "\n".join(f"  {name:<12} {inspect.getdoc(command(name)).splitlines()[0]}" for name in COMMANDS)
+    return (f"usage: llmcourse COMMAND [options]\n\n"
+            f"llmcourse {__version__}: serve, measure, fine-tune, reinforce, export and chat with your own Llama.\n\n"
             f"commands:\n{lines}\n\nllmcourse COMMAND --help shows the options of one.")
 
-def _refuse(message: str): raise UserError(f"{message}. llmcourse COMMAND --help lists the options")
-
-def parser(
-    function,   # a command
-):              # an `ArgumentParser`
-    "The options of a command: its signature read by fastcore, the second paragraph of its text as examples."
-    from fastcore.script import anno_parser
-    out = anno_parser(function, prog=f"llmcourse {function.__name__}", pos=WORDS)
-    out.description, _, examples = inspect.getdoc(function).partition("\n\n")
-    out.epilog, out.formatter_class = examples and f"example:\n  {examples}".replace("\n", "\n  "), argparse.RawDescriptionHelpFormatter
-    out.allow_abbrev, out.error = False, _refuse
-    return out
-
-def parse(name: str, argv: list[str]) -> dict:
-    "The options of one command, as keyword arguments. Raises `UserError` for words that it does not know."
-    options = parser(COMMANDS[choose(name, COMMANDS, "command")])
-    found, rest = options.parse_known_args(argv)
-    for word in rest:
-        if word.startswith("-"): choose(word.split("=")[0], ["--" + p.replace("_", "-") for p in COMMANDS[name].__annotations__ if p not in WORDS], f"option of llmcourse {name}:")
-    if rest: raise UserError(f"{rest[0]!r} is one word too many. {options.prog} --help shows what it takes")
-    return {k: v for k, v in vars(found).items() if k not in ("pdb", "xtra")}
-
 # %% ../nbs/workshop/cli.ipynb #7c27b1f9
-def main(
-    argv: list[str] | None = None,  # the words after `llmcourse`
-) -> int:                           # exit code: 0 fine, 1 the doctor found something, 2 bad input or data with errors, 75 paused with work left, 130 interrupted
-    "Run one command."
-    argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] in ("-h", "--help", "help"): print(usage()); return 0
-    if argv[0] in ("-V", "--version"): print(__version__); return 0
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)   # on a CPU it recommends kernels that nobody asked for
-    with contextlib.suppress(ValueError): signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))   # so that what is half-written goes away
-    try: return COMMANDS[choose(argv[0], COMMANDS, "command")](**parse(argv[0], argv[1:])) or 0
-    except UserError as e: print(f"llmcourse: {e}", file=sys.stderr); return 2
+def _run(name: str, argv: list[str]) -> int:
+    "Run one command. Its errors become one line and an exit code."
+    try:
+        function = command(name)
+        return function(**parse(function, f"llmcourse {name}", argv)) or 0
+    except UserError as e:
+        print(f"llmcourse: {e}", file=sys.stderr)
+        return 2
     except OSError as e:
         if e.errno not in (28, 122): raise   # ENOSPC, EDQUOT: the disk filled while we wrote
-        print(f"llmcourse: no space left on the disk ({e.filename or 'while writing'}). Free some and run the same command again", file=sys.stderr); return 2
-    except KeyboardInterrupt: print("\nllmcourse: interrupted", file=sys.stderr); return 130
+        print(f"llmcourse: no space left on the disk ({e.filename or 'while writing'}). Free some and run the same command again", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nllmcourse: interrupted", file=sys.stderr)
+        return 130
+
+def main(
+    argv: list[str] | None = None,  # the words after `llmcourse`
+) -> int:   # 0 fine, 1 the doctor found something, 2 bad input or data with errors, 75 paused with work left, 130 interrupted
+    "Run `llmcourse`."
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help", "help"): print(usage())
+    elif argv[0] in ("-V", "--version"): print(__version__)
+    else:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)   # on a CPU it recommends kernels that nobody asked for
+        with contextlib.suppress(ValueError): signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))   # half-written files go away
+        return _run(argv[0], argv[1:])
+    return 0
 
 def cli(): sys.exit(main())

@@ -227,7 +227,7 @@ def environment() -> dict:
     return {"python": platform.python_version(), "packages": packages, "hardware": {"machine": platform.machine(), "cores": os.cpu_count()}}
 
 # %% ../nbs/workshop/core.ipynb #8ca55ac4
-CARD_KEYS = ("method", "model", "model_hash", "data", "data_hash", "seed", "scale", "hyperparameters",
+CARD_KEYS = ("method", "model", "model_hash", "data", "data_hash", "seed", "scale", "hyperparameters", "settings",
              "environment", "seconds", "before", "after", "files")
 
 def write_card(folder: str | Path, **fields) -> Path:

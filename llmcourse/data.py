@@ -4,252 +4,18 @@
 
 # %% ../nbs/05_data.ipynb #90b8a952
 from __future__ import annotations
-import copy, difflib, hashlib, html, json, re, zlib
+import copy, html, json, re, zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from .core import ROLES, Generate, Message, UserError, choose
-from .files import lines
+from .core import Generate, Message, UserError, choose
 from .models import stop_ids
+from .rows import Fault, conversations, walk
 from .tutor import TEMPLATE
 
 # %% auto #0
-__all__ = ['ROLE', 'FORMATS', 'PREFERENCES', 'PAIRS', 'CHATML', 'COLUMNS', 'NAMES', 'HH', 'LABELS', 'GALLERY', 'DATE', 'SIDES',
-           'SECRETS', 'detect', 'to_messages', 'from_messages', 'to_preference', 'from_preference', 'to_unpaired',
-           'canonical', 'conversations', 'read', 'dress', 'tokenize', 'XRay', 'end_ids', 'xray', 'xray_file',
-           'NearDuplicates', 'opening', 'side', 'turn_faults', 'text_faults', 'synthesize', 'to_pairs']
-
-# %% ../nbs/05_data.ipynb #11a20a43
-ROLE = {r: r for r in ROLES} | dict(
-    human="user", gpt="assistant", chatgpt="assistant", bot="assistant", model="assistant", function_call="assistant",
-    developer="system", function="tool", observation="tool", function_response="tool", ipython="tool")
-
-def _content(value, place: str) -> str:
-    "Text out of a text, of nothing, or of OpenAI's list of text parts."
-    if isinstance(value, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in value):
-        return "".join(p.get("text") or "" for p in value)
-    if value is None or isinstance(value, str): return value or ""
-    raise UserError(f"{place}: its content is a {type(value).__name__}, not text. Images and sound cannot be trained here")
-
-def _turn(m, place: str) -> Message:
-    "One turn in our form."
-    if not isinstance(m, dict): raise UserError(f"{place} is a {type(m).__name__}, not an object with a role and a content")
-    role = m.get("role", m.get("from"))
-    if not isinstance(role, str) or role not in ROLE:
-        raise UserError(f"{place} has the role {role!r}. There are {', '.join(ROLES)}, and ShareGPT's human and gpt")
-    rest = {k: v for k, v in m.items() if k not in ("role", "from", "content", "value") and v is not None}
-    return {"role": ROLE[role], "content": _content(m.get("content", m.get("value")), place), **rest}
-
-# %% ../nbs/05_data.ipynb #1cd38730
-FORMATS = ("messages", "sharegpt", "alpaca", "dolly", "prompt-completion", "chatml", "text")   # one answer
-PREFERENCES = ("preference", "openai-dpo", "ultrafeedback")                                    # a better and a worse one
-PAIRS = (("prompt", "completion"), ("prompt", "response"), ("question", "answer"), ("input", "output"))
-
-def detect(
-    row,                 # one row of a file; a plain text counts as {"text": …}
-    place: str = "row",  # named in the error: "data.jsonl:3"
-) -> str:                # one of `FORMATS`, one of `PREFERENCES`, or "unpaired"
-    "Tell the form of a row by its columns. Raises `UserError` if there is none."
-    if isinstance(row, str): row = {"text": row}
-    if not isinstance(row, dict): raise UserError(f"{place}: a {type(row).__name__}, not an object with columns")
-    has = {k for k, v in row.items() if v is not None}.issuperset
-    if has(["input", "preferred_output", "non_preferred_output"]): return "openai-dpo"
-    if has(["chosen", "rejected"]): return "preference"
-    if has(["instruction", "completions"]) or has(["prompt", "completions"]): return "ultrafeedback"
-    if has(["prompt", "completion", "label"]): return "unpaired"
-    if has(["messages"]): return "messages"
-    if has(["conversations"]): return "sharegpt"
-    if has(["instruction", "output"]): return "alpaca"
-    if has(["instruction", "response"]): return "dolly"
-    if any(map(has, PAIRS)): return "prompt-completion"
-    if has(["text"]): return "chatml" if isinstance(row["text"], str) and "<|im_start|>" in row["text"] else "text"
-    known = ("messages", "conversations", "instruction", "prompt", "completion",
-             "chosen", "rejected", "text", "output", "response")
-    close = [f"{k!r} may be {c[0]!r}" for k in row if k not in known and (c := difflib.get_close_matches(str(k), known, 1, 0.75))]
-    raise UserError(f"{place}: columns {', '.join(map(str, row)) or '(none)'}: no form that we know. "
-                    f"{'; '.join(close) or 'Rename them to messages, or to prompt and completion'}")
-
-# %% ../nbs/05_data.ipynb #16c7139e
-CHATML = re.compile(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>\n?", re.S)
-COLUMNS = {"alpaca": ("instruction", "input", "output"), "dolly": ("instruction", "context", "response")}
-
-def _join(a, b): return f"{a}\n\n{b}" if b else a
-def _say(role: str, content): return content if isinstance(content, list) else [{"role": role, "content": content}]
-
-def _turns(row: dict, form: str, place: str) -> tuple[list, tuple]:
-    "The turns of a row, still in the row's own names, and the columns that they came from."
-    if form == "messages": return row["messages"], ("messages",)
-    if form == "sharegpt":
-        return _say("system", row.get("system") or []) + list(row["conversations"]), ("conversations", "system")
-    if form == "text": return _say("assistant", row["text"]), ("text",)
-    if form == "chatml":
-        if outside := CHATML.sub("", row["text"]).strip():
-            raise UserError(f"{place}: text outside of the ChatML turns: {outside[:40]!r}. Each turn ends in <|im_end|>")
-        return [{"role": role, "content": text} for role, text in CHATML.findall(row["text"])], ("text",)
-    ask, more, reply = COLUMNS.get(form) or next(
-        (a, None, b) for a, b in PAIRS if row.get(a) is not None and row.get(b) is not None)
-    before = _say("system", row.get("system") or [])
-    for q, a in row.get("history") or []: before = before + _say("user", q) + _say("assistant", a)
-    asked = row[ask] if isinstance(row[ask], list) else _say("user", _join(row[ask], row.get(more)))
-    return before + asked + _say("assistant", row[reply]), (ask, more, reply, "system", "history")
-
-def to_messages(
-    row,                 # any row with one answer
-    place: str = "row",  # named in the error: "data.jsonl:3"
-) -> dict:               # {"messages": […]} and all other columns of the row: split, tools, source, …
-    "Bring a row into our form. Raises `UserError` for a row that we cannot read."
-    form = detect(row, place)
-    if form not in FORMATS:
-        raise UserError(f"{place}: a row of the form {form}: use {'to_unpaired' if form == 'unpaired' else 'to_preference'}")
-    row = {"text": row} if isinstance(row, str) else row
-    turns, used = _turns(row, form, place)
-    if not isinstance(turns, list): raise UserError(f"{place}: {used[0]!r} is a {type(turns).__name__}, not a list of turns")
-    rest = {k: v for k, v in row.items() if k not in used and v is not None}
-    return {"messages": [_turn(m, f"{place}: turn {j}") for j, m in enumerate(turns)], **rest}
-
-# %% ../nbs/05_data.ipynb #ea3df885
-NAMES = {"user": "human", "assistant": "gpt", "system": "system", "tool": "tool"}
-
-def _write(messages: list[Message], form: str) -> dict:
-    "The columns of `form` for these messages, as far as it can hold them."
-    if form == "messages": return {"messages": messages}
-    if form == "sharegpt":
-        return {"conversations": [{"from": NAMES[m["role"]], "value": m["content"]}
-                                  | {k: v for k, v in m.items() if k not in ("role", "content")} for m in messages]}
-    if form == "chatml": return {"text": "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)}
-    if form == "text": return {"text": messages[-1]["content"]}
-    ask, more, reply = COLUMNS.get(form, ("prompt", None, "completion"))
-    system = {"system": messages[0]["content"]} if messages[0]["role"] == "system" else {}
-    return (system | {ask: messages[len(system)]["content"] if len(messages) > len(system) else ""}
-            | ({more: ""} if more else {}) | {reply: messages[-1]["content"]})
-
-def from_messages(
-    row,                        # messages, or a row of `to_messages`
-    format: str = "messages",   # one of `FORMATS`
-) -> dict:                      # a row of that form, with all other columns
-    "Write a row in another form. Raises `UserError` if that form cannot hold all of it."
-    row = to_messages({"messages": row} if isinstance(row, list) else row)
-    if not row["messages"]: raise UserError("a conversation without a turn. Give at least one")
-    out = {k: v for k, v in row.items() if k != "messages"} | _write(row["messages"], choose(format, FORMATS, "format"))
-    try: back = to_messages(out)
-    except UserError: back = None
-    if back != row:
-        raise UserError(f"{format} cannot hold this row: turns, or fields of a turn, would be lost. "
-                        "messages and sharegpt can hold all")
-    return out
-
-# %% ../nbs/05_data.ipynb #2545b0d1
-HH = re.compile(r"\n\n(Human|Assistant): ?(.*?)(?=\n\n(?:Human|Assistant):|\Z)", re.S)   # Anthropic's hh-rlhf
-
-def _chat(value, role: str, place: str) -> list[Message]:
-    "A list is read turn by turn; a text is one turn of `role`, or a whole chat in the form of hh-rlhf."
-    if isinstance(value, str) and value.startswith("\n\nHuman:"):
-        value = [{"role": ROLE[who.lower()], "content": text.strip()} for who, text in HH.findall(value)]
-    return [_turn(m, f"{place}: turn {j}") for j, m in enumerate(_say(role, value))]
-
-def _scored(row: dict, place: str) -> tuple:
-    "The best and the worst answer of an UltraFeedback row."
-    rate = lambda c: float(next((c[k] for k in ("overall_score", "score") if c.get(k) is not None), "nan"))
-    ranked = sorted((c for c in row["completions"] if isinstance(c, dict) and rate(c) == rate(c)), key=rate)
-    if len(ranked) < 2 or rate(ranked[0]) == rate(ranked[-1]):
-        raise UserError(f"{place}: no two completions with different scores, so there is nothing to prefer")
-    return ranked[-1]["response"], ranked[0]["response"]
-
-def _implicit(chosen: list, rejected: list) -> tuple[list, list, list]:
-    "Take the common beginning of two chats, or of two texts, out as the prompt."
-    if [m["role"] for m in chosen + rejected] == ["assistant"] * 2:      # two texts: up to the last space before they differ
-        a, b = chosen[0]["content"], rejected[0]["content"]
-        n = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
-        n = max(a.rfind(" ", 0, n), 0)
-        return _say("user", a[:n]) if n else [], _say("assistant", a[n:]), _say("assistant", b[n:])
-    n = 0
-    while n < min(len(chosen), len(rejected)) - 1 and chosen[n] == rejected[n]: n += 1
-    return chosen[:n], chosen[n:], rejected[n:]
-
-# %% ../nbs/05_data.ipynb #ab79b1de
-def to_preference(
-    row: dict,           # a row with a better and a worse answer
-    place: str = "row",  # named in the error: "data.jsonl:3"
-) -> dict:               # {"prompt": […], "chosen": […], "rejected": […]} as messages, and all other columns
-    "Bring a comparison into TRL's form. Raises `UserError` if there is nothing to compare."
-    form, extra = detect(row, place), {}
-    if form not in PREFERENCES: raise UserError(f"{place}: a row of the form {form}: it has no better and worse answer")
-    key = next((k for k in ("prompt", "question", "instruction", "input") if row.get(k) is not None), None)
-    prompt, used = row.get(key), {key, "chosen", "rejected", "system", "messages"}
-    if form == "openai-dpo":
-        if not isinstance(row["input"], dict) or "messages" not in row["input"]: raise UserError(f'{place}: "input" has no "messages"')
-        prompt, chosen, rejected, used = (row["input"]["messages"], row["preferred_output"], row["non_preferred_output"],
-                                          {"input", "preferred_output", "non_preferred_output"})
-        extra = {k: v for k, v in row["input"].items() if k != "messages" and v is not None}
-    elif form == "ultrafeedback": (chosen, rejected), used = _scored(row, place), used | {"completions"}
-    else: chosen, rejected = row["chosen"], row["rejected"]
-    chosen, rejected = _chat(chosen, "assistant", place), _chat(rejected, "assistant", place)
-    if key is None or (chosen and chosen[0]["role"] != "assistant"): prompt, chosen, rejected = _implicit(chosen, rejected)
-    else: prompt = (_say("system", row["system"]) if row.get("system") else []) + _chat(prompt, "user", place)
-    if not prompt: raise UserError(f"{place}: chosen and rejected have no prompt in common. Give a prompt column")
-    if not chosen or not rejected or {chosen[0]["role"], rejected[0]["role"]} != {"assistant"}:
-        raise UserError(f"{place}: chosen and rejected do not answer the same question")
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected,
-            **{k: v for k, v in row.items() if k not in used and v is not None}, **extra}
-
-def from_preference(
-    row: dict,                     # a row of `to_preference`
-    format: str = "preference",    # preference, implicit or openai-dpo
-) -> dict:                         # a row of that form, with all other columns
-    "Write a comparison in another form. Raises `UserError` if that form cannot hold all of it."
-    prompt, chosen, rejected = row["prompt"], row["chosen"], row["rejected"]
-    rest = {k: v for k, v in row.items() if k not in ("prompt", "chosen", "rejected")}
-    if choose(format, ("preference", "implicit", "openai-dpo"), "format") == "preference": out = dict(row)
-    elif format == "implicit": out = rest | {"chosen": prompt + chosen, "rejected": prompt + rejected}
-    else:
-        inside = {k: rest.pop(k) for k in ("tools", "parallel_tool_calls") if k in rest}
-        out = rest | {"input": {"messages": prompt, **inside}, "preferred_output": chosen, "non_preferred_output": rejected}
-    if to_preference(out) != row: raise UserError(f"{format} cannot hold this row without loss. preference can")
-    return out
-
-# %% ../nbs/05_data.ipynb #7e0f61bf
-LABELS = {True: True, False: False, "true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
-
-def to_unpaired(
-    row: dict,           # prompt, completion and label
-    place: str = "row",  # named in the error: "data.jsonl:3"
-) -> dict:               # {"prompt": […], "completion": […], "label": bool} and all other columns
-    "Bring a rated answer into TRL's form. Raises `UserError` for a label that is neither true nor false."
-    if detect(row, place) != "unpaired":
-        raise UserError(f"{place}: a row of the form {detect(row, place)}: it needs prompt, completion and label")
-    label = row["label"].strip().casefold() if isinstance(row["label"], str) else row["label"]
-    if not isinstance(label, (bool, int, float, str)) or label not in LABELS:
-        raise UserError(f"{place}: the label {row['label']!r} is neither true nor false")
-    rest = {k: v for k, v in row.items() if k not in ("prompt", "completion", "label", "messages") and v is not None}
-    return {"prompt": _chat(row["prompt"], "user", place), "completion": _chat(row["completion"], "assistant", place),
-            "label": LABELS[label], **rest}
-
-def canonical(row, place: str = "row") -> dict:
-    "Any row in its one form: chat, comparison or rated answer."
-    form = detect(row, place)
-    try: return (to_preference if form in PREFERENCES else to_unpaired if form == "unpaired" else to_messages)(row, place)
-    except (TypeError, ValueError, KeyError, AttributeError) as e:
-        raise UserError(f"{place}: a broken row of the form {form} ({type(e).__name__}: {e})") from None
-
-def conversations(row: dict) -> list[list[Message]]:
-    "The whole conversations that a canonical row holds: one, or two for a comparison."
-    if "messages" in row: return [row["messages"]]
-    return [row["prompt"] + row[k] for k in ("chosen", "rejected", "completion") if k in row]
-
-# %% ../nbs/05_data.ipynb #d33fb083
-def read(
-    source: str | Path,        # as for `lines`
-    split: str | None = None,  # only the rows of this side ("train", "test" …); on the Hub: the split to load
-    **options,                 # for `datasets.load_dataset`
-) -> list[dict]:               # canonical rows: chats, comparisons or rated answers
-    "Read all rows of a source in our form. Raises `UserError` that names the line of the first one that cannot be read."
-    rows = []
-    for number, row in lines(source, split or "train", **options):
-        if isinstance(row, str): raise UserError(f"{source}:{number}: {row}")
-        rows.append(canonical(row, f"{source}:{number}"))
-    if Path(source).is_file() and split: rows = [r for r in rows if side(r) == split]
-    if not rows: raise UserError(f"{source}: no rows{f' of the split {split!r}' if split else ''}. Give at least one")
-    return rows
+__all__ = ['GALLERY', 'DATE', 'SECRETS', 'dress', 'tokenize', 'XRay', 'end_ids', 'xray', 'xray_file', 'NearDuplicates',
+           'turn_faults', 'text_faults', 'synthesize', 'to_pairs']
 
 # %% ../nbs/05_data.ipynb #637c6054
 _NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
@@ -432,15 +198,13 @@ def xray_file(
     "X-ray the rows of a file; of a comparison, the chosen answer. Raises `UserError` that names the line of a row that the template refuses."
     from jinja2 import TemplateError
     drawn, total, faults = [], Counter(), Counter()
-    for number, row in lines(source):
-        place = f"{source}:{number}"
-        if isinstance(row, str): raise UserError(f"{place}: {row}")
-        row = canonical(row, place)
-        try: picture = xray(tokenizer, tokenize(tokenizer, conversations(row)[0], tools=row.get("tools")))
+    for row in walk(source):
+        if isinstance(row, Fault): raise UserError(f"{row.place}: {row.what}")
+        try: picture = xray(tokenizer, tokenize(tokenizer, conversations(row.data)[0], tools=row.data.get("tools")))
         except (TemplateError, TypeError, ValueError) as e:
-            raise UserError(f"{place}: the model's chat template refuses this conversation: {e}") from None
+            raise UserError(f"{row.place}: the model's chat template refuses this conversation: {e}") from None
         total.update(picture.counts); total["rows"] += 1; faults.update(picture.faults())
-        if len(drawn) < rows: drawn.append((number, picture))
+        if len(drawn) < rows: drawn.append((row.number, picture))
         if total["rows"] >= most: break
     if not total: raise UserError(f"{source}: no rows. Give at least one")
     return drawn, total, faults
@@ -479,28 +243,6 @@ class NearDuplicates:
             for k in keys: self.bands.setdefault(k, len(self.kept))
             self.kept.append((key, new))
         return None
-
-# %% ../nbs/05_data.ipynb #eaecaed5
-SIDES = {"train": "train", "training": "train", "test": "test", "eval": "test",
-         "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation"}
-
-def _key(messages: list[Message]) -> str:
-    "Turns as one text in which case and spacing do not count."
-    return " ".join(" ".join(m["content"] for m in messages).casefold().split())
-
-def opening(row: dict) -> str:
-    "The first question of a canonical row; of a text without one, the text."
-    chat = conversations(row)[0]
-    return _key(next(([m] for m in chat if m["role"] == "user"), chat))
-
-def side(
-    row: dict,           # a canonical row
-    test: float = 0.1,   # share of test rows, where the row does not say its side
-    salt: str = "",      # another salt is another split
-) -> str:                # "train", "test" or "validation"
-    "On which side of the split a row lies: its own `split` if it has one, else by the hash of its first question."
-    if row.get("split") is not None: return SIDES[choose(str(row["split"]).casefold(), SIDES, "split")]
-    return "test" if int(hashlib.sha256((salt + opening(row)).encode()).hexdigest()[:12], 16) / 16**12 < test else "train"
 
 # %% ../nbs/05_data.ipynb #3c52a228
 def turn_faults(messages: list[Message]) -> Iterator[tuple[str, str]]:

@@ -9,8 +9,9 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from .core import Message, UserError, scale as read_scale
-from .data import PREFERENCES, SIDES, NearDuplicates, _key, _plain, canonical, conversations, detect, text_faults, tokenize, turn_faults
-from .files import lines
+from .data import NearDuplicates, _plain, text_faults, tokenize, turn_faults
+from .forms import PREFERENCES
+from .rows import Fault, Row, conversations, question, walk
 from .models import load, load_tokenizer
 
 # %% auto #0
@@ -48,14 +49,14 @@ class Seen:
         self.most, self.near, self.sides = most, NearDuplicates(), []
         self.rows, self.asks, self.place, self.side = array.array("Q"), array.array("Q"), array.array("Q"), array.array("B")
 
-    def faults(self, place: int, chats: list, side: str) -> Iterator[tuple[str, str]]:
+    def faults(self, place: int, row: dict, side: str) -> Iterator[tuple[str, str]]:
         "A near-copy of an earlier row, as (level, what); `{12}` in `what` stands for a place."
         hashed = lambda text: int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
-        talk = [m for m in chats[0] if m["role"] != "system"]
+        chats = conversations(row)
         whole = hashed(json.dumps(chats))
         if side not in self.sides: self.sides.append(side)
         if len(self.rows) < self.most:
-            self.rows.append(whole); self.asks.append(hashed(_key(talk[:-1] or talk)))
+            self.rows.append(whole); self.asks.append(hashed(question(row)))
             self.place.append(place); self.side.append(self.sides.index(side))
         if len(self.near.kept) >= self.near.most: return
         if not (found := self.near.add((place, side, whole), "\n".join(m["content"] for c in chats for m in c if m["role"] != "system"))): return
@@ -152,21 +153,22 @@ def training_speed(model: str, scale: str = "cpu") -> float:
         loss.backward(); loss.item()
     return 3 * ids.numel() / (time.perf_counter() - start)
 
-def _examine(report: Report, code: int, row, seen: Seen, lengths: Lengths, name: str) -> None:
+def _examine(report: Report, code: int, row: Row | Fault, seen: Seen, lengths: Lengths, name: str) -> None:
     "One row: read it, then its turns, letters, tokens and copies."
-    if isinstance(row, str): report.say("error", code, row); return
-    try: form, row = detect(row), canonical(row)
-    except UserError as e: report.say("error", code, str(e).removeprefix("row: ").removeprefix("row ")); return
-    given, chats, found = str(row.get("split", "")).casefold(), conversations(row), []
-    where = SIDES.get(given, name)
-    report.forms[form] += 1; report.sides[where] += 1; report.first.setdefault(form, code)
-    if given and given not in SIDES: found.append(("error", f"the split {given!r} is none of {', '.join(SIDES)}"))
+    if isinstance(row, Fault):
+        report.say("error", code, row.what)
+        return
+    form, where, row = row.form, row.split or name, row.data
+    chats, found = conversations(row), []
+    report.forms[form] += 1
+    report.sides[where] += 1
+    report.first.setdefault(form, code)
     if "chosen" in row and row["chosen"] == row["rejected"]: found.append(("error", "chosen and rejected are the same: there is nothing to learn"))
     for chat in chats:
         faults = list(turn_faults(chat))
         found += faults + list(text_faults("\n".join(m["content"] + (json.dumps(m["tool_calls"]) if m.get("tool_calls") else "") for m in chat)))
         if all(level == "warning" for level, _ in faults): found += lengths.faults(chat, row.get("tools"))
-    for level, what in [*dict.fromkeys(found), *(seen.faults(code, chats, where) if chats[0] else ())]: report.say(level, code, what)
+    for level, what in [*dict.fromkeys(found), *(seen.faults(code, row, where) if chats[0] else ())]: report.say(level, code, what)
 
 def _mixed(report: Report) -> None:
     "Rows of several forms in one file."
@@ -194,11 +196,11 @@ def check_data(
     if not epochs > 0: raise UserError(f"epochs={epochs}: has to be more than 0")
     report, seen = Report(source, against, limit), Seen()
     lengths, other = (Lengths(tokenizer or load_tokenizer(model), dial["max_length"], n) for n in (sample, 0))
-    for number, row in lines(source):
+    for row in walk(source):
         report.rows += 1
-        _examine(report, number, row, seen, lengths, report.here if against else "all")
+        _examine(report, row.number, row, seen, lengths, report.here if against else "all")
     sides = report.sides.copy()
-    for number, row in lines(against) if against else (): _examine(report, number | 1 << 40, row, seen, other, report.there)
+    for row in walk(against) if against else (): _examine(report, row.number | 1 << 40, row, seen, other, report.there)
     if not report.rows: raise UserError(f"{source}: no rows. Give at least one")
     _mixed(report)
     for code, level, what in seen.copies(): report.say(level, code, what)

@@ -97,17 +97,17 @@ def _quote(result: dict):
 # %% ../nbs/workshop/demo.ipynb #1e8176af
 def _train(output: Path, seed: int, steps: int, problems: list[dict], base: list[dict]) -> list[dict]:
     "The rungs that are made by training: SFT on the base, GRPO on the SFT."
-    from llmcourse.checkpoints import GRPO, LORA, SFT, grpo_rows, sft_rows
+    from llmcourse.checkpoints import GRPO_RECIPE, LORA_RECIPE, SFT_RECIPE, grpo_rows, sft_rows
     from llmcourse.lora import lora_config, merge
     from llmcourse.rl import grpo
     from llmcourse.sft import sft
     rungs = [rung("base, asked as a chat", base, 0, core.weights() / "base")]
     _say("SFT: 1,300 chats, a LoRA on 10 % as many weights")
     with stopwatch() as took:
-        adapter = sft(sft_rows(seed), output / "sft", seed=seed, peft_config=lora_config(**LORA), **SFT)
+        adapter = sft(sft_rows(seed), output / "sft", seed=seed, peft_config=lora_config(**LORA_RECIPE), **SFT_RECIPE)
     rungs.append(rung("SFT, plain LoRA", _measure(adapter, problems), took["seconds"], adapter))
     _say("GRPO: a reward for the right answer, and no more examples")
-    with stopwatch() as took: reinforced = grpo(grpo_rows(seed), output / "grpo", model=adapter, seed=seed, **GRPO | ({"max_steps": steps} if steps else {}))
+    with stopwatch() as took: reinforced = grpo(grpo_rows(seed), output / "grpo", model=adapter, seed=seed, **GRPO_RECIPE | ({"max_steps": steps} if steps else {}))
     return rungs + [rung("GRPO, exact match", _measure(reinforced, problems), took["seconds"], reinforced)]
 
 def _ship(output: Path, problems: list[dict]) -> dict:

@@ -6,9 +6,11 @@
 from __future__ import annotations
 import difflib
 from pathlib import Path
-from .core import UserError, choose, is_run, model_path, need_space, write_aside, write_card
+from .core import UserError, choose, is_run, model_path, need_space, write_aside
+from .card import Run, write_card
 from .models import _adapter_base, _with_adapter, load, load_tokenizer, weights_hash
-from .runs import check_output, quiet
+from .progress import quiet
+from .runs import check_output
 
 # %% auto #0
 __all__ = ['lora_config', 'linear_shapes', 'lora_parameters', 'merge']
@@ -105,5 +107,5 @@ def merge(
         net.save_pretrained(aside, save_original_format=not packed)   # unpacked weights have no other
         load_tokenizer(folder if (folder / "tokenizer_config.json").is_file() else base).save_pretrained(aside)
         made = dict(adapter=str(adapter), adapter_hash=weights_hash(folder), dtype=dtype, dequantize=bool(packed))
-        write_card(aside, method="merge", model=str(base), model_hash=weights_hash(base), scale=scale, hyperparameters=made)
+        write_card(Run("merge", model=str(base), model_hash=weights_hash(base), scale=scale, hyperparameters=made), aside)
     return output

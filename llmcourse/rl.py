@@ -4,21 +4,20 @@
 
 # %% ../nbs/09_rl.ipynb #f09c7454
 from __future__ import annotations
-import contextlib, copy, difflib, importlib, inspect, re, shutil, statistics
+import contextlib, copy, inspect, re, shutil, statistics
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from .core import Message, UserError, check_messages, choose, need_space, set_seed, write_jsonl, scale as read_scale
-from .data import canonical
-from .files import numbered
-from .models import encode, generate, load, render, stop_ids, weights_hash
-from .runs import (
-    adapter, base_name, check_output, finish, fit, lora_fields, open_card, positive, quiet, rows_hash, run_folder, tell)
-from .sft import DATE
-from .tutor import TASKS, has_bf16, to_chat
+from .core import Message, UserError, choose
+from .data import DATE
+from .models import encode, generate, render, stop_ids
+from .progress import tell
+from .rows import Row, prompt, reference
+from .training import Method, Work, train, upstream
 
 # %% auto #0
-__all__ = ['LOSSES', 'reply_text', 'final_answer', 'exact_reward', 'advantages', 'as_batch', 'token_logps', 'grpo_loss',
-           'preflight', 'probe', 'defaults', 'grpo', 'rerun']
+__all__ = ['LOSSES', 'GRPO', 'RLOO', 'reply_text', 'final_answer', 'exact_reward', 'advantages', 'as_batch', 'token_logps',
+           'grpo_loss', 'problem_rows', 'check_prompts', 'probe', 'rl_defaults', 'grpo_defaults', 'grpo']
 
 # %% ../nbs/09_rl.ipynb #601dc81c
 def reply_text(completion) -> str:
@@ -102,34 +101,6 @@ def grpo_loss(
     if loss_type == "dr_grpo": return token_loss.sum() / (len(logps) * max_completion_length)
     return token_loss.sum() / mask.sum()   # dapo over the whole batch, bnpo within each micro-batch: here the same
 
-# %% ../nbs/09_rl.ipynb #bcd0336b
-def _known(row: dict, place: str) -> dict:
-    "A problem or a conversation as it is, a row in any other form of `llmcourse.data` as a conversation."
-    if not isinstance(row, dict):
-        raise UserError(f"{place}: a {type(row).__name__}, not a row. Give {{\"messages\": […], \"answer\": …}}")
-    if isinstance(row.get("prompt"), str) and "completion" not in row:
-        return row | {"prompt": [{"role": "user", "content": row["prompt"]}]}
-    return row if {"messages", "question"} & row.keys() or isinstance(row.get("prompt"), list) else row | canonical(row, place)
-
-def _prompt(row: dict, place: str) -> list[Message]:
-    "What the model is asked: a problem's question, or a conversation without its last answer."
-    if "question" in row and "messages" not in row and "prompt" not in row:
-        if row.get("task") in TASKS: return to_chat(row, answered=False)["messages"]
-        return [{"role": "user", "content": str(row["question"])}]
-    messages = check_messages(row.get("messages", row.get("prompt")), place, answered=False)
-    messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-    if not messages: raise UserError(f"{place}: nothing before the assistant's turn, so there is no question")
-    return messages
-
-def _answered(row: dict) -> dict:
-    "The row with its `answer`: its own, of GSM8K's what follows `####`, else what its assistant's turn ends in."
-    last = (row.get("messages") or [{}])[-1]
-    given = next((row[k] for k in ("answer", "ideal") if row.get(k) is not None), None)
-    if given is None and last.get("role") == "assistant":
-        given = final_answer(last["content"]) or last["content"].strip()
-    if marked := re.search(r"####\s*(\S+)\s*$", str(given)): given = marked[1].replace(",", "")
-    return row if given is None else row | {"answer": str(given)}
-
 # %% ../nbs/09_rl.ipynb #08ed118b
 def _needed(reward_funcs: list[Callable]) -> set[str]:
     "The columns that the rewards ask for by name."
@@ -137,20 +108,32 @@ def _needed(reward_funcs: list[Callable]) -> set[str]:
     asked = [p for f in reward_funcs for p in inspect.signature(f).parameters.values()]
     return {p.name for p in asked if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)} - given
 
-def _rows(rows, reward_funcs: list[Callable]) -> list[dict]:
-    "Checked rows as TRL takes them, {\"prompt\": messages, \"answer\": …}, with every column that a reward asks for."
-    places, found = zip(*numbered(rows))
-    found = [_known(row, place) for row, place in zip(found, places)]
-    prompts, rows = [_prompt(row, place) for row, place in zip(found, places)], [_answered(row) for row in found]
-    for row, place in zip(rows, places):
-        if missing := sorted(k for k in _needed(reward_funcs) if row.get(k) in (None, "")):
-            raise UserError(f"{place}: no {missing[0]!r}, which the reward asks for. Add it to the row, or use another reward")
-    plain = lambda k: len(kinds := {type(r.get(k)) for r in rows}) == 1 and kinds <= {str, int, float, bool}
-    keep = [k for k in rows[0] if k not in ("messages", "prompt", "question") and plain(k)]
-    return [{"prompt": p, **{k: row[k] for k in keep}} for p, row in zip(prompts, rows)]
+def _right_answer(row: Row) -> str | None:
+    "The answer that a reward compares with: of GSM8K's what follows `####`, of a worked one what follows `Answer: `."
+    given = reference(row.data)
+    if given is None: return None
+    if "answer" not in row.data and "ideal" not in row.data: given = final_answer(given) or given.strip()
+    marked = re.search(r"####\s*(\S+)\s*$", str(given))
+    return marked[1].replace(",", "") if marked else str(given)
+
+def problem_rows(
+    rows: list[Row],    # from `rows.read`
+    ours: dict,         # with `reward_funcs`
+) -> list[dict]:        # {"prompt": messages, "answer": …}, with every column that all rows have as a plain value
+    "Rows as TRL takes them. Raises `UserError` for a row without a question, or without a column that a reward asks for."
+    full = [{"prompt": prompt(row), **row.data} for row in rows]
+    for row, data in zip(rows, full):
+        if (answer := _right_answer(row)) is not None: data["answer"] = answer
+        if missing := sorted(k for k in _needed(ours["reward_funcs"]) if data.get(k) in (None, "")):
+            raise UserError(f"{row.place}: no {missing[0]!r}, which the reward asks for. Add it to the row, or use another reward")
+    def same_plain(column):
+        kinds = {type(data.get(column)) for data in full}
+        return len(kinds) == 1 and kinds <= {str, int, float, bool}
+    keep = [column for column in full[0] if column not in ("messages", "prompt") and same_plain(column)]
+    return [{"prompt": data["prompt"], **{column: data[column] for column in keep}} for data in full]
 
 # %% ../nbs/09_rl.ipynb #cfda76ce
-def preflight(
+def check_prompts(
     model, tokenizer,
     rows: list[dict],             # {"prompt": messages, …}
     max_completion_length: int,   # tokens kept free for the reply
@@ -163,18 +146,6 @@ def preflight(
             raise UserError(f"rows[{i}]: a prompt of {n} tokens, and the model has room for {room} "
                             f"beside a reply of {max_completion_length}. Shorten it, or lower max_completion_length")
     return dict(rows=len(rows), prompts=len({str(row["prompt"]) for row in rows}), shortest=min(lengths), longest=max(lengths))
-
-def _before(net, tokenizer, rows: list[dict], funcs: list[Callable], groups: int, method: str, hyper: dict) -> dict:
-    "Look before the first step; say in one line what was found, and return it for the card."
-    found = {"rows": (seen := preflight(net, tokenizer, rows, hyper["max_completion_length"]))}
-    text = (f"{method.upper()}: {seen['rows']:,} rows, {seen['prompts']:,} different prompts "
-            f"of {seen['shortest']} to {seen['longest']} tokens")
-    if groups:
-        found["probe"] = tried = probe(net, tokenizer, rows, funcs, groups, hyper["num_generations"], hyper["temperature"],
-                                       hyper["max_completion_length"])
-        text += f"; tried first: {tried['silent']} of {tried['groups']} groups silent, mean reward {tried['reward']:.2f}"
-    tell(text)
-    return found
 
 # %% ../nbs/09_rl.ipynb #5e5d1571
 def probe(
@@ -204,120 +175,94 @@ def probe(
     raise UserError(f"all {len(split)} groups of {num_generations} replies are silent: each reply to a prompt "
                     f"got the same reward ({found['reward']:.2f} on average), so nothing can be learnt. Give {way}")
 
-# %% ../nbs/09_rl.ipynb #c87f1228
-def _trainers(method: str) -> tuple:
-    "TRL's config and trainer: GRPO, or RLOO with the same arguments."
-    import trl
-    return {"grpo": (trl.GRPOConfig, trl.GRPOTrainer),
-            "rloo": (trl.RLOOConfig, trl.RLOOTrainer)}[choose(method, ("grpo", "rloo"), "method")]
-
 # %% ../nbs/09_rl.ipynb #85db469f
-def defaults(
+def rl_defaults(
     dial: dict,             # from `core.scale`
     parameters: int,        # weights of the model
-    lora: bool = False,     # is an adapter trained, and not the model?
-    method: str = "grpo",   # or "rloo"
-    **overrides,            # spelled as in `trl.GRPOConfig` (or `RLOOConfig`)
-) -> dict:                  # for the config
-    "Our hyperparameters for RL, then `overrides`. Raises `UserError` for a name that TRL's config does not have."
-    config = _trainers(method)[0]
-    for name in overrides:
-        close = difflib.get_close_matches(name, config.__dataclass_fields__, 1)
-        if name not in config.__dataclass_fields__:
-            raise UserError(f"{config.__name__} has no {name!r}{f': did you mean {close[0]!r}?' if close else '.'} "
-                            f"Names are spelled as in trl.{config.__name__}")
+    adapter: bool = False,  # is an adapter trained, and not the model?
+) -> dict:                  # fields that `trl.GRPOConfig` and `trl.RLOOConfig` share
+    "Our hyperparameters for RL."
     small, cpu = parameters < 1e8, dial["device"] == "cpu"
-    rates, batch = ((1e-3, 2e-4) if small else (1e-5, 1e-6)), 64 if small else dial["batch_size"]
-    ours = dict(learning_rate=rates[0 if lora else 1], lr_scheduler_type="constant_with_warmup", warmup_steps=5, max_steps=50,
-                optim="adamw_torch", num_generations=8, per_device_train_batch_size=batch,
-                gradient_accumulation_steps=max(1, 64 // batch), temperature=1.0, max_completion_length=dial["max_new_tokens"],
-                beta=0.0, weight_decay=0.0, max_grad_norm=1.0, gradient_checkpointing=not cpu,
-                bf16=has_bf16() if cpu else dial["dtype"] == "bfloat16", fp16=not cpu and dial["dtype"] == "float16",
-                logging_steps=1, save_strategy="no" if cpu and "save_steps" not in overrides else "steps", save_steps=50)
-    if method == "grpo": ours |= dict(loss_type="dapo", scale_rewards="group", epsilon=0.2)
-    return positive(ours | overrides)
+    rates = (1e-3, 2e-4) if small else (1e-5, 1e-6)   # an adapter's, all weights'
+    batch = 64 if small else dial["batch_size"]       # replies a step holds on one device
+    return dict(
+        learning_rate=rates[0 if adapter else 1], lr_scheduler_type="constant_with_warmup", warmup_steps=5, max_steps=50,
+        optim="adamw_torch", num_generations=8, per_device_train_batch_size=batch,
+        gradient_accumulation_steps=max(1, 64 // batch), temperature=1.0, max_completion_length=dial["max_new_tokens"],
+        beta=0.0, weight_decay=0.0, max_grad_norm=1.0, gradient_checkpointing=not cpu,
+        bf16=not cpu and dial["dtype"] == "bfloat16", fp16=not cpu and dial["dtype"] == "float16",
+        logging_steps=1, save_strategy="no" if cpu else "steps", save_steps=50)
+
+def grpo_defaults(dial: dict, parameters: int, adapter: bool = False) -> dict:
+    "`rl_defaults`, and what only GRPO has."
+    return rl_defaults(dial, parameters, adapter) | dict(loss_type="dapo", scale_rewards="group", epsilon=0.2)
 
 # %% ../nbs/09_rl.ipynb #db16dd25
-def _find(name: str) -> Callable:
-    "The reward function with that import name. Raises `UserError` if there is none."
-    module, _, func = name.rpartition(".")
-    try: return getattr(importlib.import_module(module), func)
-    except (ImportError, AttributeError, ValueError):
-        raise UserError(f"reward {name!r}: cannot be imported. Hand it over: rerun(card, output, reward_funcs=…)") from None
-
-def _config(method: str, hyper: dict, rows: list[dict], seed: int, device: str):
-    "TRL's config. Raises `UserError` for settings that do not go together, or too few rows to fill a step."
-    config = _trainers(method)[0]
-    settings = dict(output_dir="unused", seed=seed, data_seed=seed, use_cpu=device == "cpu", report_to="none", disable_tqdm=True,
-                    chat_template_kwargs={"date_string": DATE})
-    try: args = config(**settings | hyper)
-    except (TypeError, ValueError) as e: raise UserError(f"{config.__name__}: {e}") from e
+def _look(work: Work) -> dict:
+    "Look before the first step: enough rows, prompts that fit, and groups that are not all silent."
+    args, hyper, seen = work.args, work.hyper, {}
     prompts = args.generation_batch_size // args.num_generations
-    if len(rows) < prompts:
-        raise UserError(f"{len(rows)} rows, but each step takes {prompts} different prompts. "
+    if len(work.rows) < prompts:
+        raise UserError(f"{len(work.rows)} rows, but each step takes {prompts} different prompts. "
                         "Give more rows, or a smaller per_device_train_batch_size")
-    return args
+    seen["rows"] = found = check_prompts(work.net, work.tokenizer, work.rows, hyper["max_completion_length"])
+    text = (f"{work.run.method.upper()}: {found['rows']:,} rows, {found['prompts']:,} different prompts "
+            f"of {found['shortest']} to {found['longest']} tokens")
+    if groups := work.ours["probe_groups"]:
+        seen["probe"] = tried = probe(work.net, work.tokenizer, work.rows, work.ours["reward_funcs"], groups,
+                                      hyper["num_generations"], hyper["temperature"], hyper["max_completion_length"])
+        text += f"; tried first: {tried['silent']} of {tried['groups']} groups silent, mean reward {tried['reward']:.2f}"
+    tell(text)
+    return seen
 
 @contextlib.contextmanager
-def _reference(net, folder: Path, beta: float, peft_config):
-    "For a KL term TRL loads the start again, by its name on disk; a merged adapter bears its base's name. So write down what we start from."
-    if not beta or peft_config is not None: yield; return
-    name, place = net.config._name_or_path, folder / "reference"
-    net.save_pretrained(place); net.config._name_or_path = str(place)
+def _reference(work: Work):
+    "For a KL term TRL loads the start again, by its name on disk; a merged adapter keeps its base's name. So save what we start from."
+    if not work.args.beta or work.ours["peft_config"] is not None:
+        yield
+        return
+    name, place = work.net.config._name_or_path, work.folder / "reference"
+    work.net.save_pretrained(place)
+    work.net.config._name_or_path = str(place)
     try: yield
-    finally: net.config._name_or_path = name; shutil.rmtree(place, ignore_errors=True)
-
-def _trainer(net, tokenizer, rows: list[dict], reward_funcs: list, folder: Path, method: str, args, peft_config):
-    "TRL's trainer for `method`, with everything that a run needs."
-    from datasets import Dataset
-    net.generation_config.eos_token_id, args.output_dir = stop_ids(tokenizer), str(folder)
-    with _reference(net, folder, args.beta, peft_config):
-        return _trainers(method)[1](net, list(reward_funcs), args, Dataset.from_list(rows), processing_class=tokenizer,
-                                    peft_config=copy.deepcopy(peft_config))
+    finally:
+        work.net.config._name_or_path = name
+        shutil.rmtree(place, ignore_errors=True)
 
 # %% ../nbs/09_rl.ipynb #770395e7
+def _trainer(trainer: str) -> Callable:
+    "Build TRL's trainer of that name."
+    def build(work: Work):
+        from datasets import Dataset
+        work.net.generation_config.eos_token_id = stop_ids(work.tokenizer)
+        with _reference(work):
+            return upstream(trainer)(work.net, list(work.ours["reward_funcs"]), work.args, Dataset.from_list(work.data),
+                                     processing_class=work.tokenizer, peft_config=copy.deepcopy(work.ours["peft_config"]))
+    return build
+
+GRPO = Method(
+    name="grpo", about="Reinforce by a reward: each reply against its siblings (GRPO).",
+    example="llmcourse grpo --data problems.jsonl --model runs/sft --steps 100 --r 16",
+    title="Reinforced by a reward", config="GRPOConfig", model="tutor/sft", own="llmcourse.checkpoints.grpo_rows", take=problem_rows, defaults=grpo_defaults, look=_look, trainer=_trainer("GRPOTrainer"),
+    settings=dict(reward_funcs=[exact_reward], probe_groups=8), fixed=dict(chat_template_kwargs={"date_string": DATE}), shows="reward")
+RLOO = replace(GRPO, name="rloo", about="Reinforce by a reward: each reply against the mean of the others (RLOO).",
+               example="llmcourse rloo --data problems.jsonl --model runs/sft --steps 100",
+               config="RLOOConfig", defaults=rl_defaults, trainer=_trainer("RLOOTrainer"))
+
+# %% ../nbs/09_rl.ipynb #c3a1e9d2
 def grpo(
-    rows,                               # problems or chats with an `answer`, or the path of a JSONL file of them
+    rows,                               # problems or chats with an `answer`: a file in any usual form, or rows in memory
     output: str | Path,                 # the run folder; an earlier run there is replaced
-    model: str | Path = "tutor/sft",    # where to start: `tutor/NAME`, a folder, or a Hub name
+    model: str | Path | None = None,    # `tutor/NAME`, a folder, or a Hub name; by default tutor/sft, on a GPU scale the scale's own
     reward_funcs=exact_reward,          # one function or a list of them, (completions, **columns) → list of floats
     scale: str = "cpu",                 # a section of settings.ini
     method: str = "grpo",               # or "rloo"
     peft_config=None,                   # a `peft.LoraConfig`: train an adapter; None: train all weights
-    seed: int = 42,
-    probe_groups: int = 8,              # groups to sample before training; 0: do not look
-    **overrides,                        # spelled as in `trl.GRPOConfig`: learning_rate, max_steps, num_generations, …
+    seed: int = 42,                     # of sampling and data order
+    callbacks=(),                       # transformers' `TrainerCallback`s
+    **options,                          # probe_groups (0: do not look), of `loading.SETTINGS`, or spelled as in `trl.GRPOConfig`
 ) -> Path:                              # the run folder: weights, tokenizer, train.jsonl, metrics.jsonl, run.yaml, README.md
     "Reinforcement learning with TRL. Raises `UserError` for rows, names or rewards that cannot work, before anything is trained."
     funcs = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
-    dial, rows, output = read_scale(scale), _rows(rows, funcs), check_output(output, model)
-    exact = dict(dtype="float32") if peft_config is None or dial["device"] == "cpu" else {}   # full: weights in float32, autocast on top
-    set_seed(seed)
-    with quiet():
-        net, tokenizer = load(model, scale, **exact)
-        hyper = defaults(dial, net.num_parameters(), peft_config is not None, method, **overrides)
-        args, keep = _config(method, hyper, rows, seed, dial["device"]), hyper["save_strategy"] != "no"
-        need_space(output.parent, (5 + keep * (36 if peft_config is None else 2)) * net.num_parameters())
-        before = _before(net, tokenizer, rows, funcs, probe_groups, method, hyper)
-        hyper |= dict(probe_groups=probe_groups, reward_funcs=[f"{f.__module__}.{f.__qualname__}" for f in funcs],
-                      peft_config=lora_fields(peft_config))
-        plan = dict(method=method, model=base_name(model), model_hash=weights_hash(model), data_hash=rows_hash(rows),
-                    seed=seed, scale=scale, hyperparameters=hyper)
-        with run_folder(output, plan, keep) as folder:
-            write_jsonl(folder / "train.jsonl", rows)
-            log, seconds = fit(_trainer(net, tokenizer, rows, funcs, folder, method, args, peft_config), folder, method.upper(), "reward")
-            finish(folder, plan, log, seconds=seconds, before=before)
-    return output
-
-# %% ../nbs/09_rl.ipynb #21b3de12
-def rerun(
-    card: str | Path,       # a run folder, or its run.yaml
-    output: str | Path,     # where the repeated run goes
-    reward_funcs=None,      # needed only if the run's reward was written in a notebook
-) -> Path:                  # the new run folder
-    "Repeat an RL run from its card. Raises `UserError` if the model, the data or the reward are no longer what they were."
-    fields, data = open_card(card, ("grpo", "rloo"))
-    hyper = dict(fields["hyperparameters"])
-    peft_config, names = adapter(hyper.pop("peft_config", None)), hyper.pop("reward_funcs")
-    return grpo(data, output, fields["model"], reward_funcs or [_find(n) for n in names], fields["scale"], fields["method"],
-                peft_config, fields["seed"], **hyper)
+    entry = {"grpo": GRPO, "rloo": RLOO}[choose(method, ("grpo", "rloo"), "method")]
+    return train(entry, rows, output, model, scale, seed, callbacks, reward_funcs=funcs, peft_config=peft_config, **options)

@@ -4,22 +4,22 @@
 
 # %% ../nbs/06_sft.ipynb #79b398e3
 from __future__ import annotations
-import copy, difflib, warnings
+import copy, warnings
 from importlib.util import find_spec
 from pathlib import Path
-from .core import check_messages, choose, model_path, need_space, set_seed, UserError, write_jsonl, scale as read_scale
-from .data import DATE, XRay, _draw, _spans, canonical, detect, end_ids, side, tokenize, xray
-from .files import numbered
-from .models import load, weights_hash
+from .core import UserError, check_messages
+from .data import end_ids, tokenize
+from .progress import tell
+from .resume import seeded_batches
+from .rows import Row
+from .training import Method, Work, train, upstream
 from .tutor import has_bf16
-from .runs import (
-    adapter, base_name, check_output, finish, fit, lora_fields, open_card, positive, quiet, rehearse, rows_hash, run_folder, tell)
 
 # %% auto #0
-__all__ = ['preflight', 'hyperparameters', 'sft', 'rerun']
+__all__ = ['SFT', 'check_labels', 'sft_defaults', 'sft']
 
 # %% ../nbs/06_sft.ipynb #240a9a67
-def preflight(
+def check_labels(
     tokenizer,
     rows: list[dict],               # {"input_ids", "labels"}
     max_length: int | None = None,  # tokens; longer rows lose their end
@@ -44,196 +44,76 @@ def preflight(
     return dict(rows=len(rows), tokens=sum(len(r["input_ids"]) for r in rows), trained=len(labels), too_long=long)
 
 # %% ../nbs/06_sft.ipynb #1c223105
-def hyperparameters(
+def sft_defaults(
     dial: dict,        # from `core.scale`
     parameters: int,   # weights of the model
-    lora: bool,        # is an adapter trained, and not the model?
-    **overrides,       # spelled as in `trl.SFTConfig`
-) -> dict:             # for `SFTConfig`
-    "Our defaults for SFT, then `overrides`. Raises `UserError` for a name that `SFTConfig` does not have."
-    from trl import SFTConfig
-    fields = SFTConfig.__dataclass_fields__
-    for name in overrides:
-        close = difflib.get_close_matches(name, fields, 1)
-        if name not in fields:
-            raise UserError(f"SFTConfig has no {name!r}{f': did you mean {close[0]!r}?' if close else '.'} "
-                            "Names are spelled as in trl.SFTConfig")
-    rates, gpu = ((4e-3, 1e-3) if parameters < 1e8 else (2e-4, 2e-5)), dial["device"] != "cpu"
-    ours = dict(learning_rate=rates[0 if lora else 1], num_train_epochs=1, lr_scheduler_type="cosine", warmup_steps=0.1,
-                optim="adamw_torch_fused", weight_decay=0.0, max_grad_norm=1.0,
-                per_device_train_batch_size=dial["batch_size"], gradient_accumulation_steps=dial["grad_accum"],
-                max_length=dial["max_length"], assistant_only_loss=True, packing=False, gradient_checkpointing=gpu,
-                bf16=dial["dtype"] == "bfloat16" if gpu else has_bf16(), fp16=dial["dtype"] == "float16",
-                train_sampling_strategy="random" if gpu else "group_by_length", logging_steps=5,
-                use_liger_kernel=gpu and find_spec("liger_kernel") is not None,
-                save_strategy="steps" if gpu or "save_steps" in overrides else "no", save_steps=100)
-    return positive(ours | overrides)
+    adapter: bool,     # is an adapter trained, and not the model?
+) -> dict:             # fields of `trl.SFTConfig`
+    "Our hyperparameters for SFT."
+    gpu = dial["device"] != "cpu"
+    rates = (4e-3, 1e-3) if parameters < 1e8 else (2e-4, 2e-5)   # an adapter's, all weights'
+    return dict(
+        learning_rate=rates[0 if adapter else 1], num_train_epochs=1, lr_scheduler_type="cosine", warmup_steps=0.1,
+        optim="adamw_torch_fused", weight_decay=0.0, max_grad_norm=1.0,
+        per_device_train_batch_size=dial["batch_size"], gradient_accumulation_steps=dial["grad_accum"],
+        max_length=dial["max_length"], assistant_only_loss=True, packing=False, gradient_checkpointing=gpu,
+        bf16=dial["dtype"] == "bfloat16" if gpu else has_bf16(), fp16=dial["dtype"] == "float16",
+        train_sampling_strategy="random" if gpu else "group_by_length", logging_steps=5,
+        use_liger_kernel=gpu and find_spec("liger_kernel") is not None,
+        save_strategy="steps" if gpu else "no", save_steps=100)
 
 # %% ../nbs/06_sft.ipynb #c9990de1
-def _rows(rows) -> tuple[list[dict], list[str]]:
-    "Conversations to train on, from any form that `data` knows, each one checked, and the place of each; rows of another `split` are left out."
-    kept, forms, others = [], set(), 0
-    for place, row in numbered(rows):
-        form, row = detect(row, place), canonical(row, place)
-        if forms and form not in forms:
-            tell(f"SFT: {place}: the form {form} among {', '.join(sorted(forms))}. Is that meant? "
-                 "Look with: llmcourse data check")
-        forms.add(form)
-        if "messages" not in row:
-            raise UserError(f"{place}: a row of the form {form}, and SFT takes one answer a row. "
+def _take(rows: list[Row], ours: dict) -> list[dict]:
+    "Conversations whose last turn is the assistant's. Raises `UserError` at the first row that is none."
+    for row in rows:
+        if "messages" not in row.data:
+            raise UserError(f"{row.place}: a row of the form {row.form}, and SFT takes one answer a row. "
                             "Give the better one alone, or train on preferences")
-        check_messages(row["messages"], place)
-        try: other = row.get("split") and side(row) != "train"
-        except UserError as e: raise UserError(f"{place}: {e}") from None
-        if other: others += 1
-        else: kept.append((place, row))
-    if others: tell(f"SFT: {others:,} rows of other splits than train are left out")
-    if not kept: raise UserError(f"{place}: all rows are of other splits than train, so none is left to train on")
-    return [row for _, row in kept], [place for place, _ in kept]
+        check_messages(row.data["messages"], row.place)
+    return [row.data for row in rows]
 
-def _encode(tokenizer, rows: list[dict], places: list[str], hyper: dict) -> list[dict]:
-    "Tokenize and check every row. Raises `UserError` that names the row at which the template or the tokenizer gives up."
+def _encode(work: Work) -> list[dict]:
+    "Tokens and labels of every row. Raises `UserError` that names the row at which the chat template gives up."
     from jinja2 import TemplateError
-    encoded = []
-    for row, place in zip(rows, places):
-        try: encoded.append(tokenize(tokenizer, row["messages"], hyper["assistant_only_loss"], row.get("tools")))
-        except TemplateError as e: raise UserError(f"{place}: the model's chat template refuses this conversation: {e}") from None
-    seen = preflight(tokenizer, encoded, hyper["max_length"])
-    tell(f"SFT: {seen['rows']:,} rows, {seen['tokens']:,} tokens, {seen['trained'] / seen['tokens']:.0%} of them trained")
+    encoded, masked = [], work.hyper["assistant_only_loss"]
+    for row, place in zip(work.rows, work.places):
+        try: encoded.append(tokenize(work.tokenizer, row["messages"], masked, row.get("tools")))
+        except TemplateError as e:
+            raise UserError(f"{place}: the model's chat template refuses this conversation: {e}") from None
     return encoded
 
 # %% ../nbs/06_sft.ipynb #8fa76a9c
-def _start(engine: str, model, scale: str, dial: dict, seed: int, peft_config, quantization_config, loftq: bool) -> tuple:
-    "The model to train and its tokenizer; Unsloth's carries its adapter already. Raises `UserError` where Unsloth is not to be had."
-    how = _weights(dial, peft_config, quantization_config, loftq)
-    if choose(engine, ("trl", "unsloth"), "engine") == "trl": return load(model, scale, **how)
-    if dial["device"] == "cpu": raise UserError('engine "unsloth" needs a GPU. Choose a scale such as t4, or engine="trl"')
-    try: from unsloth import FastLanguageModel
-    except ImportError:
-        raise UserError('engine "unsloth" is not installed. pip install unsloth, or choose engine="trl"') from None
-    net, tokenizer = FastLanguageModel.from_pretrained(
-        str(model_path(model)), max_seq_length=dial["max_length"], trust_remote_code=False, random_state=seed,
-        load_in_4bit=quantization_config is not None, full_finetuning=peft_config is None)
-    if peft_config is None: return net, tokenizer
-    fields = {k: v for k, v in lora_fields(peft_config).items()
-              if k in ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "target_modules") and v != "all-linear"}
-    return FastLanguageModel.get_peft_model(net, random_state=seed, **fields), tokenizer
+def _look(work: Work) -> dict:
+    "What there is to train; said in one line, and kept on the card."
+    seen = check_labels(work.tokenizer, work.data, work.hyper["max_length"])
+    tell(f"SFT: {seen['rows']:,} rows, {seen['tokens']:,} tokens, {seen['trained'] / seen['tokens']:.0%} of them trained")
+    return seen
 
-def _weights(dial: dict, peft_config, quantization_config, loftq: bool) -> dict:
-    "How to load the weights, for `load`. Raises `UserError` for settings that do not go together."
-    if quantization_config and peft_config is None:
-        raise UserError("weights of 4 or 8 bits cannot be trained. Give peft_config=lora_config(): the adapter is what learns")
-    if loftq and not getattr(quantization_config, "load_in_4bit", False):
-        raise UserError("loftq makes up for rounding to 4 bits. "
-                        "Give quantization_config=BitsAndBytesConfig(load_in_4bit=True)")
-    # full: weights in float32, autocast on top
-    exact = dict(dtype="float32") if peft_config is None or dial["device"] == "cpu" else {}
-    return exact | (dict(quantization_config=quantization_config) if quantization_config else {})
-
-# %% ../nbs/06_sft.ipynb #0af1823e
-def _freeze(net, layers: int) -> None:
-    "Let only the last blocks learn."
-    blocks = getattr(getattr(net, "model", net), "layers", [])
-    if not 0 < layers <= len(blocks): raise UserError(f"freeze_trainable_layers={layers}: the model has {len(blocks)} blocks")
-    net.requires_grad_(False)
-    for block in blocks[-layers:]: block.requires_grad_(True)
-
-def _loftq(net, model: str | Path, scale: str) -> None:
-    "Set A and B to the best guess, of their rank, of what rounding has taken from each weight: the SVD of the rest (Li et al. 2023, section 3.2, one round)."
-    import torch
-    from bitsandbytes.functional import dequantize_4bit
-    whole = dict(load(model, scale, dtype="float32")[0].named_modules())
-    for name, layer in net.get_base_model().named_modules():
-        if not hasattr(layer, "lora_A"): continue
-        a, b, packed = layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.base_layer.weight
-        rest = whole[name].weight.float() - dequantize_4bit(packed.data, packed.quant_state).to(whole[name].weight.device).float()
-        u, s, v = torch.linalg.svd(rest, full_matrices=False)
-        root = (s[:len(a)] / layer.scaling["default"]).sqrt()
-        a.data, b.data = (root[:, None] * v[:len(a)]).to(a), (u[:, :len(a)] * root).to(b)
-
-def _bits(config) -> dict | None:
-    "A `BitsAndBytesConfig` as plain values, for the card."
-    if config is None: return None
-    return {k: v for k, v in config.to_diff_dict().items() if isinstance(v, (bool, int, float, str)) and not k.startswith("_")}
-
-# %% ../nbs/06_sft.ipynb #53eb7b7d
-def _grouped(seed: int):
-    "TRL's `SFTTrainer`, whose batches of equally long rows depend on seed and epoch alone, so that a resumed run sees the same ones."
-    import torch
-    from transformers.trainer_pt_utils import LengthGroupedSampler
-    from trl import SFTTrainer
-    class Sampler(LengthGroupedSampler):
-        epoch = 0
-        def set_epoch(self, epoch): self.epoch = epoch
-        def __iter__(self):
-            self.generator = torch.Generator().manual_seed(seed + self.epoch)
-            return super().__iter__()
-    class Trainer(SFTTrainer):
-        def _get_train_sampler(self, train_dataset=None):
-            if self.args.train_sampling_strategy != "group_by_length": return super()._get_train_sampler(train_dataset)
-            return Sampler(self.args.train_batch_size * self.args.gradient_accumulation_steps,
-                           lengths=[len(ids) for ids in self.train_dataset["input_ids"]])
-    return Trainer
-
-def _trainer(net, tokenizer, encoded: list[dict], folder: Path, hyper: dict, peft_config, seed: int, device: str):
-    "TRL's `SFTTrainer`, with everything that a run needs."
+def _trainer(work: Work):
+    "TRL's `SFTTrainer` on our labels."
     from datasets import Dataset
-    from trl import SFTConfig
-    if device == "cpu":
-        net.set_attn_implementation("eager")              # short rows: the backward pass of the fused kernel is slower on a CPU
-    settings = dict(output_dir=str(folder), seed=seed, data_seed=seed, use_cpu=device == "cpu",
-                    report_to="none", disable_tqdm=True)
-    settings |= hyper | {"assistant_only_loss": False}    # our labels say it already
-    try: args = SFTConfig(**settings)
-    except (TypeError, ValueError) as e: raise UserError(f"SFTConfig: {e}") from e
-    return _grouped(seed)(
-        net, args=args, train_dataset=Dataset.from_list(encoded), processing_class=tokenizer,
-        peft_config=None if hasattr(net, "peft_config") else copy.deepcopy(peft_config))   # PEFT writes into the one it is given
+    if work.dial["device"] == "cpu": work.net.set_attn_implementation("eager")   # faster backward on short rows
+    adapter = None if hasattr(work.net, "peft_config") else copy.deepcopy(work.ours["peft_config"])   # PEFT writes into it
+    return seeded_batches(upstream("SFTTrainer"), work.run.seed)(
+        work.net, args=work.args, train_dataset=Dataset.from_list(work.data), processing_class=work.tokenizer, peft_config=adapter)
+
+SFT = Method(
+    name="sft", about="Fine-tune on chats (supervised), by LoRA unless --full.",
+    example="llmcourse sft --data chats.jsonl --model ./my-llama --scale t4 --save-steps 100",
+    title="A supervised fine-tune", config="SFTConfig", model="tutor/base", r=16, own="llmcourse.checkpoints.sft_rows",
+    take=_take, defaults=sft_defaults, encode=_encode, look=_look, trainer=_trainer,
+    fixed=dict(assistant_only_loss=False))   # our labels say already what is trained
 
 # %% ../nbs/06_sft.ipynb #bf0bc45a
 def sft(
-    rows,                               # conversations, {"messages": […]} each, or a file of them in any form that `llmcourse.data` reads
+    rows,                               # a file in any usual form, a data set on the Hub, or rows in memory
     output: str | Path,                 # the run folder; an earlier run there is replaced
-    model: str | Path = "tutor/base",   # `tutor/NAME`, a folder, or a Hub name
+    model: str | Path | None = None,    # `tutor/NAME`, a folder, or a Hub name; by default tutor/base, on a GPU scale the scale's own
     scale: str = "cpu",                 # a section of settings.ini
     peft_config=None,                   # a `peft.LoraConfig`: train an adapter; None: train all weights
-    seed: int = 42,
-    quantization_config=None,           # a `transformers.BitsAndBytesConfig`: hold the base in 4 or 8 bits under the adapter (QLoRA)
-    engine: str = "trl",                # or "unsloth": the same trainer on Unsloth's model, on a GPU where it is installed
-    loftq: bool = False,                # with 4 bits: begin with the adapter that makes up for the rounding (Li et al. 2023, LoftQ)
-    freeze_trainable_layers: int = 0,   # without an adapter: train the last so many blocks only; 0: all
-    callbacks=(),                       # transformers' `TrainerCallback`s, such as `runs.live_plot()`
-    **overrides,                        # spelled as in `trl.SFTConfig`: learning_rate, save_steps, report_to="wandb", …
+    seed: int = 42,                     # of data order, dropout and new weights
+    callbacks=(),                       # transformers' `TrainerCallback`s, such as `progress.live_plot()`
+    **options,                          # of `loading.SETTINGS`, or spelled as in `trl.SFTConfig`: learning_rate, save_steps …
 ) -> Path:                              # the run folder: weights, tokenizer, train.jsonl, metrics.jsonl, run.yaml, README.md
     "Supervised fine-tuning with TRL. Raises `UserError` for rows, names or a template that cannot work, before anything is trained."
-    dial, (rows, places), output = read_scale(scale), _rows(rows), check_output(output, model)
-    set_seed(seed)
-    with quiet():
-        net, tokenizer = _start(engine, model, scale, dial, seed, peft_config, quantization_config, loftq)
-        if freeze_trainable_layers: _freeze(net, freeze_trainable_layers)
-        hyper = hyperparameters(dial, net.num_parameters(), peft_config is not None, **overrides)
-        encoded, keep = _encode(tokenizer, rows, places, hyper), hyper["save_strategy"] != "no"
-        need_space(output.parent, (5 + keep * (36 if peft_config is None else 2)) * net.num_parameters())
-        ours = dict(peft_config=lora_fields(peft_config), quantization_config=_bits(quantization_config), engine=engine, loftq=loftq, freeze_trainable_layers=freeze_trainable_layers)
-        plan = dict(method="sft", model=base_name(model), model_hash=weights_hash(model), data_hash=rows_hash(rows), seed=seed, scale=scale, hyperparameters=hyper | ours)
-        with run_folder(output, plan, keep) as folder:
-            write_jsonl(folder / "train.jsonl", rows)
-            trainer = _trainer(net, tokenizer, encoded, folder, hyper, peft_config, seed, dial["device"])
-            if loftq: _loftq(trainer.model, model, scale)
-            rehearse(trainer)
-            finish(folder, plan, *fit(trainer, folder, "SFT", callbacks=callbacks))
-    return output
-
-# %% ../nbs/06_sft.ipynb #a33e119c
-def rerun(
-    card: str | Path,     # a run folder, or its run.yaml
-    output: str | Path,   # where the repeated run goes
-) -> Path:                # the new run folder
-    "Repeat a run from its card. Raises `UserError` if the model or the data are no longer what they were."
-    fields, data = open_card(card, ("sft",))
-    hyper = dict(fields["hyperparameters"])
-    peft_config, bits = adapter(hyper.pop("peft_config", None)), hyper.pop("quantization_config", None)
-    if bits:
-        from transformers import BitsAndBytesConfig
-        hyper["quantization_config"] = BitsAndBytesConfig(**bits)
-    return sft(data, output, fields["model"], fields["scale"], peft_config, seed=fields["seed"], **hyper)
+    return train(SFT, rows, output, model, scale, seed, callbacks, peft_config=peft_config, **options)

@@ -6,7 +6,8 @@ import sys
 import pytest
 
 from llmcourse import checkpoints as ck
-from llmcourse.core import read_card, weights
+from llmcourse.card import read_card
+from llmcourse.core import weights
 
 
 def by_task(rows):
@@ -56,8 +57,7 @@ def test_scores_of_an_unseen_draw():
 def test_cards_hold_scores_with_intervals():
     for name in ("base", "sft", "grpo", "rl"):
         card = read_card(weights() / name)
-        assert all(r["n"] >= 300 and r["low"] <= r["correct"] / r["n"] <= r["high"] for r in card["after"]), name
-        json.dumps(card)
+        assert all(r["n"] >= 300 and r["low"] <= r["correct"] / r["n"] <= r["high"] for r in card.after), name
 
 
 @pytest.mark.slow
@@ -65,8 +65,8 @@ def test_rebuilt_sft_lands_in_its_interval(tmp_path):
     "The supervised checkpoint is made again from the shipped base, with another seed, and scores like the shipped one."
     from llmcourse.lora import lora_config
     from llmcourse.sft import sft
-    sft(ck.sft_rows(7), tmp_path / "sft", model="tutor/base", seed=7, peft_config=lora_config(**ck.LORA), **ck.SFT)
-    new, old = by_task(ck.score_model(tmp_path / "sft", n=60, seed=5, progress=False)), by_task(read_card(weights() / "sft")["after"])
+    sft(ck.sft_rows(7), tmp_path / "sft", model="tutor/base", seed=7, peft_config=lora_config(**ck.LORA_RECIPE), **ck.SFT_RECIPE)
+    new, old = by_task(ck.score_model(tmp_path / "sft", n=60, seed=5, progress=False)), by_task(read_card(weights() / "sft").after)
     for task in ("add", "sub", "story1", "story2", "chat format"):
         assert new[task]["high"] >= old[task]["low"] - .05, (task, new[task], old[task])
 

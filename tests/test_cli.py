@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from llmcourse.cli import COMMANDS, main, parse, usage
+from llmcourse.cli import COMMANDS, command, main, usage
+from llmcourse.options import parse
 
 CHAT = {"messages": [{"role": "user", "content": "What is 12 plus 34?"}, {"role": "assistant", "content": "Answer: 46"}]}
 
@@ -34,7 +35,7 @@ def test_help_lists_every_command_and_option(capsys):
     assert all(f"  {name} " in said for name in COMMANDS)
     for name in COMMANDS:
         with pytest.raises(SystemExit) as stop:
-            parse(name, ["--help"])
+            parse(command(name), f"llmcourse {name}", ["--help"])
         said = capsys.readouterr().out
         assert stop.value.code == 0 and f"llmcourse {name}" in said
     assert "llmcourse COMMAND --help" in usage()
@@ -49,7 +50,7 @@ def test_help_lists_every_command_and_option(capsys):
     (["eval", "--model", "tutor/ftt"], "unknown checkpoint"),
     (["export", "--model", "./nowhere"], "no such folder"),
     (["export", "--quant", "Q9_9"], "Q9_9"),
-    (["train", "nowhere/run.yaml"], "no such run card"),
+    (["train", "nowhere/run.yaml"], "no run card there"),
     (["sft", "--data", "nowhere.jsonl"], "no such file"),
     (["sft", "--dat", "chats.jsonl"], "did you mean '--data'"),
     (["serve", "--prot=80"], "did you mean '--port'"),
@@ -153,13 +154,15 @@ def test_a_real_process_exits_with_2_and_no_traceback():
 
 def test_eval_leaves_rows_of_training_out(capsys, tmp_path):
     from llmcourse.cli import _exam
-    rows = [CHAT | {"split": s} for s in ("train", "test", "train")]
-    assert len(_exam(jsonl(tmp_path / "a.jsonl", *rows))) == 1
+    ask = lambda i: {"messages": [{"role": "user", "content": f"{i} plus {i}?"}, {"role": "assistant", "content": f"Answer: {2 * i}"}]}
+    rows = [ask(i) | {"split": s} for i, s in enumerate(("train", "test", "train"))]
+    assert len(_exam(jsonl(tmp_path / "a.jsonl", *rows), None)) == 1
     assert "2 rows of the split train are left out" in capsys.readouterr().err
-    assert "all rows are of the split train" in bad(capsys, "eval", "--data", jsonl(tmp_path / "b.jsonl", rows[0]))
-    assert "c.jsonl:2: unknown split 'tset'" in bad(capsys, "eval", "--data", jsonl(tmp_path / "c.jsonl", CHAT, CHAT | {"split": "tset"}))
+    assert "all rows are in train" in bad(capsys, "eval", "--data", jsonl(tmp_path / "b.jsonl", rows[0]))
+    assert "c.jsonl:2: unknown split 'tset'" in bad(capsys, "eval", "--data", jsonl(tmp_path / "c.jsonl", CHAT, ask(2) | {"split": "tset"}))
     (tmp_path / "d.csv").write_text("question;answer\n1+1?;2\n")
-    assert _exam(tmp_path / "d.csv") == [{"question": "1+1?", "answer": "2"}]
+    (row,) = _exam(tmp_path / "d.csv", None)
+    assert row["place"].endswith("d.csv:2") and [m["content"] for m in row["messages"]] == ["1+1?", "2"]
 
 
 def test_more_that_cannot_work(capsys, tmp_path, monkeypatch):
@@ -170,7 +173,7 @@ def test_more_that_cannot_work(capsys, tmp_path, monkeypatch):
     assert "max_steps" in bad(capsys, "grpo", "--steps", "0")
     assert "epochs" in bad(capsys, "data", "check", jsonl(tmp_path / "a.jsonl", CHAT), "--epochs", "-1")
     (tmp_path / "e.csv").write_text("question,answer\n1+1?,2\n2+2?,\n")
-    assert "e.csv:3: no 'answer'" in bad(capsys, "grpo", "--data", "e.csv")
+    assert "e.csv:3" in bad(capsys, "grpo", "--data", "e.csv")
 
 
 def test_a_leak_between_files_of_one_name(capsys, tmp_path):

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from llmcourse.core import UserError, file_hash, read_card, read_jsonl, scale, write_aside, write_card, write_jsonl
+from llmcourse.card import Run, read_card, write_card
+from llmcourse.core import UserError, file_hash, read_jsonl, scale, write_aside, write_jsonl
 
 
 def test_own_settings_win_key_by_key(tmp_path):
@@ -66,7 +67,7 @@ def test_bom_and_unicode_survive(tmp_path):
 
 
 def test_cards_are_strict(tmp_path):
-    write_card(tmp_path, method="sft", seed=1)
+    write_card(Run("sft", seed=1), tmp_path)
     (tmp_path / "run.yaml").write_text((tmp_path / "run.yaml").read_text() + "sead: 2\n")
     with pytest.raises(UserError, match="did you mean 'seed'"):
         read_card(tmp_path)

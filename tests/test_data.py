@@ -13,17 +13,21 @@ from jinja2 import TemplateError
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from llmcourse.core import UserError
-from llmcourse.data import (FORMATS, GALLERY, NearDuplicates, canonical, conversations, detect, dress, end_ids, from_messages, from_preference,
-                            opening, read, side, synthesize, text_faults, to_messages, to_pairs, to_preference, to_unpaired, tokenize,
-                            turn_faults, xray, xray_file)
+from llmcourse import rows as reader
+from llmcourse.data import GALLERY, NearDuplicates, dress, end_ids, synthesize, text_faults, to_pairs, tokenize, turn_faults, xray, xray_file
+from llmcourse.forms import FORMATS, canonical, detect, from_messages, from_preference, to_messages, to_preference, to_unpaired
 from llmcourse.datacheck import check_data
 from llmcourse.files import LONGEST, lines
 from llmcourse.models import load_tokenizer
+from llmcourse.rows import conversations, opening, side
 from llmcourse.tutor import problems, to_chat
 
 many = settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 user, said, system = (lambda t: {"role": "user", "content": t}), (lambda t: {"role": "assistant", "content": t}), (lambda t: {"role": "system", "content": t})
 CHAT = [user("What is 2+2?"), said("4")]
+
+
+def read(source, take="all", **options): return [row.data for row in reader.read(source, take, **options)]
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +204,7 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path):
     (tmp_path / "f.jsonl").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "a.jsonl").read_bytes().replace(b"\n", b"\r\n"))
     for path in sorted(tmp_path.iterdir()):
         assert read(path) == rows, path.name
-        assert read(path, "test") == rows[1:], path.name
+        assert read(path, "exam") == rows[1:], path.name
 
 
 @pytest.mark.parametrize("line,words", [
@@ -269,7 +273,7 @@ def test_the_split_is_the_same_in_every_process_and_honours_the_row():
     rows = [{"messages": [user(f"What is {i}?"), said("a")]} for i in range(2000)]
     sides = [side(r) for r in rows]
     assert 150 < sides.count("test") < 250
-    code = "from llmcourse.data import side; print([side({'messages': [{'role': 'user', 'content': f'What is {i}?'}]}) for i in range(50)])"
+    code = "from llmcourse.rows import side; print([side({'messages': [{'role': 'user', 'content': f'What is {i}?'}]}) for i in range(50)])"
     runs = {subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONHASHSEED": h}).stdout.strip() for h in "12"}
     assert runs == {str(sides[:50])}
     assert [side(rows[0] | {"split": s}) for s in ("test", "Train", "val", "validation", "dev")] == ["test", "train", "validation", "validation", "validation"]
@@ -500,6 +504,7 @@ import resource, sys
 from llmcourse.core import *
 from llmcourse.datacheck import check_data
 from llmcourse.models import load_tokenizer
+from llmcourse.rows import conversations, opening, side
 check_data(sys.argv[1], tokens_per_second=1)            # everything is imported and filled once
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 report = check_data(sys.argv[2], tokens_per_second=1)
@@ -563,11 +568,6 @@ def test_commands(tmp_path, capsys):
     assert main(["data", "check", str(tmp_path / "no.jsonl")]) == 2 and "no such file" in capsys.readouterr().err
     assert main(["xray", str(good), "--rows", "1"]) == 0 and "[<|eot_id|>]" in capsys.readouterr().out
     assert main(["xray", str(tmp_path / "no.jsonl")]) == 2
-
-
-def test_sft_still_exports_what_moved():
-    from llmcourse import data, sft
-    assert all(getattr(sft, n) is getattr(data, n) for n in ("DATE", "_draw", "_spans", "tokenize", "XRay", "xray"))
 
 
 def test_what_was_not_looked_at_is_said(tmp_path, monkeypatch):

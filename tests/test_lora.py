@@ -10,7 +10,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llmcourse.core import UserError, read_card, read_jsonl, set_seed, write_card
+from llmcourse.card import Run, read_card, write_card
+from llmcourse.core import UserError, read_jsonl, set_seed
 from llmcourse.evals import wilson
 from llmcourse.lora import linear_shapes, lora_config, lora_parameters, merge
 from llmcourse.models import load, weights_hash
@@ -46,7 +47,7 @@ def adapt(base, folder, card=True, **config):
         if "lora_B" in name: torch.nn.init.normal_(p, std=0.1)
     net.peft_config["default"].base_model_name_or_path = str(base)
     net.save_pretrained(folder)
-    if card: write_card(folder, method="sft", model=str(base), model_hash=weights_hash(base))
+    if card: write_card(Run("sft", model=str(base), model_hash=weights_hash(base)), folder)
     return folder
 
 
@@ -131,7 +132,7 @@ def test_merged_equals_adapter(shape, tmp_path, tokenizer):
     assert net.config.to_dict() == load(base)[0].config.to_dict() | {"_name_or_path": net.config._name_or_path}
     assert load(out)[1].get_vocab() == tokenizer.get_vocab() and load(out)[1].chat_template == tokenizer.chat_template
     card = read_card(out)
-    assert (card["method"], card["model_hash"], card["hyperparameters"]["dtype"]) == ("merge", weights_hash(base), "float32")
+    assert (card.method, card.model_hash, card.hyperparameters["dtype"]) == ("merge", weights_hash(base), "float32")
     assert not list(tmp_path.glob(".*")) and not list(out.glob("adapter*"))
 
 

@@ -4,7 +4,8 @@ import json
 import pytest
 
 from llmcourse.cli import main
-from llmcourse.core import read_card, set_seed
+from llmcourse.card import read_card
+from llmcourse.core import set_seed
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def tuned(place):
 
 
 def test_sft_then_eval(tuned, place, capsys):
-    assert read_card(tuned)["model"] == str(place / "model")
+    assert read_card(tuned).model == str(place / "model")
     assert main(["eval", "--model", str(tuned), "--data", str(place / "chats.jsonl"), "--json", "--output", str(place / "predictions.jsonl")]) == 0
     score = json.loads(capsys.readouterr().out)
     assert score[0]["n"] == 10 and score[0]["correct"] >= 9

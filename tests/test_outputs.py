@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from llmcourse.cli import main
-from llmcourse.core import UserError, model_path, write_aside, write_card, write_jsonl
+from llmcourse.card import Run, write_card
+from llmcourse.core import UserError, model_path, write_aside, write_jsonl
 from llmcourse.models import load_tokenizer
 
 
@@ -82,7 +83,7 @@ def test_predictions_do_not_replace_the_data(tmp_path, capsys):
 def test_a_card_is_not_written_over_another_yaml(tmp_path):
     (tmp_path / "run.yaml").write_text("services: {}")
     with pytest.raises(UserError, match="not an earlier result"):
-        write_card(tmp_path, method="sft")
+        write_card(Run("sft"), tmp_path)
 
 
 def test_what_appears_meanwhile_stays(tmp_path):

@@ -10,14 +10,21 @@ from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from llmcourse import rl
-from llmcourse.core import UserError, read_card, read_jsonl, set_seed
+from llmcourse.card import read_card
+from llmcourse.core import UserError, read_jsonl, set_seed
 from llmcourse.models import load, load_tokenizer
-from llmcourse.rl import LOSSES, advantages, as_batch, defaults, exact_reward, final_answer, grpo, grpo_loss, probe, rerun, token_logps
+from llmcourse.rl import (GRPO, LOSSES, RLOO, advantages, as_batch, exact_reward, final_answer, grpo, grpo_loss, probe, problem_rows, rl_defaults,
+                          token_logps)
+from llmcourse.methods import rerun
+from llmcourse.rows import read
 from llmcourse.core import scale as read_scale
 from llmcourse.tutor import is_right, new_model, problems, to_chat
 
 TINY = dict(max_steps=2, num_generations=4, per_device_train_batch_size=8, gradient_accumulation_steps=1, max_completion_length=6, learning_rate=1e-3, probe_groups=2, bf16=False)
 REPLIES = ["47+38: so 85. 85-29: so 56.\nAnswer: 56", "Answer: 5", "47+38: ones 7+8=15, carry 1", "so 56.\nAnswer: 56"]
+
+
+def taken(rows, rewards): return problem_rows(read(rows, "train"), {"reward_funcs": rewards})
 
 
 def vowels(completions, **columns): return [sum(c in "aeiou15" for c in rl.reply_text(x)) / 7 for x in completions]
@@ -205,8 +212,8 @@ def test_run_folder(run, tiny):
     assert {"model.safetensors", "config.json", "tokenizer.json", "train.jsonl", "metrics.jsonl", "run.yaml", "README.md"} <= {p.name for p in run.iterdir()}
     assert not list(run.glob("*.bin")) and not (run / "reference").exists()
     card = read_card(run)
-    assert card["method"] == "grpo" and card["model"] == str(tiny) and card["hyperparameters"]["reward_funcs"] == [f"{__name__}.vowels"]
-    assert card["before"]["probe"]["groups"] == 2 and card["hyperparameters"]["max_steps"] == 2
+    assert card.method == "grpo" and card.model == str(tiny) and card.settings["reward_funcs"] == [f"{__name__}.vowels"]
+    assert card.before["probe"]["groups"] == 2 and card.hyperparameters["max_steps"] == 2
     log = [r for r in read_jsonl(run / "metrics.jsonl") if "reward" in r]
     assert len(log) == 2 and all("frac_reward_zero_std" in r for r in log)
     load(run)
@@ -214,13 +221,13 @@ def test_run_folder(run, tiny):
 
 def test_rerun_gives_the_same_weights(run, tmp_path):
     again = rerun(run, tmp_path / "again")
-    assert read_card(again)["files"]["model.safetensors"] == read_card(run)["files"]["model.safetensors"]
+    assert read_card(again).files["model.safetensors"] == read_card(run).files["model.safetensors"]
     assert (again / "train.jsonl").read_text() == (run / "train.jsonl").read_text()
 
 
 def test_another_seed_gives_other_weights(run, tiny, rows, tmp_path):
     other = grpo(rows, tmp_path / "b", model=tiny, reward_funcs=vowels, seed=6, **TINY)
-    assert read_card(other)["files"]["model.safetensors"] != read_card(run)["files"]["model.safetensors"]
+    assert read_card(other).files["model.safetensors"] != read_card(run).files["model.safetensors"]
 
 
 def test_an_interrupted_run_goes_on_and_ends_the_same(tiny, rows, tmp_path):
@@ -233,7 +240,7 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(tiny, rows, tmp_path):
     again = grpo(rows, tmp_path / "a", reward_funcs=stops, **options)
     assert len(calls) == 3 + 2 and [p.name for p in tmp_path.iterdir()] == ["a"]
     straight = grpo(rows, tmp_path / "b", reward_funcs=stops, **options)
-    assert read_card(again)["files"]["model.safetensors"] == read_card(straight)["files"]["model.safetensors"]
+    assert read_card(again).files["model.safetensors"] == read_card(straight).files["model.safetensors"]
 
 
 def test_rerun_refuses_changed_data_and_foreign_cards(run, tmp_path):
@@ -244,14 +251,14 @@ def test_rerun_refuses_changed_data_and_foreign_cards(run, tmp_path):
     (copy / "train.jsonl").unlink()
     with pytest.raises(UserError, match="rows of this run are gone"): rerun(copy, tmp_path / "x")
     (copy / "run.yaml").write_text("method: sft\n")
-    with pytest.raises(UserError, match="not grpo or rloo"): rerun(copy, tmp_path / "x")
+    with pytest.raises(UserError, match="cannot be repeated"): rerun(copy, tmp_path / "x")
 
 
 def test_rerun_of_a_reward_that_cannot_be_imported(run, tmp_path):
     import shutil, yaml
     copy = shutil.copytree(run, tmp_path / "copy")
     card = yaml.safe_load((copy / "run.yaml").read_text())
-    card["hyperparameters"]["reward_funcs"] = ["__main__.mine"]
+    card["settings"]["reward_funcs"] = ["__main__.mine"]
     (copy / "run.yaml").write_text(yaml.safe_dump(card))
     with pytest.raises(UserError, match="cannot be imported"): rerun(copy, tmp_path / "x")
     assert (rerun(copy, tmp_path / "x", reward_funcs=[vowels]) / "run.yaml").is_file()
@@ -261,7 +268,7 @@ def test_rloo_lora_and_two_rewards(tiny, rows, tmp_path):
     from peft import LoraConfig
     config = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
     out = grpo(rows, tmp_path / "rloo", model=tiny, reward_funcs=[vowels, exact_reward], method="rloo", peft_config=config, **TINY)
-    assert read_card(out)["method"] == "rloo" and (out / "adapter_model.safetensors").is_file()
+    assert read_card(out).method == "rloo" and (out / "adapter_model.safetensors").is_file()
     assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == str(tiny)
     load(out)
 
@@ -298,19 +305,19 @@ def test_rows_that_cannot_work(tiny, tmp_path, bad, message):
 def test_rows_keep_what_rewards_need(tmp_path):
     chats = [to_chat(p) for p in problems(2, 1, ["add"])]
     want = [p["answer"] for p in problems(2, 1, ["add"])]
-    assert [r["answer"] for r in rl._rows(chats, [exact_reward])] == want
+    assert [r["answer"] for r in taken(chats, [exact_reward])] == want
     own = [{"messages": c["messages"]} for c in chats]                      # the answer is what the assistant's turn ends in
-    assert [r["answer"] for r in rl._rows(own, [exact_reward])] == want
-    assert all(r["prompt"][-1]["role"] == "user" for r in rl._rows(own, [exact_reward]))
+    assert [r["answer"] for r in taken(own, [exact_reward])] == want
+    assert all(r["prompt"][-1]["role"] == "user" for r in taken(own, [exact_reward]))
     mixed = [{"question": "a", "answer": 1, "level": 2}, {"question": "b", "answer": "x", "level": "hard"}]
-    assert rl._rows(mixed, [exact_reward]) == [{"prompt": [{"role": "user", "content": q}], "answer": a} for q, a in (("a", "1"), ("b", "x"))]
+    assert taken(mixed, [exact_reward]) == [{"prompt": [{"role": "user", "content": q}], "answer": a} for q, a in (("a", "1"), ("b", "x"))]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in [chats[0], {"messages": chats[1]["messages"][:-1]}]))
-    with pytest.raises(UserError, match="rows.jsonl:2: no 'answer'"): rl._rows(path, [exact_reward])
+    with pytest.raises(UserError, match="rows.jsonl:2: no 'answer'"): taken(path, [exact_reward])
 
 
 def test_rows_of_other_forms(tmp_path):
-    asked = lambda rows: [(r["prompt"][-1]["content"], r["answer"]) for r in rl._rows(rows, [exact_reward])]
+    asked = lambda rows: [(r["prompt"][-1]["content"], r["answer"]) for r in taken(rows, [exact_reward])]
     assert asked([{"question": "How many?", "answer": "3 * 400 = 1,200\n#### 1,200"}]) == [("How many?", "1200")]    # GSM8K
     assert asked([{"prompt": "1+1?", "answer": 2}]) == [("1+1?", "2")]
     assert asked([{"instruction": "1+1?", "output": "ones 1+1=2\nAnswer: 2"}]) == [("1+1?", "2")]                    # Alpaca
@@ -327,7 +334,7 @@ def test_a_reward_without_spread_is_refused_before_training(tiny, rows, tmp_path
 
 def test_probe_counts(tiny, rows):
     model, tokenizer = load(tiny)
-    ready = rl._rows(rows, [vowels])
+    ready = taken(rows, [vowels])
     def some(completions, prompts, **kw): return [float(i % 2) if p == prompts[0] else 1.0 for i, p in enumerate(prompts)]
     assert probe(model, tokenizer, ready, [some], groups=4, num_generations=2, max_new_tokens=2) == dict(groups=4, silent=3, reward=0.875, best=1.0)
 
@@ -346,7 +353,7 @@ def test_defaults_fill_64_replies_at_every_scale():
     for scale in ("cpu", "t4", "a100"):
         for lora in (True, False):
             for method in ("grpo", "rloo"):
-                d = defaults(read_scale(scale), 10**9, lora, method)
+                d = {"grpo": GRPO, "rloo": RLOO}[method].defaults(read_scale(scale), 10**9, lora)
                 assert d["per_device_train_batch_size"] * d["gradient_accumulation_steps"] == 64
-    assert defaults(read_scale("cpu"), 3e6)["learning_rate"] > 10 * defaults(read_scale("cpu"), 1e9)["learning_rate"]
-    assert defaults(read_scale("t4"), 1e9)["fp16"] and not defaults(read_scale("t4"), 1e9)["bf16"]
+    assert rl_defaults(read_scale("cpu"), 3e6)["learning_rate"] > 10 * rl_defaults(read_scale("cpu"), 1e9)["learning_rate"]
+    assert rl_defaults(read_scale("t4"), 1e9)["fp16"] and not rl_defaults(read_scale("t4"), 1e9)["bf16"]

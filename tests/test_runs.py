@@ -7,17 +7,23 @@ import subprocess
 import sys
 import time
 import warnings
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
-from llmcourse.core import UserError, read_card, write_card
-from llmcourse.runs import NEEDED, PLAN, adapter, check_checkpoint, drill, last_complete, positive, run_folder, seal
+from llmcourse.card import Run, read_card, write_card
+from llmcourse.core import UserError
+from llmcourse.drill import drill
+from llmcourse.rehearsal import rehearse
+from llmcourse.resume import NEEDED, check_checkpoint, last_complete, seal
+from llmcourse.runs import run_folder
+from llmcourse.training import positive
 from llmcourse.sft import sft
 from llmcourse.tutor import problems, to_chat
 
 ROWS = [{"messages": to_chat(p)["messages"]} for p in problems(20, 0, ("add", "story1"))]
-CARD = dict(method="sft", model="tutor/base", model_hash="a", data_hash="b", seed=1, scale="cpu", hyperparameters=dict(learning_rate=1e-3))
+CARD = Run("sft", "tutor/base", "a", "b", 1, "cpu", dict(learning_rate=1e-3))
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +59,7 @@ def sealed(place, step):
 
 
 def weights(folder):
-    return {k: v for k, v in read_card(folder)["files"].items() if k.endswith(".safetensors")}
+    return {k: v for k, v in read_card(folder).files.items() if k.endswith(".safetensors")}
 
 
 # checkpoints
@@ -123,7 +129,7 @@ def test_another_run_does_not_go_on_with_this_one(tmp_path, change):
         sealed(folder.parent, 5)
         raise KeyboardInterrupt
     field = next(iter(change["hyperparameters"].keys() - {"learning_rate"} or ["learning_rate"])) if "hyperparameters" in change else next(iter(change))
-    with pytest.raises(UserError, match=f"run.unfinished: an unfinished run with other settings .*{field}"), run_folder(tmp_path / "run", CARD | change, keep=True): pass
+    with pytest.raises(UserError, match=f"run.unfinished: an unfinished run with other settings .*{field}"), run_folder(tmp_path / "run", replace(CARD, **change), keep=True): pass
     with run_folder(tmp_path / "run", CARD, keep=True) as folder: assert last_complete(folder.parent / "checkpoints")
 
 
@@ -131,7 +137,7 @@ def test_another_run_does_not_go_on_with_this_one(tmp_path, change):
 def test_two_processes_do_not_write_one_run(tmp_path):
     with run_folder(tmp_path / "run", CARD, keep=True) as folder:
         sealed(folder.parent, 5)
-        code = f"from llmcourse.runs import run_folder; from pathlib import Path\nwith run_folder(Path({str(tmp_path / 'run')!r}), {CARD!r}, True): pass"
+        code = f"from llmcourse.card import Run; from llmcourse.runs import run_folder; from pathlib import Path\nwith run_folder(Path({str(tmp_path / 'run')!r}), {CARD!r}, True): pass"
         other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert other.returncode and "another process is training there" in other.stderr
         assert last_complete(folder.parent / "checkpoints")
@@ -143,7 +149,7 @@ def test_drill_to_the_bit(small, tmp_path):
     "Full training and an adapter with dropout, killed and paused at random moments, end in the weights of an uninterrupted run."
     for config in (None, lora()):
         place = tmp_path / "drill"      # the second drill finds what the first one left
-        results = drill(sft, place, kills=4, moments=time.time_ns(), **options(small, peft_config=config))
+        results = drill("sft", place, kills=4, moments=time.time_ns(), **options(small, peft_config=config))
         assert all(r["same"] for r in results), results
         assert all(r["exit"] in (-9, -15, 0, 75) for r in results)
 
@@ -156,8 +162,8 @@ def test_saving_changes_nothing(small, tmp_path):
 
 def test_going_on_after_ctrl_c_keeps_the_whole_log(small, tmp_path, monkeypatch):
     from transformers import TrainerCallback
-    from llmcourse import runs
-    made = runs.bar
+    from llmcourse import resume
+    made = resume.bar
 
     def bar(*words):
         class Stop(TrainerCallback):
@@ -167,10 +173,10 @@ def test_going_on_after_ctrl_c_keeps_the_whole_log(small, tmp_path, monkeypatch)
         monkeypatch.setattr(type(bar), "on_step_begin", Stop.on_step_begin)
         return bar
 
-    monkeypatch.setattr(runs, "bar", bar)
+    monkeypatch.setattr(resume, "bar", bar)
     with pytest.raises(KeyboardInterrupt): sft(output=tmp_path / "run", **options(small, logging_steps=1))
     assert last_complete(tmp_path / "run.unfinished/checkpoints").name == "step-000006"
-    monkeypatch.setattr(runs, "bar", made)
+    monkeypatch.setattr(resume, "bar", made)
     sft(output=tmp_path / "run", **options(small, logging_steps=1))
     steps = [json.loads(x)["step"] for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines() if "loss" in json.loads(x)]
     assert steps == list(range(1, 21))
@@ -179,17 +185,17 @@ def test_going_on_after_ctrl_c_keeps_the_whole_log(small, tmp_path, monkeypatch)
 
 
 def test_a_full_disk_loses_no_earlier_checkpoint(small, tmp_path, monkeypatch):
-    from llmcourse import runs
-    sealing = runs.seal
+    from llmcourse import resume
+    sealing = resume.seal
 
     def seal(folder, place, seconds=0):
         if place.name == "step-000009": raise OSError(28, "No space left on device")
         return sealing(folder, place, seconds)
 
-    monkeypatch.setattr(runs, "seal", seal)
+    monkeypatch.setattr(resume, "seal", seal)
     with pytest.raises(OSError): sft(output=tmp_path / "run", **options(small))
     assert last_complete(tmp_path / "run.unfinished/checkpoints").name == "step-000006"
-    monkeypatch.setattr(runs, "seal", sealing)
+    monkeypatch.setattr(resume, "seal", sealing)
     assert sft(output=tmp_path / "run", **options(small)).is_dir() and not (tmp_path / "run.unfinished").exists()
 
 
@@ -203,13 +209,13 @@ def test_the_command_pauses_with_code_75_and_goes_on(small, tmp_path):
     said = shot.communicate(timeout=60)[1]
     assert shot.returncode == 75 and "the same command goes on" in said
     done = subprocess.run([str(w) for w in words], capture_output=True, text=True)
-    assert done.returncode == 0 and read_card(tmp_path / "run")["seconds"] > 0
+    assert done.returncode == 0 and read_card(tmp_path / "run").seconds > 0
 
 
 # cards
 
 def test_a_card_with_a_misspelt_field_is_refused(small, tmp_path):
-    from llmcourse.sft import rerun
+    from llmcourse.methods import rerun
     run = sft(output=tmp_path / "run", **options(small, peft_config=lora()) | dict(max_steps=2, save_steps=50))
     text = (run / "run.yaml").read_text()
     for right, wrong in (("learning_rate", "learningrate"), ("lora_alpha", "lora_alfa"), ("hyperparameters:", "hyperparameter:"), ("peft_type: LORA", "peft_type: LORE")):
@@ -224,7 +230,7 @@ def trainer(small, tmp_path, rows=ROWS, net=None, **more):
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
     from llmcourse.models import load
-    from llmcourse.sft import tokenize
+    from llmcourse.data import tokenize
     model, tokenizer = load(small)
     settings = dict(output_dir=str(tmp_path), use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none", max_length=512) | more
     encoded = [tokenize(tokenizer, r["messages"]) for r in rows]
@@ -233,7 +239,6 @@ def trainer(small, tmp_path, rows=ROWS, net=None, **more):
 
 def test_a_sound_trainer_passes_and_stays_as_it_was(small, tmp_path):
     import torch
-    from llmcourse.runs import rehearse
     t = trainer(small, tmp_path)
     before, state = {k: v.clone() for k, v in t.model.state_dict().items()}, torch.get_rng_state()
     start = time.perf_counter()
@@ -244,7 +249,6 @@ def test_a_sound_trainer_passes_and_stays_as_it_was(small, tmp_path):
 
 
 def test_it_names_a_token_without_an_embedding(small, tmp_path):
-    from llmcourse.runs import rehearse
     t = trainer(small, tmp_path)
     t.model.resize_token_embeddings(200)
     with pytest.raises(UserError, match="vocabulary: the rows hold token .* 200 embeddings"): rehearse(t)
@@ -252,13 +256,11 @@ def test_it_names_a_token_without_an_embedding(small, tmp_path):
 
 @pytest.mark.parametrize("settings", [dict(max_steps=1, warmup_steps=1), dict(learning_rate=0.0), dict(num_train_epochs=1, per_device_train_batch_size=64, warmup_steps=0.1)])
 def test_it_names_a_schedule_that_never_learns(small, tmp_path, settings):
-    from llmcourse.runs import rehearse
     with pytest.raises(UserError, match="schedule: the learning rate is 0 in all"): rehearse(trainer(small, tmp_path, **settings))
     with pytest.warns(UserWarning, match="all 3 steps are warm-up"): rehearse(trainer(small, tmp_path, max_steps=3, warmup_steps=10))
 
 
 def test_it_names_frozen_weights_and_a_loss_that_is_no_number(small, tmp_path):
-    from llmcourse.runs import rehearse
     t = trainer(small, tmp_path)
     t.model.requires_grad_(False)
     with pytest.raises(UserError, match="gradient: no weight gets one"): rehearse(t)
@@ -269,7 +271,6 @@ def test_it_names_frozen_weights_and_a_loss_that_is_no_number(small, tmp_path):
 
 def test_it_names_what_to_change_when_memory_is_short(small, tmp_path, monkeypatch):
     import torch
-    from llmcourse.runs import rehearse
     t = trainer(small, tmp_path)
     def full(*args, **kwargs): raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
     monkeypatch.setattr(t.model, "forward", full)
@@ -278,7 +279,6 @@ def test_it_names_what_to_change_when_memory_is_short(small, tmp_path, monkeypat
 
 def test_packing_is_measured(small, tmp_path):
     "Packed rows give their own logits, or packing is refused: here the positions that tell the rows apart are lost."
-    from llmcourse.runs import rehearse
     t = trainer(small, tmp_path, packing=True)
     assert "logits as alone" in rehearse(t)["packing"]
     right = type(t.model).forward
@@ -307,7 +307,7 @@ ADAPTER = dict(r=8, lora_alpha=64, lora_dropout=0.5, target_modules=["q_proj"], 
 @pytest.fixture(scope="module")
 def base(small, tmp_path_factory):
     run = sft(ROWS, tmp_path_factory.mktemp("base") / "run", small, **BASE)
-    return read_card(run)["hyperparameters"], weights(run)
+    return read_card(run).hyperparameters, weights(run)
 
 
 def changed(name, value, hyper):
@@ -320,7 +320,7 @@ def test_a_field_of_the_card_decides(name, small, base, tmp_path):
     value = changed(name, (MATTERS | NOT)[name], hyper)
     run = sft(ROWS, tmp_path / "run", small, **BASE | value)
     card = read_card(run)
-    assert (card | card["hyperparameters"])[name] == value[name], "the card does not say it"
+    assert (asdict(card) | card.settings | card.hyperparameters)[name] == value[name], "the card does not say it"
     assert (weights(run) != before) == (name in MATTERS)
     if name != "optim": assert set(hyper) - {"peft_config", "quantization_config", "loftq", "freeze_trainable_layers"} - set(MATTERS) - set(NOT) <= {
         "num_train_epochs", "packing", "fp16", "save_strategy", "use_liger_kernel", "engine"}, "a new hyperparameter without a test"
@@ -330,7 +330,7 @@ def test_a_field_of_the_card_decides(name, small, base, tmp_path):
 def test_a_field_of_the_adapter_decides(name, small, tmp_path):
     from llmcourse.lora import lora_config
     one, other = (sft(ROWS, tmp_path / k, small, peft_config=lora_config(**dict(r=4, lora_alpha=8) | more), **BASE) for k, more in (("a", {}), ("b", {name: ADAPTER[name]})))
-    assert read_card(other)["hyperparameters"]["peft_config"][name] == ADAPTER[name] and weights(one) != weights(other)
+    assert read_card(other).settings["peft_config"][name] == ADAPTER[name] and weights(one) != weights(other)
 
 
 def test_other_rows_and_another_model_are_seen(small, base, tmp_path):

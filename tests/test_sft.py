@@ -6,9 +6,13 @@ import warnings
 import pytest
 import torch
 
-from llmcourse.core import UserError, read_card, read_jsonl, scale as read_scale
+from llmcourse.card import differences, read_card
+from llmcourse.core import UserError, read_jsonl, scale as read_scale
 from llmcourse.models import load, load_tokenizer, stop_ids
-from llmcourse.sft import _rows, hyperparameters, preflight, rerun, sft, tokenize, xray
+from llmcourse.data import tokenize, xray
+from llmcourse.methods import rerun
+from llmcourse.rows import read
+from llmcourse.sft import SFT, check_labels, sft, sft_defaults
 from llmcourse.tutor import has_bf16, problems, small_talk, to_chat
 
 ROWS = [{"messages": to_chat(p)["messages"]} for p in problems(4, 0, ("add", "sub", "story1", "story2"))]
@@ -50,7 +54,12 @@ def lora():
 
 
 def weights_hash(folder):
-    return [v for k, v in read_card(folder)["files"].items() if k.endswith(".safetensors")]
+    return [v for k, v in read_card(folder).files.items() if k.endswith(".safetensors")]
+
+
+def taken(rows):
+    found = read(rows, "train", "SFT")
+    return SFT.take(found, {}), [row.place for row in found]
 
 
 def losses(folder):
@@ -80,7 +89,7 @@ def test_chatml_trains_its_end_mark_and_not_the_newline_behind(own):
     own.chat_template, own.eos_token = CHATML, "<|im_end|>"
     row = tokenize(own, [{"role": "user", "content": "Hi!"}, {"role": "assistant", "content": "Hello!"}] * 2)
     assert own.decode([t for t in row["labels"] if t != -100]) == "Hello!<|im_end|>" * 2
-    assert preflight(own, [row])["trained"] == sum(l != -100 for l in row["labels"])
+    assert check_labels(own, [row])["trained"] == sum(l != -100 for l in row["labels"])
 
 
 def test_assistant_only_loss_off_trains_everything(tokenizer):
@@ -141,18 +150,18 @@ def test_eight_times_one_is_one_times_eight(other, tmp_path):
 
 # what is refused before anything is trained
 
-def test_preflight(tokenizer):
+def test_check_labels(tokenizer):
     good = [tokenize(tokenizer, r["messages"]) for r in ROWS]
-    assert preflight(tokenizer, good, 256) == dict(rows=16, tokens=sum(len(r["input_ids"]) for r in good), trained=sum(l != -100 for r in good for l in r["labels"]), too_long=0)
+    assert check_labels(tokenizer, good, 256) == dict(rows=16, tokens=sum(len(r["input_ids"]) for r in good), trained=sum(l != -100 for r in good for l in r["labels"]), too_long=0)
     ends = stop_ids(tokenizer)
     with pytest.raises(UserError, match="nothing would be trained"):
-        preflight(tokenizer, [r | {"labels": [-100] * len(r["labels"])} for r in good])
+        check_labels(tokenizer, [r | {"labels": [-100] * len(r["labels"])} for r in good])
     with pytest.raises(UserError, match="no end token"):
-        preflight(tokenizer, [r | {"labels": [-100 if l in ends else l for l in r["labels"]]} for r in good])
+        check_labels(tokenizer, [r | {"labels": [-100 if l in ends else l for l in r["labels"]]} for r in good])
     with pytest.raises(UserError, match=r"rows\[3\] begins with .* twice \(1 of 16"):
-        preflight(tokenizer, [{k: v[:1] + v for k, v in r.items()} if i == 3 else r for i, r in enumerate(good)])
+        check_labels(tokenizer, [{k: v[:1] + v for k, v in r.items()} if i == 3 else r for i, r in enumerate(good)])
     with pytest.warns(UserWarning, match=r"4 of 16 rows are longer than max_length=110"):
-        assert preflight(tokenizer, good, 110)["too_long"] == 4
+        assert check_labels(tokenizer, good, 110)["too_long"] == 4
 
 
 def test_the_collator_of_the_museum_is_caught(own):
@@ -162,8 +171,8 @@ def test_the_collator_of_the_museum_is_caught(own):
     rows = [{k: batch[k][i].tolist() for k in ("input_ids", "labels")} for i in range(len(ROWS))]
     assert xray(own, rows[0]).counts["end_trained"] == 0
     with pytest.raises(UserError, match="never learn to stop"):
-        preflight(own, rows)
-    assert preflight(own, [tokenize(own, r["messages"]) for r in ROWS])["rows"] == 16
+        check_labels(own, rows)
+    assert check_labels(own, [tokenize(own, r["messages"]) for r in ROWS])["rows"] == 16
 
 
 @pytest.mark.parametrize("rows,options,hint", [
@@ -248,7 +257,7 @@ def test_a_run_folder_is_whole(other, tmp_path, capfd):
                                                "chat_template.jinja", "train.jsonl", "metrics.jsonl", "run.yaml", "README.md"}
     assert read_jsonl(run / "train.jsonl") == ROWS and losses(run)[-1] < losses(run)[0]
     card = read_card(run)
-    assert card["method"] == "sft" and card["seed"] == 42 and card["hyperparameters"]["learning_rate"] == 1e-2 and card["seconds"] > 0
+    assert card.method == "sft" and card.seed == 42 and card.hyperparameters["learning_rate"] == 1e-2 and card.seconds > 0
     assert "base_model" in (run / "README.md").read_text()
     net, _ = load(run)
     assert net.config.num_key_value_heads == 3 and not net.config.tie_word_embeddings and net.config.rope_parameters["rope_type"] == "llama3"
@@ -263,10 +272,10 @@ def test_the_same_card_gives_the_same_weights(adapter, other, lora, tmp_path):
     third = sft(ROWS, tmp_path / "c", other, peft_config=lora if adapter else None, seed=8, learning_rate=3e-3, per_device_train_batch_size=4)
     assert weights_hash(first) == weights_hash(again) != weights_hash(third)
     a, b = read_card(first), read_card(again)
-    assert {k for k in a if a[k] != b[k]} <= {"seconds"}
+    assert differences(a, b) == [] and (a.files, a.before) == (b.files, b.before)
     assert lora.to_dict() == config, "the caller's config was changed"
     if adapter:
-        assert a["hyperparameters"]["peft_config"] == dict(
+        assert a.settings["peft_config"] == dict(
             peft_type="LORA", task_type="CAUSAL_LM", r=4, lora_alpha=8, lora_dropout=0.0, target_modules="all-linear", bias="none", use_rslora=False, use_dora=False)
 
 
@@ -285,13 +294,13 @@ def test_rerun_refuses_what_has_changed(other, tmp_path):
     with pytest.raises(UserError, match="model: changed since the run"):
         rerun(run, tmp_path / "again")
     (run / "run.yaml").write_text((run / "run.yaml").read_text().replace("method: sft", "method: grpo"))
-    with pytest.raises(UserError, match="not sft"):
+    with pytest.raises(UserError, match="changed since the run"):
         rerun(run, tmp_path / "again")
 
 
 def test_an_adapter_on_the_tutor_is_small_and_names_its_base(lora, tmp_path):
     run = sft(ROWS, tmp_path / "run", peft_config=lora, max_steps=2)
-    assert json.loads((run / "adapter_config.json").read_text())["base_model_name_or_path"] == "tutor/base" == read_card(run)["model"]
+    assert json.loads((run / "adapter_config.json").read_text())["base_model_name_or_path"] == "tutor/base" == read_card(run).model
     assert not (run / "model.safetensors").exists() and (run / "adapter_model.safetensors").stat().st_size < 1e6
     net, tokenizer = load(run)
     assert net.num_parameters() == load("tutor/base")[0].num_parameters() and tokenizer.chat_template
@@ -303,7 +312,7 @@ def test_a_file_of_rows_and_a_second_round(other, tmp_path):
     path.write_text("\n" + "".join(json.dumps(r | {"note": "x"}) + "\n" for r in ROWS))
     first = sft(path, tmp_path / "a", other, max_steps=2)
     second = sft(str(path), tmp_path / "b", first, max_steps=2)
-    assert read_card(second)["model_hash"] == weights_hash(first)[0]
+    assert read_card(second).model_hash == weights_hash(first)[0]
     assert read_jsonl(second / "train.jsonl")[0]["note"] == "x"
 
 
@@ -322,11 +331,10 @@ def test_pad_that_is_eos_still_trains_the_end(own, other, tmp_path):
 
 @pytest.mark.parametrize("name,bf16,fp16", [("cpu", has_bf16(), False), ("t4", False, True), ("a100", True, False)])
 def test_the_dial_decides_precision_and_size_decides_the_rate(name, bf16, fp16):
-    big = hyperparameters(read_scale(name), 8_000_000_000, lora=True)
+    big = sft_defaults(read_scale(name), 8_000_000_000, adapter=True)
     assert (big["bf16"], big["fp16"], big["gradient_checkpointing"]) == (bf16, fp16, name != "cpu")
     assert big["max_length"] == read_scale(name)["max_length"] and big["learning_rate"] == 2e-4
-    assert hyperparameters(read_scale(name), 2_000_000, lora=False)["learning_rate"] == 1e-3
-    assert hyperparameters(read_scale(name), 2_000_000, lora=True, learning_rate=5e-3, bf16=False)["learning_rate"] == 5e-3
+    assert sft_defaults(read_scale(name), 2_000_000, adapter=False)["learning_rate"] == 1e-3
 
 
 # methods, each one argument away
@@ -349,7 +357,7 @@ def test_a_method_learns_and_its_card_repeats_it(name, tmp_path):
     assert losses(run)[-1] < 0.6 * losses(run)[0]
     again = rerun(run, tmp_path / "again")
     assert weights_hash(run) == weights_hash(again)
-    assert read_card(run)["hyperparameters"] == read_card(again)["hyperparameters"]
+    assert read_card(run).hyperparameters == read_card(again).hyperparameters
 
 
 def test_frozen_blocks_do_not_move(tmp_path):
@@ -373,12 +381,12 @@ def test_loftq_begins_closer_to_the_whole_model(tmp_path):
     from peft import get_peft_model
     from transformers import BitsAndBytesConfig
     from llmcourse.lora import lora_config
-    from llmcourse.sft import _loftq
+    from llmcourse.loading import start_from_rounding
     ids = torch.tensor([tokenize(load_tokenizer("tutor/base"), ROWS[0]["messages"])["input_ids"]])
     want = load("tutor/base", dtype="float32")[0](input_ids=ids).logits
     def off(loftq):
         net = get_peft_model(load("tutor/base", dtype="float32", quantization_config=BitsAndBytesConfig(**NF4))[0], lora_config(r=32))
-        if loftq: _loftq(net, "tutor/base", "cpu")     # before the first forward pass, at which bitsandbytes may pack the weights anew
+        if loftq: start_from_rounding(net, "tutor/base", "cpu")     # before the first forward pass, at which bitsandbytes may pack the weights anew
         return (net(input_ids=ids).logits - want).square().mean().item()
     with torch.no_grad(): assert off(True) < 0.7 * off(False)
 
@@ -420,10 +428,10 @@ def test_rows_of_two_forms_in_either_order_train_the_same_and_are_told(tmp_path,
 
 def test_rows_of_another_split_are_left_out(capsys):
     rows = [row | {"split": s} for row, s in zip(ROWS, ("train", "test", "train"))]
-    kept, places = _rows(rows)
-    assert len(kept) == 2 and places == ["rows[0]", "rows[2]"] and "1 rows of other splits" in capsys.readouterr().err
-    with pytest.raises(UserError, match="none is left to train on"): _rows([ROWS[0] | {"split": "test"}])
-    with pytest.raises(UserError, match=r"rows\[0\].*preferences"): _rows([{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    kept, places = taken(rows)
+    assert len(kept) == 2 and places == ["rows[0]", "rows[2]"] and "1 rows of the split test are left out" in capsys.readouterr().err
+    with pytest.raises(UserError, match="none is left"): taken([ROWS[0] | {"split": "test"}])
+    with pytest.raises(UserError, match=r"rows\[0\].*preferences"): taken([{"prompt": "a", "chosen": "b", "rejected": "c"}])
 
 
 def test_a_call_of_a_tool_can_be_trained(own):
@@ -431,7 +439,7 @@ def test_a_call_of_a_tool_can_be_trained(own):
     call = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Bern"}'}}
     row = {"messages": [{"role": "user", "content": "Rain?"}, {"role": "assistant", "content": None, "tool_calls": [call]},
                         {"role": "tool", "content": "sun", "tool_call_id": "1"}, {"role": "assistant", "content": "Sun."}]}
-    (kept,), _ = _rows([row])
+    (kept,), _ = taken([row])
     own.chat_template = "{% for m in messages %}{{ m['content'] }}{% for c in m.tool_calls or [] %}{{ c.function.name }}{{ c.function.arguments | tojson }}{% endfor %}{{ eos_token }}{% endfor %}"
     assert '{"city": "Bern"}' in own.decode(tokenize(own, kept["messages"], assistant_only_loss=False)["input_ids"])
     from jinja2 import TemplateError
