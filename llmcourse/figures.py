@@ -58,13 +58,6 @@ def _stop(ax, name: str, here: bool):
     x = 6 + 71 * column
     y = 28 + 62 * row
     fill, ink, edge = TINT[part], INK, {}
-
-def _stop(ax, name: str, here: bool):
-    "One chapter of the pipeline: its number and its name, in a box that shows whether it is written and read now."
-    number, part, column, row = STOPS[name]
-    x = 6 + 71 * column
-    y = 28 + 62 * row
-    fill, ink, edge = TINT[part], INK, {}
     if here: fill, ink = DEEP[part], "white"
     if number not in CHAPTERS: fill, ink, edge = "white", FAINT, {"edgecolor": "#b0b0b0", "linestyle": "--"}
     box(ax, x, y, 60, 36, fill, **edge)
@@ -107,7 +100,8 @@ def _visible(piece: str) -> str:
 # %% ../nbs/workshop/figures.ipynb #c878065b
 def _wrapped(pieces: list[str], columns: int) -> list[tuple[int, int, str]]:
     "(line, column, text) of each token, so that none is broken; a token takes its characters and one column more."
-    line, column, out = 0, 0, []
+    line = column = 0
+    out = []
     for text in map(_visible, pieces):
         if column and column + len(text) + 1 > columns: line, column = line + 1, 0
         out.append((line, column, text))
