@@ -68,16 +68,11 @@ def show_ladder(ladder: list[dict]) -> str:
     return "\n".join([head, "-" * len(head), *lines])
 
 def draw_ladder(ladder: list[dict], path: str | Path) -> Path:
-    "The ladder as a picture: one dot and interval a rung."
+    "The ladder as a picture, drawn by `llmcourse.figures`."
     import matplotlib; matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    fig, ax = plt.subplots(figsize=(8, 0.9 + 0.5 * len(ladder)))
-    for y, r in enumerate(reversed(ladder)):
-        ax.plot([r["low"] * 100, r["high"] * 100], [y, y], lw=6, alpha=.3, color="tab:blue", solid_capstyle="butt")
-        ax.plot(r["accuracy"] * 100, y, "o", color="tab:blue")
-    ax.set(yticks=range(len(ladder)), yticklabels=[r["rung"] for r in reversed(ladder)], xlim=(-2, 102),
-           xlabel="right answers on held-out problems, % (bars: 95 % interval)", title="From base model to chat")
-    fig.tight_layout(); Path(path).parent.mkdir(parents=True, exist_ok=True); fig.savefig(path, dpi=110); plt.close(fig)
+    from llmcourse import figures
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figures.ladder(ladder, "From base model to chat: what make demo measures").savefig(path, dpi=200)
     return Path(path)
 
 # %% ../nbs/workshop/demo.ipynb #1aeb27a4

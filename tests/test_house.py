@@ -16,7 +16,7 @@ import yaml
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "nbs").rglob("*.ipynb"))
 LEVEL = {name: level for level, names in enumerate((
-    "core", "check card files progress tutor options", "models forms resume", "rows runs serve evals llamacpp rehearsal loading",
+    "core", "check figures card files progress tutor options", "models forms resume", "rows runs serve evals llamacpp rehearsal loading",
     "data training", "datacheck sft rl export", "lora chat methods", "checkpoints", "demo drill", "cli exercises")) for name in names.split()}
 HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "gradio", "openai", "gguf", "xllamacpp", "matplotlib", "pandas", "numpy", "fastapi"}
 
