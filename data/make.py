@@ -404,7 +404,7 @@ def broken_chats() -> list[tuple]:
     rows += [
         (fault, chat(text, f"I cannot use that. {fact}")) for (fault, text), fact in zip(secrets + LETTERS, LESSONS * 2)
     ]
-    rows.append(("is none of train", chat(asked[11]["content"], good[11]["content"], split="tset")))
+    rows.append(("did you mean", chat(asked[11]["content"], good[11]["content"], split="tset")))
     return rows
 
 

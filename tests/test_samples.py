@@ -16,9 +16,10 @@ import pytest
 from llmcourse import data, files
 from llmcourse.cli import main
 from llmcourse.core import check_messages
-from llmcourse.data import canonical, conversations, detect, side
 from llmcourse.files import lines, numbered
+from llmcourse.forms import canonical, detect
 from llmcourse.rl import exact_reward
+from llmcourse.rows import conversations, read, side
 from llmcourse.tutor import final_number, held_out
 
 ROOT = Path(__file__).parent.parent
@@ -148,7 +149,7 @@ def test_splits_are_honoured(capsys):
     for row in rows("splits.jsonl"):
         steps = [(int(a), op, int(b)) for a, op, b in re.findall(r"(\d+)([+-])(\d+): ", row["messages"][-1]["content"])]
         assert steps and {held_out(*s) for s in steps} == {side(row) != "train"}, row
-    assert {s: len(data.read(DATA / "splits.jsonl", s)) for s in ("train", "validation", "test")} == dict(
+    assert {s: sum(row.split == s for row in read(DATA / "splits.jsonl")) for s in ("train", "validation", "test")} == dict(
         train=48, validation=16, test=16
     )
 
