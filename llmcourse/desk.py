@@ -202,12 +202,13 @@ def view(
              "metadata": {"id": m["id"]} if "id" in m else {}}
             for m in messages if m["role"] != "system"]
 
-# %% ../nbs/workshop/desk.ipynb #a3652b6a
+# %% ../nbs/workshop/desk.ipynb #b6c2f23a
 TUTOR_CAN = ("I add and subtract numbers up to 99, also inside a little story, and I show my working. "
              "I know nothing else, and I can be wrong.")
 MODEL_CAN = "I know what I was trained on, and I can be wrong: check what matters."
 THUMBS = "A thumb tells whoever trains me how I did; after a thumb down you can write what I should have said."
-TUTOR_QUESTIONS = ("What is 47 + 38?", "What is 52 - 17?", "Tom has 23 apples. He buys 45 more. How many apples does Tom have now?")
+TUTOR_QUESTIONS = ("What is 47 + 38?", "What is 52 - 17?",
+                   "Tom has 23 apples. He buys 45 more. How many apples does Tom have now?")
 QUESTIONS = ("Explain in two sentences what a language model is.", "What is 17 × 24? Show your working.",
              "Write four lines about the sea.")
 

@@ -10,12 +10,13 @@ from ..check import Exercise
 # %% auto #0
 __all__ = ['STREAM', 'silences', 'LOG', 'LEFT', 'clicks', 'ROWS', 'PAIRS', 'pairs', 'EXERCISES']
 
-# %% ../../nbs/workshop/exercises/chat.ipynb #882dfd1e
+# %% ../../nbs/workshop/exercises/chat.ipynb #cf88855c
 def _event(content, **more) -> str:
     return "data: " + json.dumps({"choices": [{"delta": {"content": content} | more, "finish_reason": None}]})
 
 STREAM = [(0.25, _event(None, role="assistant")), (1.0, _event("47+38")), (1.5, ": ping"), (1.75, _event("")),
-          (3.0, _event("=")), (3.25, _event("85")), (9.0, 'data: {"choices": [{"delta": {}, "finish_reason": "stop"}]}'),
+          (3.0, _event("=")), (3.25, _event("85")),
+          (9.0, 'data: {"choices": [{"delta": {}, "finish_reason": "stop"}]}'),
           (9.0, 'data: {"choices": [], "usage": {"total_tokens": 9}}'), (9.0, "data: [DONE]")]
 
 def _silences(silences):
@@ -41,13 +42,13 @@ silences = Exercise(
     "11.1", "the silences of a stream", _silences,
     "keep the seconds of the lines that carry text, then look at the gaps between them",
     wrong={"takes every line for text": _times,
-           "takes an empty text for a word": lambda stamped: _times(stamped, lambda line: '"content"' in line and "null" not in line.split("finish")[0]),
+           "takes an empty text for a word": lambda stamped: _times(stamped, lambda line: '"content": "' in line),
            "counts the wait for the first word": _from_the_start,
            "gives the sum of the silences": lambda stamped: (1.0, 2.25)})
 
-# %% ../../nbs/workshop/exercises/chat.ipynb #d05f7d51
-LOG = [(3, True), (5, False), (3, False), (7, True), (7, ""), (5, "five"), (9, "nine"), (9, True), (4, True), (4, "four"),
-       (6, False), (6, "six"), (6, ""), (5, "5")]
+# %% ../../nbs/workshop/exercises/chat.ipynb #448d6de9
+LOG = [(3, True), (5, False), (3, False), (7, True), (7, ""), (5, "five"), (9, "nine"), (9, True), (4, True),
+       (4, "four"), (6, False), (6, "six"), (6, ""), (5, "5")]
 LEFT = {3: (-1, None), 5: (-1, "5"), 9: (1, None), 4: (None, "four"), 6: (None, "six")}
 
 def _standing(standing):
