@@ -284,7 +284,7 @@ def chat(
     port = free_port("127.0.0.1", port)     # before the model is loaded
     key = key or os.environ.get("LLMCOURSE_API_KEY")
     with contextlib.ExitStack() as stack:
-        url = url or stack.enter_context(served(model, key=key)).url
+        if url is None: url = stack.enter_context(served(model, key=key)).url
         launch(url, db, port, key=key, system=system, temperature=temperature, max_tokens=max_tokens)
 
 def checkpoints(

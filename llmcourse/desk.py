@@ -17,13 +17,15 @@ from .tutor import SYSTEM
 __all__ = ['RETRY', 'FLAG', 'ENDINGS', 'TUTOR_CAN', 'MODEL_CAN', 'THUMBS', 'TUTOR_QUESTIONS', 'QUESTIONS', 'reach', 'is_tutor',
            'Turn', 'answered', 'Desk', 'view', 'welcome']
 
-# %% ../nbs/workshop/desk.ipynb #41d0289e
+# %% ../nbs/workshop/desk.ipynb #09a3f764
 def reach(
     url: str,                   # an OpenAI-compatible server; ends in /v1
     model: str | None = None,   # by default the first that the server lists
     key: str | None = None,     # the server's API key
 ) -> Remote:
     "Connect to a model's server. Raises `UserError` if nothing answers there, or something else than such a server."
+    if not url.startswith(("http://", "https://")):
+        raise UserError(f"{url!r}: not the URL of a server. Give one like http://127.0.0.1:8080/v1")
     try: return Remote(url, model, key)
     except (AttributeError, IndexError, TypeError, ValueError):
         raise UserError(f"{url}: something answers, but it lists no models. "

@@ -212,7 +212,7 @@ def check_auth(
                         "Give one, or host='127.0.0.1'")
     return pairs
 
-# %% ../nbs/workshop/page.ipynb #79082e18
+# %% ../nbs/workshop/page.ipynb #b0ba30ed
 def build(
     url: str,                            # an OpenAI-compatible server; ends in /v1
     db: str | Path,                      # the SQLite file for turns and votes
@@ -236,7 +236,8 @@ def build(
     return app
 
 QUIET = dict(share=False, inbrowser=False, inline=False, quiet=True, ssr_mode=False, pwa=False, mcp_server=False,
-             run_history=False, enable_monitoring=False, footer_links=[], prevent_thread_lock=True)
+             run_history=False, enable_monitoring=False, footer_links=[], prevent_thread_lock=True,
+             css=".placeholder-content {padding: 0 1.5em}")
 
 def launch(
     url: str,                        # an OpenAI-compatible server; ends in /v1

@@ -507,7 +507,7 @@ def test_the_command_hands_its_options_on(fake, db, monkeypatch):
 @pytest.mark.parametrize("words, say", [
     (["--temperature", "3"], "from 0 to 2"), (["--temperature", "hot"], "temperature"), (["--temperature", "nan"], "from 0 to 2"),
     (["--max-tokens", "0"], "at least 1"), (["--max-tokens", "many"], "max-tokens"), (["--key", "two words"], "key"), (["--port", "70000"], "port"),
-    (["--db", "/dev/null/chat.db"], "database"), (["--url", "http://127.0.0.1:9/v1"], "nothing answers"), (["--url", "nonsense"], "nonsense"), (["--sytem", "x"], "--system")])
+    (["--db", "/dev/null/chat.db"], "database"), (["--url", "http://127.0.0.1:9/v1"], "nothing answers"), (["--url", "nonsense"], "not the URL"), (["--url", ""], "not the URL"), (["--sytem", "x"], "--system")])
 def test_the_command_with_bad_input(fake, capsys, monkeypatch, tmp_path, words, say):
     monkeypatch.chdir(tmp_path)
     url = [] if "--url" in words else ["--url", fake.url]
@@ -595,6 +595,13 @@ def say(page, text):
     page.get_by_placeholder("Ask, and press Enter").press("Enter")
 
 
+def shoot(page, name):
+    "A picture of the page in artifacts/, or with UPDATE_PICTURES=1 where the chapter shows it."
+    folder = Path(__file__).parent.parent / ("nbs/images" if os.environ.get("UPDATE_PICTURES") else "artifacts")
+    folder.mkdir(exist_ok=True)
+    page.screenshot(path=folder / name)
+
+
 def until(condition, seconds=20):
     "Wait for the database or the server to get there."
     end = time.monotonic() + seconds
@@ -634,7 +641,7 @@ def test_browser_asks_votes_and_reloads(page, fake, db):
 
 
 def test_browser_corrects(page, fake, db):
-    "Leaves the picture that the chapter shows in artifacts/chat.png."
+    "Takes the picture that the chapter shows: UPDATE_PICTURES=1 pytest tests/test_chat.py -k browser_corrects"
     say(page, "What is 47 + 38?")
     settled(page, "Answer: 85")
     page.get_by_label("Like", exact=True).click()
@@ -648,8 +655,7 @@ def test_browser_corrects(page, fake, db):
     form.wait_for()
     until(lambda: form.input_value() == wrong)
     form.fill("30+41: ones 0+1=1, carry 0, tens 3+4+0=7, so 71.\nAnswer: 71")
-    (artifacts := Path(__file__).parent.parent / "artifacts").mkdir(exist_ok=True)
-    page.screenshot(path=artifacts / "chat.png")
+    shoot(page, "chat.png")
     page.get_by_role("button", name="Save correction").click()
     until(lambda: [(r["vote"], (r["correction"] or "")[-10:]) for r in votes(db)] == [(1, ""), (-1, "Answer: 71")])
     form.wait_for(state="hidden")
@@ -661,6 +667,7 @@ def test_browser_corrects(page, fake, db):
 
 def test_browser_greets_and_an_example_asks(page, fake, db):
     page.get_by_role("heading", name="Hello!").wait_for(timeout=10_000)
+    if not os.environ.get("UPDATE_PICTURES"): shoot(page, "chat-empty.png")
     example = welcome(False, "tutor")[1][1]
     page.get_by_text(example).click()
     settled(page, "Answer: 85")
@@ -670,16 +677,16 @@ def test_browser_greets_and_an_example_asks(page, fake, db):
 
 
 def test_browser_keeps_the_page_when_the_question_is_empty(page, fake, db):
-    for text in ("", "   "):
+    def say_nothing(text):
+        page.wait_for_timeout(700)      # Gradio drops what is sent while the end of the last event is on its way
         say(page, text)
         page.get_by_text("Type a question first.").wait_for(timeout=10_000)
-        page.wait_for_timeout(700)      # Gradio drops what is sent while the answer to the last click is on its way
+        page.wait_for_timeout(700)
+    for text in ("", "   "): say_nothing(text)
     say(page, "What is 47 + 38?")
     settled(page, "Answer: 85")
     page.get_by_text("Type a question first.").wait_for(state="hidden")
-    say(page, "  ")
-    page.get_by_text("Type a question first.").wait_for(timeout=10_000)
-    page.wait_for_timeout(700)
+    say_nothing("  ")
     assert page.get_by_text("Answer: 85").is_visible() and page.get_by_text("What is 47 + 38?").is_visible()
     say(page, "And 30 + 41?")
     until(lambda: sql(db, "SELECT count(*) FROM messages") == [(4,)])
