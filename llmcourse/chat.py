@@ -23,7 +23,8 @@ def feel(
     sql = "SELECT conversation, status, ttft, seconds FROM messages WHERE role = 'assistant' AND seconds IS NOT NULL"
     with reading(db) as con: rows = [dict(row) for row in con.execute(sql)]
     if not rows: raise UserError(f"{db}: no replies yet. Chat first: llmcourse chat --db {db}")
-    median = lambda key: round(1000 * statistics.median([r[key] for r in rows if r[key] is not None] or [0]))
+    spoken = [r for r in rows if r["ttft"] is not None]     # a reply without any text was no wait for a word
+    median = lambda key: round(1000 * statistics.median([r[key] for r in spoken] or [0]))
     return {"replies": len(rows), "conversations": len({r["conversation"] for r in rows}), "first_ms": median("ttft"),
             "whole_ms": median("seconds"), "unfinished": sum(r["status"] != "done" for r in rows) / len(rows)}
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from llmcourse.chat import feel, thumbs
 from llmcourse.chatdb import MIGRATIONS, export_votes, newest, open_db, path_to, plain, save_turn, save_vote, votes
 from llmcourse.cli import main
 from llmcourse.core import UserError, read_jsonl, weights
@@ -244,6 +245,19 @@ def test_exported_prompt_is_what_the_model_saw(fake, db, tmp_path):
     assert row["prompt"] == fake.requests[-1]["messages"] and len(row["prompt"]) == 2 and row["prompt"][0] == CHAT[0]
     assert (row["reply"], row["vote"], row["correction"], row["model"], row["status"]) == (REPLY, -1, "Answer: 71", "fake", "done")
     assert list(row) == ["prompt", "reply", "vote", "correction", "model", "status", "message"]
+
+
+def test_how_it_felt(fake, db):
+    with pytest.raises(UserError, match="no replies yet"):
+        feel(db)
+    path = ask(fake, db)
+    fake.status = 500
+    ask(fake, db, path + [{"role": "user", "content": "again"}])
+    felt = feel(db)
+    assert (felt["replies"], felt["conversations"], felt["unfinished"]) == (2, 1, .5) and 0 <= felt["first_ms"] <= felt["whole_ms"]
+    for message, vote in ((3, 1), (5, -1)):
+        save_vote(db, message, vote=vote)
+    assert (thumbs(db)["correct"], thumbs(db)["n"]) == (1, 2)
 
 
 # streaming
