@@ -246,19 +246,27 @@ def serve(
 def chat(
     model: str = "tutor/sft",  # what to serve and chat with
     url: str = None,           # chat with this OpenAI-compatible server instead
-    port: int = 7860,          # port of the page
+    system: str = None,        # system prompt; by default the tutor's for the tutor, none for any other model
+    key: str = None,           # the server's API key; better in $LLMCOURSE_API_KEY, where nobody sees it
+    temperature: float = 0.0,  # 0: always the likeliest token; up to 2
+    max_tokens: int = 512,     # longest reply, in tokens
+    port: int = 7860,          # port of the page; 0: any free one
     db: str = "runs/chat.db",  # SQLite file for turns and thumbs
 ):
     """Chat in the browser; turns and thumbs go to SQLite.
 
     llmcourse chat --model runs/sft
-    llmcourse chat --url http://127.0.0.1:8080/v1
+    llmcourse chat --url http://127.0.0.1:8080/v1 --system "You are a patient teacher."
     """
-    from llmcourse.chat import launch
+    from llmcourse.chat import check_options, launch
     from llmcourse.demo import served
+    from llmcourse.serve import free_port
+    check_options(temperature=temperature, max_tokens=max_tokens)
+    port = free_port("127.0.0.1", port)     # before the model is loaded
+    key = key or os.environ.get("LLMCOURSE_API_KEY")
     with contextlib.ExitStack() as stack:
-        url = url or stack.enter_context(served(model)).url
-        launch(url, db, port=port)
+        if url is None: url = stack.enter_context(served(model, key=key)).url
+        launch(url, db, port, key=key, system=system, temperature=temperature, max_tokens=max_tokens)
 
 def checkpoints(
     output: str = None,  # where to build; the package's own folder by default

@@ -18,10 +18,15 @@ from pathlib import Path
 
 import pytest
 
-from llmcourse.chat import (FLAG, MIGRATIONS, READ_ALOUD, Desk, answer, build, export_votes, launch, open_db, path_to, plain, save_turn, save_vote,
-                            shorten, stream_reply, take_turn, view, votes)
-from llmcourse.core import UserError, read_jsonl
+from llmcourse.chat import feel, thumbs
+from llmcourse.chatdb import MIGRATIONS, export_votes, newest, open_db, path_to, plain, save_turn, save_vote, votes
+from llmcourse.cli import main
+from llmcourse.core import UserError, read_jsonl, weights
+from llmcourse.desk import FLAG, TUTOR_QUESTIONS, Desk, view, welcome
+from llmcourse.page import READ_ALOUD, build, launch
+from llmcourse.replies import shorten, stream_reply, take_turn
 from llmcourse.serve import connect
+from llmcourse.tutor import SYSTEM
 
 REPLY = "47+38: ones 7+8=15, carry 1, tens 4+3+1=8, so 85.\nAnswer: 85"
 CHAT = [{"role": "system", "content": "You are a tutor."}, {"role": "user", "content": "What is 47 + 38?"}]
@@ -32,11 +37,12 @@ class Fake:
     def __init__(self, reply=REPLY):
         self.reply, self.delay, self.room, self.dies_after, self.finish, self.usage, self.status = reply, 0, 10_000, None, "stop", True, 200
         self.requests, self.closed = [], threading.Event()
+        self.models = [{"id": "tutor", "object": "model", "created": 0, "owned_by": "us"}]
         fake = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def log_message(self, *words): pass
-            def do_GET(self): self.say({"object": "list", "data": [{"id": "tutor", "object": "model", "created": 0, "owned_by": "us"}]})
+            def do_GET(self): self.say({"object": "list", "data": fake.models})
             def do_POST(self): fake.chat(self, json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
 
             def say(self, body, status=200):
@@ -122,7 +128,7 @@ def test_an_old_database_is_upgraded_and_keeps_its_rows(db, version):
 
 def test_a_failed_upgrade_changes_nothing(db, monkeypatch):
     open_db(db).close()
-    monkeypatch.setattr("llmcourse.chat.MIGRATIONS", MIGRATIONS + ["ALTER TABLE messages ADD COLUMN mood TEXT; ALTER TABLE nowhere ADD COLUMN x"])
+    monkeypatch.setattr("llmcourse.chatdb.MIGRATIONS", MIGRATIONS + ["ALTER TABLE messages ADD COLUMN mood TEXT; ALTER TABLE nowhere ADD COLUMN x"])
     with pytest.raises(UserError, match="nowhere"):
         open_db(db)
     monkeypatch.undo()
@@ -199,7 +205,28 @@ def test_a_vote_changes_and_is_taken_back_and_the_correction_stays(db):
     assert votes(db) == [] and sql(db, "SELECT count(*) FROM votes") == [(1,)]
 
 
-@pytest.mark.parametrize("message, change", [(2, {"vote": 1}), (99, {"vote": 1}), (None, {"vote": 1}), (3, {"vote": 2}), (3, {"vote": ""}), (3, {"mood": 1})])
+def test_a_thumb_up_withdraws_the_correction(db):
+    reply = save_turn(db, CHAT + [{"role": "assistant", "content": "Answer: 75"}])[-1]["id"]
+    save_vote(db, reply, vote=-1, correction="Answer: 85")
+    assert save_vote(db, reply, vote=1) == {"vote": 1, "correction": None}
+    assert sql(db, "SELECT vote, correction FROM votes") == [(1, None)]
+    assert save_vote(db, reply, vote=-1) == {"vote": -1, "correction": None}, "it does not come back by itself"
+    save_vote(db, reply, vote=1)
+    assert save_vote(db, reply, correction="Answer: 85") == {"vote": None, "correction": "Answer: 85"}, "the later one counts"
+    assert sql(db, "SELECT count(*) FROM votes WHERE vote = 1 AND correction IS NOT NULL") == [(0,)]
+
+
+def test_an_old_thumb_up_loses_its_correction_in_the_upgrade(db):
+    con = sqlite3.connect(db)
+    for step in MIGRATIONS[:2]: con.executescript(step)
+    con.executescript("PRAGMA user_version = 2; INSERT INTO conversations (id, token) VALUES (1, 't');"
+                      "INSERT INTO messages (conversation, role, content) VALUES (1, 'assistant', 'a'), (1, 'assistant', 'b');"
+                      "INSERT INTO votes (message, vote, correction) VALUES (1, 1, 'x'), (2, -1, 'y')")
+    con.close()
+    assert [(r["vote"], r["correction"]) for r in votes(db)] == [(1, None), (-1, "y")]
+
+
+@pytest.mark.parametrize("message, change", [(2, {"vote": 1}), (99, {"vote": 1}), (None, {"vote": 1}), (3, {"vote": 2}), (3, {"vote": ""}), (3, {"mood": 1}), (3, {"vote": 1, "correction": "x"})])
 def test_votes_that_mean_nothing_are_refused(db, message, change):
     save_turn(db, CHAT + [{"role": "assistant", "content": "85"}])
     with pytest.raises(UserError):
@@ -218,6 +245,19 @@ def test_exported_prompt_is_what_the_model_saw(fake, db, tmp_path):
     assert row["prompt"] == fake.requests[-1]["messages"] and len(row["prompt"]) == 2 and row["prompt"][0] == CHAT[0]
     assert (row["reply"], row["vote"], row["correction"], row["model"], row["status"]) == (REPLY, -1, "Answer: 71", "fake", "done")
     assert list(row) == ["prompt", "reply", "vote", "correction", "model", "status", "message"]
+
+
+def test_how_it_felt(fake, db):
+    with pytest.raises(UserError, match="no replies yet"):
+        feel(db)
+    path = ask(fake, db)
+    fake.status = 500
+    ask(fake, db, path + [{"role": "user", "content": "again"}])
+    felt = feel(db)
+    assert (felt["replies"], felt["conversations"], felt["unfinished"]) == (2, 1, .5) and 0 <= felt["first_ms"] <= felt["whole_ms"]
+    for message, vote in ((3, 1), (5, -1)):
+        save_vote(db, message, vote=vote)
+    assert (thumbs(db)["correct"], thumbs(db)["n"]) == (1, 2)
 
 
 # streaming
@@ -337,7 +377,8 @@ def test_retry_edit_and_dead_branches(fake, db):
     *_, alive = desk.ask("fourth", dead[-1]["id"], "sys", "tab")
     assert [m["content"] for m in fake.requests[-1]["messages"]] == ["sys", "second", REPLY, "fourth"]
     assert [*desk.ask("  ", None, "sys", "tab")] == [*desk.retry(None, "tab")] == []
-    assert plain(desk.restore(path_to(db, alive[-1]["id"])[0]["token"])) == plain(alive) and desk.restore("guess") == desk.restore(None) == []
+    restored, = desk.restore(path_to(db, alive[-1]["id"])[0]["token"])
+    assert plain(restored) == plain(alive) and [*desk.restore("guess")] == [*desk.restore(None)] == [[]]
 
 
 def test_only_messages_of_this_page_are_mine(fake, db):
@@ -351,11 +392,143 @@ def test_one_turn_at_a_time_in_a_tab(fake, db):
     fake.delay, desk = 0.02, Desk(fake.url, db)
     turn = desk.ask("a", None, "", "tab")
     next(turn)
-    assert [*desk.ask("b", None, "", "tab")] == []
-    desk.stop("tab")
+    assert [*desk.ask("b", None, "", "tab")] == [] and desk.busy(None, "tab") and not desk.busy(None, "other")
+    desk.stop(None, "tab")
     *_, path = turn
-    assert path[-1]["status"] == "stopped" and desk.stops == {}
-    desk.stop("tab")
+    assert path[-1]["status"] == "stopped" and desk.running == {}
+    desk.stop(None, "tab")
+
+
+def test_a_turn_goes_on_without_its_page_and_a_reload_watches_it(fake, db):
+    fake.delay, desk = 0.05, Desk(fake.url, db)
+    first = desk.ask("a", None, "", "tab")
+    question = next(first)[-1]["id"]
+    next(first)
+    first.close()                                   # the page is reloaded
+    token = path_to(db, question)[0]["token"]
+    looks = list(desk.restore(token))
+    assert [m["role"] for m in looks[0]] == ["user"] and len(looks) > 2
+    assert looks[-1][-1]["status"] == "done" and looks[-1][-1]["content"] == REPLY and desk.running == {}
+    assert len(list(desk.restore(token))) == 1
+    second = desk.ask("b", looks[-1][-1]["id"], "", "tab")
+    question = next(second)[-1]["id"]
+    second.close()                                  # the page is closed, and opened again when all is said
+    until(lambda: not desk.running)
+    restored, = desk.restore(token)
+    assert [m["content"] for m in restored] == ["a", REPLY, "b", REPLY] and newest(db, token) == restored[-1]["id"]
+
+
+def test_another_tab_of_the_same_conversation_watches_and_stops(fake, db):
+    fake.delay, desk = 0.05, Desk(fake.url, db)
+    here = desk.ask("a", None, "", "tab 1")
+    question = next(here)[-1]["id"]
+    there = desk.restore(path_to(db, question)[0]["token"])
+    next(there)
+    assert desk.busy(question, "tab 2") and [*desk.retry(question, "tab 2")] == []
+    desk.stop(question, "tab 2")
+    assert [*here][-1][-1]["status"] == [*there][-1][-1]["status"] == "stopped"
+
+
+def test_closing_the_desk_saves_what_there_is(fake, db):
+    fake.delay, desk = 0.2, Desk(fake.url, db)
+    turn = desk.ask("a", None, "", "tab")
+    next(turn), next(turn)
+    desk.close()
+    assert sql(db, "SELECT status FROM messages WHERE role = 'assistant'") == [("stopped",)]
+
+
+def test_an_error_while_saving_reaches_the_page(fake, db, monkeypatch):
+    desk = Desk(fake.url, db)
+    def full(*args): raise sqlite3.OperationalError("database or disk is full")
+    turn = desk.ask("a", None, "", "tab")
+    monkeypatch.setattr("llmcourse.replies.save_turn", full)
+    with pytest.raises(sqlite3.OperationalError, match="disk is full"):
+        fake.delay = 0.01
+        list(turn)
+    assert desk.running == {}
+
+
+def test_only_the_tutor_gets_the_tutors_system_prompt(fake, db):
+    config = json.loads((weights() / "base/config.json").read_text())
+    assert Desk(fake.url, db).system == "" and not Desk(fake.url, db).tutor, "a name proves nothing"
+    fake.models[0]["meta"] = {"n_vocab": config["vocab_size"], "n_embd": config["hidden_size"], "n_params": 1}
+    tutor = Desk(fake.url, db)
+    assert tutor.system == SYSTEM and SYSTEM in tutor.prompt_line() and "trained with" in tutor.prompt_line()
+    fake.models[0]["meta"] = {"n_vocab": 128256, "n_embd": config["hidden_size"]}
+    other = Desk(fake.url, db)
+    assert other.system == "" and "none" in other.prompt_line() and "--system" in other.prompt_line()
+    [*other.ask("Hi", None, other.system, "tab")]
+    assert [m["role"] for m in fake.requests[-1]["messages"]] == ["user"]
+    own = Desk(fake.url, db, system="Speak like a pirate. " * 9)
+    assert "yours" in own.prompt_line() and len(own.prompt_line()) < 120 and "\n" not in own.prompt_line()
+    assert Desk(fake.url, db, system="").prompt_line() == "system prompt: none"
+
+
+def test_the_empty_page_greets_and_offers_three_questions():
+    for tutor in (True, False):
+        greeting, questions = welcome(tutor, "llama")
+        assert greeting.startswith("## Hello!") and len(set(questions)) == 3 and ("llama" in greeting) is not tutor
+    assert set(TUTOR_QUESTIONS) & set(welcome(False, "x")[1]) == set()
+
+
+def test_servers_that_are_none(db):
+    class Site(http.server.BaseHTTPRequestHandler):
+        def log_message(self, *words): pass
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json" if "json" in self.path else "text/html")
+            self.end_headers()
+            self.wfile.write(b'{"data": []}' if "json" in self.path else b"<h1>Welcome</h1>")
+
+    site = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Site)
+    threading.Thread(target=site.serve_forever, args=(0.05,), daemon=True).start()
+    for path in ("", "/json"):
+        with pytest.raises(UserError, match="lists no models"):
+            Desk(f"http://127.0.0.1:{site.server_address[1]}{path}", db)
+    site.shutdown()
+
+
+# the command
+
+def chat(*words):
+    "Run `llmcourse chat` until it waits for Ctrl-C; returns what it printed."
+    env = os.environ | {"PYTHONUNBUFFERED": "1", "LLMCOURSE_API_KEY": ""}
+    with subprocess.Popen([sys.executable, "-c", "from llmcourse.cli import cli; cli()", "chat", "--port", "0", *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env) as run:
+        said = ""
+        for line in run.stdout:
+            said += line
+            if "Ctrl-C" in line: break
+        run.terminate()
+        return said + run.stdout.read()
+
+
+def test_the_command_says_which_system_prompt_is_sent(fake, db):
+    assert "system prompt: none" in chat("--url", fake.url, "--db", db)
+    said = chat("--url", fake.url, "--db", db, "--system", "Be brief.", "--temperature", "0.5", "--max-tokens", "9")
+    assert "system prompt: 'Be brief.' (yours)" in said and said.count("system prompt") == 1
+
+
+def test_the_command_hands_its_options_on(fake, db, monkeypatch):
+    seen = {}
+    monkeypatch.setattr("llmcourse.chat.launch", lambda url, db, port, **options: seen.update(options, url=url))
+    monkeypatch.setenv("LLMCOURSE_API_KEY", "from-the-environment")
+    words = ["chat", "--port", "0", "--url", fake.url, "--db", str(db)]
+    assert main(words) == 0 and seen["key"] == "from-the-environment" and seen["system"] is None
+    assert main([*words, "--key", "mine", "--system", "", "--temperature", "0.5", "--max-tokens", "9"]) == 0
+    assert (seen["key"], seen["system"], seen["temperature"], seen["max_tokens"]) == ("mine", "", 0.5, 9)
+
+
+@pytest.mark.parametrize("words, say", [
+    (["--temperature", "3"], "from 0 to 2"), (["--temperature", "hot"], "temperature"), (["--temperature", "nan"], "from 0 to 2"),
+    (["--max-tokens", "0"], "at least 1"), (["--max-tokens", "many"], "max-tokens"), (["--key", "two words"], "key"), (["--port", "70000"], "port"),
+    (["--db", "/dev/null/chat.db"], "database"), (["--url", "http://127.0.0.1:9/v1"], "nothing answers"), (["--url", "nonsense"], "not the URL"), (["--url", ""], "not the URL"), (["--sytem", "x"], "--system")])
+def test_the_command_with_bad_input(fake, capsys, monkeypatch, tmp_path, words, say):
+    monkeypatch.chdir(tmp_path)
+    url = [] if "--url" in words else ["--url", fake.url]
+    port = [] if "--port" in words else ["--port", "0"]
+    assert main(["chat", *url, *port, *words]) == 2
+    err = capsys.readouterr().err
+    assert say in err and err.count("\n") == 1
 
 
 def test_view_shows_what_happened_and_carries_ids():
@@ -436,6 +609,13 @@ def say(page, text):
     page.get_by_placeholder("Ask, and press Enter").press("Enter")
 
 
+def shoot(page, name):
+    "A picture of the page in artifacts/, or with UPDATE_PICTURES=1 where the chapter shows it."
+    folder = Path(__file__).parent.parent / ("nbs/images" if os.environ.get("UPDATE_PICTURES") else "artifacts")
+    folder.mkdir(exist_ok=True)
+    page.screenshot(path=folder / name)
+
+
 def until(condition, seconds=20):
     "Wait for the database or the server to get there."
     end = time.monotonic() + seconds
@@ -461,20 +641,21 @@ def test_browser_asks_votes_and_reloads(page, fake, db):
     until(lambda: sql(db, "SELECT role, content, status FROM messages WHERE role != 'system'") == [("user", CHAT[1]["content"], None), ("assistant", REPLY, "done")])
     settled(page, "Answer: 85")
     page.get_by_label("Like", exact=True).click()
-    until(lambda: sql(db, "SELECT message, vote FROM votes") == [(3, 1)])
+    until(lambda: sql(db, "SELECT message, vote FROM votes") == [(2, 1)])
+    page.get_by_text("Saved. Thank you!").wait_for(timeout=10_000)
     page.reload()
     page.get_by_label("Liked", exact=True).wait_for(timeout=30_000)
     assert page.get_by_text("Answer: 85").is_visible()
     page.get_by_label("Liked", exact=True).click()
-    until(lambda: sql(db, "SELECT message, vote FROM votes") == [(3, None)])
+    until(lambda: sql(db, "SELECT message, vote FROM votes") == [(2, None)])
     say(page, "And 30 + 41?")
-    until(lambda: sql(db, "SELECT count(*) FROM messages") == [(5,)])
-    assert [m["content"] for m in fake.requests[-1]["messages"]][1:] == ["What is 47 + 38?", REPLY, "And 30 + 41?"]
+    until(lambda: sql(db, "SELECT count(*) FROM messages") == [(4,)])
+    assert [m["content"] for m in fake.requests[-1]["messages"]] == ["What is 47 + 38?", REPLY, "And 30 + 41?"]
     assert [url for url in page.asked if not url.startswith((page.url, "data:", "blob:"))] == []
 
 
 def test_browser_corrects(page, fake, db):
-    "Leaves the picture that the chapter shows in artifacts/chat.png."
+    "Takes the picture that the chapter shows: UPDATE_PICTURES=1 pytest tests/test_chat.py -k browser_corrects"
     say(page, "What is 47 + 38?")
     settled(page, "Answer: 85")
     page.get_by_label("Like", exact=True).click()
@@ -482,17 +663,97 @@ def test_browser_corrects(page, fake, db):
     fake.reply = (wrong := "30+41: ones 0+1=1, carry 1, tens 3+4+1=8, so 81.\nAnswer: 81")
     say(page, "What is 30 + 41?")
     settled(page, "Answer: 81")
-    until(lambda: sql(db, "SELECT count(*) FROM messages") == [(5,)])
+    until(lambda: sql(db, "SELECT count(*) FROM messages") == [(4,)])
     page.get_by_label("Dislike", exact=True).last.click()
     form = page.get_by_label("What should it have said?")
     form.wait_for()
     until(lambda: form.input_value() == wrong)
     form.fill("30+41: ones 0+1=1, carry 0, tens 3+4+0=7, so 71.\nAnswer: 71")
-    (artifacts := Path(__file__).parent.parent / "artifacts").mkdir(exist_ok=True)
-    page.screenshot(path=artifacts / "chat.png")
+    shoot(page, "chat.png")
     page.get_by_role("button", name="Save correction").click()
     until(lambda: [(r["vote"], (r["correction"] or "")[-10:]) for r in votes(db)] == [(1, ""), (-1, "Answer: 71")])
     form.wait_for(state="hidden")
+    page.get_by_text("Saved. Thank you!").wait_for(timeout=10_000)
+    page.get_by_label("Like", exact=True).last.click()
+    page.get_by_text("Your correction is withdrawn.").wait_for(timeout=10_000)
+    assert [(r["vote"], r["correction"]) for r in votes(db)] == [(1, None), (1, None)]
+
+
+def test_browser_greets_and_an_example_asks(page, fake, db):
+    page.get_by_role("heading", name="Hello!").wait_for(timeout=10_000)
+    if not os.environ.get("UPDATE_PICTURES"): shoot(page, "chat-empty.png")
+    example = welcome(False, "tutor")[1][1]
+    page.get_by_text(example).click()
+    settled(page, "Answer: 85")
+    until(lambda: sql(db, "SELECT role, content FROM messages") == [("user", example), ("assistant", REPLY)])
+    page.get_by_role("button", name="New chat", exact=True).click()
+    page.get_by_role("heading", name="Hello!").wait_for(timeout=10_000)
+
+
+def test_browser_keeps_the_page_when_the_question_is_empty(page, fake, db):
+    def say_nothing(text):
+        page.wait_for_timeout(700)      # Gradio drops what is sent while the end of the last event is on its way
+        say(page, text)
+        page.get_by_text("Type a question first.").wait_for(timeout=10_000)
+        page.wait_for_timeout(700)
+    for text in ("", "   "): say_nothing(text)
+    say(page, "What is 47 + 38?")
+    settled(page, "Answer: 85")
+    page.get_by_text("Type a question first.").wait_for(state="hidden")
+    say_nothing("  ")
+    assert page.get_by_text("Answer: 85").is_visible() and page.get_by_text("What is 47 + 38?").is_visible()
+    say(page, "And 30 + 41?")
+    until(lambda: sql(db, "SELECT count(*) FROM messages") == [(4,)])
+    assert [m["content"] for m in fake.requests[-1]["messages"]] == ["What is 47 + 38?", REPLY, "And 30 + 41?"]
+
+
+def test_browser_reload_brings_a_streaming_answer_back(page, fake, db):
+    fake.delay = 0.5
+    say(page, "What is 47 + 38?")
+    page.get_by_text("47+38: ones").wait_for(timeout=30_000)
+    page.reload()
+    page.get_by_text("What is 47 + 38?").wait_for(timeout=30_000)
+    page.get_by_text("47+38: ones").wait_for(timeout=10_000)
+    assert "Answer: 85" not in page.content() and sql(db, "SELECT count(*) FROM messages") == [(1,)], "it should still stream"
+    settled(page, "Answer: 85")
+    assert sql(db, "SELECT status FROM messages WHERE role = 'assistant'") == [("done",)]
+    page.get_by_label("Like", exact=True).click()
+    until(lambda: [v["vote"] for v in votes(db)] == [1])
+
+
+def test_browser_stops_after_a_reload(page, fake, db):
+    fake.delay = 0.5
+    say(page, "What is 47 + 38?")
+    page.get_by_text("47+38: ones").wait_for(timeout=30_000)
+    page.reload()
+    page.locator("button.stop-button").click(timeout=30_000)
+    page.get_by_text(f"{FLAG} stopped").wait_for(timeout=10_000)
+    assert sql(db, "SELECT status FROM messages WHERE role = 'assistant'") == [("stopped",)]
+
+
+def test_browser_finds_an_answer_that_came_while_it_was_away(page, fake, db):
+    home = page.url
+    fake.delay = 0.2
+    say(page, "What is 47 + 38?")
+    page.get_by_text("47+38: ones").wait_for(timeout=30_000)
+    page.goto("about:blank")
+    until(lambda: sql(db, "SELECT content, status FROM messages WHERE role = 'assistant'") == [(REPLY, "done")])
+    page.goto(home)
+    page.get_by_text("Answer: 85").wait_for(timeout=30_000)
+    assert page.get_by_text("What is 47 + 38?").is_visible()
+
+
+def test_browser_shows_a_question_that_lost_its_answer(page, fake, db):
+    say(page, "What is 47 + 38?")
+    settled(page, "Answer: 85")
+    con = open_db(db)
+    con.execute("DELETE FROM messages WHERE role = 'assistant'")      # as if the power had failed
+    con.close()
+    page.reload()
+    page.get_by_text("no answer was saved").wait_for(timeout=30_000)
+    page.get_by_label("Retry", exact=True).click()
+    settled(page, "Answer: 85")
+    until(lambda: sql(db, "SELECT status FROM messages WHERE role = 'assistant'") == [("done",)])
 
 
 def test_browser_stops_and_reads_on(page, fake, db):
@@ -505,7 +766,7 @@ def test_browser_stops_and_reads_on(page, fake, db):
     fake.delay = 0
     page.get_by_label("Retry", exact=True).click()
     page.get_by_text("Answer: 85").wait_for(timeout=30_000)
-    until(lambda: sql(db, "SELECT parent, status FROM messages WHERE role = 'assistant'") == [(2, "stopped"), (2, "done")])
+    until(lambda: sql(db, "SELECT parent, status FROM messages WHERE role = 'assistant'") == [(1, "stopped"), (1, "done")])
 
 
 def test_browser_edits_and_the_vote_goes_with_the_message(page, fake, db):
@@ -513,17 +774,17 @@ def test_browser_edits_and_the_vote_goes_with_the_message(page, fake, db):
     for i, text in enumerate(("first", "second"), 1):
         say(page, text)
         settled(page, f"Answer to {text}")
-        until(lambda: sql(db, "SELECT count(*) FROM messages") == [(1 + 2 * i,)])
+        until(lambda: sql(db, "SELECT count(*) FROM messages") == [(2 * i,)])
     page.get_by_label("Like", exact=True).first.click()
     until(lambda: [v["reply"] for v in votes(db)] == ["Answer to first"])
     page.get_by_label("Edit", exact=True).first.click()
     page.locator("textarea.edit-textarea").fill("third")
     page.get_by_label("Submit", exact=True).click()
     settled(page, "Answer to third")
-    until(lambda: sql(db, "SELECT count(*) FROM messages") == [(7,)])
+    until(lambda: sql(db, "SELECT count(*) FROM messages") == [(6,)])
     page.get_by_text("Answer to second").wait_for(state="hidden")
     page.get_by_label("Dislike", exact=True).click()
-    until(lambda: [(v["reply"], v["vote"], len(v["prompt"])) for v in votes(db)] == [("Answer to first", 1, 2), ("Answer to third", -1, 2)])
+    until(lambda: [(v["reply"], v["vote"], len(v["prompt"])) for v in votes(db)] == [("Answer to first", 1, 1), ("Answer to third", -1, 1)])
 
 
 def test_browser_survives_the_server(page, fake, db):
@@ -549,7 +810,7 @@ def test_browser_loads_nothing_from_elsewhere_and_speaks_with_a_local_voice(page
     fake.reply = f"Look: ![a picture](http://127.0.0.1:{spy.server_address[1]}/who-reads-this.png) and that is all"
     say(page, "Show me a picture")
     page.get_by_text("and that is all").wait_for(timeout=30_000)
-    until(lambda: sql(db, "SELECT count(*) FROM messages") == [(3,)])
+    until(lambda: sql(db, "SELECT count(*) FROM messages") == [(2,)])
     page.wait_for_timeout(500)
     assert page.locator("img[src*='who-reads-this']").count() == 1 and hits == []
     spy.shutdown()

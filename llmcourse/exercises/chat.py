@@ -8,73 +8,112 @@ import json
 from ..check import Exercise
 
 # %% auto #0
-__all__ = ['LINES', 'stream', 'CLICKS', 'clicks', 'ROWS', 'PAIRS', 'pairs', 'EXERCISES']
+__all__ = ['STREAM', 'silences', 'LOG', 'LEFT', 'clicks', 'ROWS', 'PAIRS', 'pairs', 'EXERCISES']
 
-# %% ../../nbs/workshop/exercises/chat.ipynb #5c5c767c
+# %% ../../nbs/workshop/exercises/chat.ipynb #cf88855c
 def _event(content, **more) -> str:
     return "data: " + json.dumps({"choices": [{"delta": {"content": content} | more, "finish_reason": None}]})
 
-LINES = [_event(None, role="assistant"), "", _event("47+38"), "", ": ping", "", _event(""), _event(" data: 85"), "",
-         'data: {"choices": [{"delta": {}, "finish_reason": "stop"}]}', 'data: {"choices": [], "usage": {"total_tokens": 9}}', "data: [DONE]", _event("after the end")]
+STREAM = [(0.25, _event(None, role="assistant")), (1.0, _event("47+38")), (1.5, ": ping"), (1.75, _event("")),
+          (3.0, _event("=")), (3.25, _event("85")),
+          (9.0, 'data: {"choices": [{"delta": {}, "finish_reason": "stop"}]}'),
+          (9.0, 'data: {"choices": [], "usage": {"total_tokens": 9}}'), (9.0, "data: [DONE]")]
 
-def _stream(text_of):
-    got = text_of(list(LINES))
-    assert isinstance(got, str), f"give the text, not a {type(got).__name__}"
-    assert "after the end" not in got, "you read on after [DONE]"
-    assert got == "47+38 data: 85", f"the reply is '47+38 data: 85', not {got!r}"
-    assert text_of(["data: [DONE]"]) == "", "a stream without any text is the empty text"
+def _silences(silences):
+    first, longest = silences(list(STREAM))
+    assert first != 0.25, "the first line holds only a role: nobody sees a word yet"
+    assert first == 1.0, f"the first text comes after 1.0 s, not {first}"
+    assert longest != 5.75, "after the last text nobody waits for another one"
+    assert longest == 2.0, f"the longest silence between two texts is 2.0 s, not {longest}"
+    assert tuple(silences(STREAM[:2])) == (1.0, 0), "with one piece of text there is no silence between two: 0"
 
-def _texts(lines):
-    return [c["delta"].get("content") or "" for line in lines if line.startswith("data: {") for c in json.loads(line[6:])["choices"]]
+def _times(stamped, spoken=lambda line: True):
+    times = [seconds for seconds, line in stamped if line.startswith("data: {") and spoken(line)]
+    return times[0], max((b - a for a, b in zip(times, times[1:])), default=0)
 
-stream = Exercise("11.1", "the text of a stream", _stream, "only lines that begin with data: count, up to [DONE]; a content may be missing or None",
-                  wrong={"reads on after [DONE]": lambda lines: "".join(_texts(lines)),
-                         "keeps only the last piece": lambda lines: _texts(lines)[-1] if _texts(lines) else "",
-                         "gives a list": _texts,
-                         "cuts at every 'data:'": lambda lines: "".join(t.split("data:")[-1] for t in _texts(lines[:-1]))})
+def _text(line) -> bool:
+    return any(c["delta"].get("content") for c in json.loads(line[5:])["choices"])
 
-# %% ../../nbs/workshop/exercises/chat.ipynb #b4d58063
-CLICKS = [(3, True), (5, False), (3, False), (7, True), (7, ""), (9, False), (9, ""), (9, True), (5, False)]
+def _from_the_start(stamped):
+    times = [0] + [seconds for seconds, line in stamped if line.startswith("data: {") and _text(line)]
+    return times[1], max(b - a for a, b in zip(times, times[1:]))
 
-def _votes(standing):
-    got = standing(list(CLICKS))
-    assert 7 not in got, "message 7: its thumb was taken back, so no vote stands"
-    assert got.get(3) == -1, "message 3: the last click counts"
-    assert got == {3: -1, 5: -1, 9: 1}, f"{{3: -1, 5: -1, 9: 1}} stand, not {got}"
-    assert standing([]) == {}, "without clicks no vote stands"
+silences = Exercise(
+    "11.1", "the silences of a stream", _silences,
+    "keep the seconds of the lines that carry text, then look at the gaps between them",
+    wrong={"takes every line for text": _times,
+           "takes an empty text for a word": lambda stamped: _times(stamped, lambda line: '"content": "' in line),
+           "counts the wait for the first word": _from_the_start,
+           "gives the sum of the silences": lambda stamped: (1.0, 2.25)})
 
-clicks = Exercise("11.2", "the votes that still stand", _votes, 'walk through in order; "" takes the vote back',
-                  wrong={'takes "" for a thumbs-down': lambda log: {m: 1 if liked else -1 for m, liked in log},
-                         "the first click counts": lambda log: {m: 1 if liked else -1 for m, liked in reversed(log) if liked != ""},
-                         "forgets what was voted again later": lambda log: {m: 1 if liked else -1 for m, liked in log if (m, "") not in log}})
+# %% ../../nbs/workshop/exercises/chat.ipynb #448d6de9
+LOG = [(3, True), (5, False), (3, False), (7, True), (7, ""), (5, "five"), (9, "nine"), (9, True), (4, True),
+       (4, "four"), (6, False), (6, "six"), (6, ""), (5, "5")]
+LEFT = {3: (-1, None), 5: (-1, "5"), 9: (1, None), 4: (None, "four"), 6: (None, "six")}
 
-# %% ../../nbs/workshop/exercises/chat.ipynb #c92d196a
-def _row(question, reply, vote, correction=None):
-    return {"prompt": [{"role": "user", "content": question}], "reply": reply, "vote": vote, "correction": correction, "model": "m", "status": "done", "message": 0}
+def _standing(standing):
+    got = standing(list(LOG))
+    assert 7 not in got, "message 7: its thumb was taken back, so nothing is left"
+    for message, both in LEFT.items():
+        assert message in got, f"message {message}: {both} is left, and you lost it"
+        assert tuple(got[message]) == both, f"message {message}: {both} is left, not {got[message]}"
+    assert set(got) == set(LEFT), f"message {min(set(got) - set(LEFT))}: nothing was ever said about it"
+    assert standing([]) == {}, "an empty log leaves nothing"
 
-ROWS = [_row("2+2", "5", -1, "4"), _row("3+3", "6", 1), _row("3+3", "7", -1), _row("3+3", "8", -1), _row("9+9", "18", 1, "18!"), _row("1+1", "3", -1), _row("5+5", "10", None, "ten")]
+def _replay(log, withdraw=True, empty_is_down=False, forget=False):
+    left = {}
+    for message, what in log:
+        vote, text = left.get(message, (None, None))
+        if what is True: left[message] = (1, None if withdraw else text)
+        elif what is False or (empty_is_down and what == ""): left[message] = (-1, text)
+        elif what == "": left[message] = (None, None if forget else text)
+        else: left[message] = (None if withdraw and vote == 1 else vote, what)
+    return {message: both for message, both in left.items() if both != (None, None)}
+
+clicks = Exercise(
+    "11.2", "what is left of a log", _standing,
+    'walk through in order; "" takes only the thumb back; True clears a correction, and a correction clears True',
+    wrong={'takes "" for a thumb down': lambda log: _replay(log, empty_is_down=True),
+           "keeps a correction under a thumb up": lambda log: _replay(log, withdraw=False),
+           "forgets the correction with the thumb": lambda log: _replay(log, forget=True),
+           "the first click counts": lambda log: _replay(log[::-1])})
+
+# %% ../../nbs/workshop/exercises/chat.ipynb #82a16e41
+def _row(text, reply, vote, correction=None):
+    return {"prompt": [{"role": "user", "content": text}], "reply": reply, "vote": vote, "correction": correction,
+            "model": "m", "status": "done", "message": 0}
+
+ROWS = [_row("2+2", "5", -1, "4"), _row("3+3", "6", 1), _row("3+3", "7", -1), _row("3+3", "8", -1),
+        _row("9+9", "18", 1), _row("1+1", "3", -1), _row("5+5", "10", None, "ten")]
 PAIRS = {("2+2", "4", "5"), ("3+3", "6", "7"), ("3+3", "6", "8")}
 
 def _pairs(pairs):
     got = pairs([dict(r) for r in ROWS])
-    assert all(set(p) == {"prompt", "chosen", "rejected"} for p in got), "each pair has prompt, chosen, rejected and nothing else"
+    keys = {"prompt", "chosen", "rejected"}
+    assert all(set(p) == keys for p in got), "each pair has prompt, chosen, rejected and nothing else"
     flat = [(p["prompt"][-1]["content"], p["chosen"], p["rejected"]) for p in got]
-    for q, good, bad in flat: assert (q, bad, good) not in PAIRS, f"{q}: chosen and rejected are swapped"
-    assert not [f for f in flat if f[1] in ("18!", "ten")], "a correction makes a pair only where the reply got a thumbs-down"
+    for text, good, bad in flat: assert (text, bad, good) not in PAIRS, f"{text}: chosen and rejected are swapped"
+    assert "ten" not in [f[1] for f in flat], "a correction makes a pair only where the reply got a thumb down"
     assert set(flat) <= PAIRS, f"{min(set(flat) - PAIRS)} is no pair: both replies must answer the same prompt"
-    assert len(flat) == len(set(flat)) == len(PAIRS), f"{len(PAIRS)} pairs are there, you found {len(flat)}"
+    assert len(flat) == len(set(flat)) == len(PAIRS), f"there are {len(PAIRS)} pairs, you found {len(flat)}"
 
 def _corrected(rows, only_down=True):
-    return [{"prompt": r["prompt"], "chosen": r["correction"], "rejected": r["reply"]} for r in rows if r["correction"] and (r["vote"] == -1 or not only_down)]
+    return [{"prompt": r["prompt"], "chosen": r["correction"], "rejected": r["reply"]}
+            for r in rows if r["correction"] and (r["vote"] == -1 or not only_down)]
 
 def _compared(rows, same=True):
     return [{"prompt": a["prompt"], "chosen": a["reply"], "rejected": b["reply"]} for a in rows for b in rows
             if a["vote"] == 1 and b["vote"] == -1 and (a["prompt"] == b["prompt"] or not same)]
 
-pairs = Exercise("11.3", "preference pairs from votes", _pairs, "corrections of thumbs-down replies, then every liked with every disliked reply to an equal prompt",
-                 wrong={"takes every correction": lambda rows: _corrected(rows, only_down=False) + _compared(rows),
-                        "pairs replies to different prompts": lambda rows: _corrected(rows) + _compared(rows, same=False),
-                        "swaps chosen and rejected": lambda rows: [p | {"chosen": p["rejected"], "rejected": p["chosen"]} for p in _corrected(rows) + _compared(rows)],
-                        "forgets the corrections": lambda rows: _compared(rows)})
+def _swapped(rows):
+    return [p | {"chosen": p["rejected"], "rejected": p["chosen"]} for p in _corrected(rows) + _compared(rows)]
 
-EXERCISES = [stream, clicks, pairs]
+pairs = Exercise(
+    "11.3", "preference pairs from votes", _pairs,
+    "corrections of thumb-down replies, then every liked with every disliked reply to an equal prompt",
+    wrong={"takes every correction": lambda rows: _corrected(rows, only_down=False) + _compared(rows),
+           "pairs replies to different prompts": lambda rows: _corrected(rows) + _compared(rows, same=False),
+           "swaps chosen and rejected": _swapped,
+           "forgets the corrections": _compared})
+
+EXERCISES = [silences, clicks, pairs]
