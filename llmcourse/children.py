@@ -79,7 +79,7 @@ class Child:
         return "\n".join(text.splitlines()[-n:])
 
     def until(self, ready: Callable, timeout: float = 300, failure: str = "died while starting"):
-        "Wait for `ready()` to be true, and return it. Raises `UserError` if the child dies first, or after `timeout` s."
+        "Wait until `ready()` is true; return it. Raises `UserError` if the child dies first, or after `timeout` s."
         end = time.monotonic() + timeout
         while time.monotonic() < end:
             if not self.alive: raise UserError(f"{self.label} {failure}: {cause(self.log(200))}")
