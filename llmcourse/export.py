@@ -7,9 +7,10 @@ from __future__ import annotations
 import contextlib, json, os, re, tempfile
 from pathlib import Path
 from .core import Message, UserError, begins, check_free, choose, model_path, need_space, write_aside
-from .llamacpp import (DATE, Engine, _add_config, _add_general, _add_tokenizer, _adds, _block, _bytes, _check_tensors,
+from .engine import Engine
+from .llamacpp import (_add_config, _add_general, _add_tokenizer, _adds, _block, _bytes, _check_tensors,
                                 _ggml, _merges_matter, _read, _read_config, _read_gguf, _requantised, _stored_as)
-from .models import load, load_tokenizer, render, stop_ids
+from .models import DATE, load, load_tokenizer, render, stop_ids
 
 # %% auto #0
 __all__ = ['NAMES', 'BLOCK', 'LLAMA3', 'QWEN2', 'GPT2', 'PRE', 'TEXTS', 'CHATS', 'DTYPES', 'KINDS', 'FALLBACK',
@@ -135,7 +136,7 @@ CHATS = [[{"role": "user", "content": "What is 47 + 38?"}],
 # %% ../nbs/10_export.ipynb #a0f86946
 def _text(tokenizer, messages: list[Message], ask: bool = True) -> str:
     "A conversation as text, on a fixed day; `ask`: open the assistant's turn."
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask, **DATE)
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask, date_string=DATE)
 
 def _rendered(tokenizer) -> list[tuple]:
     "The golden conversations that this template takes, each with its text."

@@ -10,10 +10,12 @@ from pathlib import Path
 from .core import Generate, Message, UserError, choose, file_hash, model_path, read_card, scale as read_scale
 
 # %% auto #0
-__all__ = ['LLAMAS', 'BYTES', 'render', 'weights_hash', 'load_tokenizer', 'load', 'stop_ids', 'encode', 'generate', 'Local',
-           'parameter_parts', 'parameter_count', 'weight_bytes', 'kv_cache_bytes']
+__all__ = ['DATE', 'LLAMAS', 'BYTES', 'render', 'weights_hash', 'load_tokenizer', 'load', 'stop_ids', 'encode', 'generate',
+           'Local', 'parameter_parts', 'parameter_count', 'weight_bytes', 'kv_cache_bytes']
 
 # %% ../nbs/01_models.ipynb #5d76508a
+DATE = "26 Jul 2024"   # Llama 3's templates name a day: the one that transformers takes unless told
+
 def render(
     tokenizer,
     messages: list[Message],

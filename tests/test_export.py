@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from llmcourse.core import UserError
-from llmcourse.export import (CHATS, DTYPES, KINDS, LLAMA3, QWEN2, TEXTS, Engine, check_tokens, modelfile, next_logprobs, parity, permute, plan_types,
+from llmcourse.engine import Engine
+from llmcourse.export import (CHATS, DTYPES, KINDS, LLAMA3, QWEN2, TEXTS, check_tokens, modelfile, next_logprobs, parity, permute, plan_types,
                               pre_tokenizer, quantize, rope_factors, to_gguf)
 
 gguf = pytest.importorskip("gguf")
@@ -287,9 +288,15 @@ def test_a_library_that_does_something_else_is_refused(monkeypatch):
     llamacpp._ggml.cache_clear()
 
 
-def test_engine_says_why_a_file_does_not_load(tmp_path):
-    (tmp_path / "bad.gguf").write_bytes(b"GGUF and no more, nothing that loads")
-    with pytest.raises(UserError, match="cannot load"), Engine(tmp_path / "bad.gguf"): pass
+@pytest.mark.parametrize("broken, why", [(lambda b: b"", "failed to read magic"), (lambda b: b"GGUF and no more, nothing that loads", "version"),
+                                         (lambda b: b[:5000], "failed to read key-value pairs"), (lambda b: b[:2_000_000], "corrupted or incomplete"),
+                                         (lambda b: b.replace(b"llama", b"zebra"), "unknown model architecture: 'zebra'")],
+                         ids=["empty", "no header", "half a header", "half a file", "another architecture"])
+def test_engine_says_why_a_file_does_not_load(gqa, tmp_path, broken, why):
+    (tmp_path / "bad.gguf").write_bytes(broken(gqa[3].read_bytes()))
+    engine = Engine(tmp_path / "bad.gguf")
+    with pytest.raises(UserError, match=f"bad.gguf: llama.cpp cannot load it: .*{why}") as e, engine: pass
+    assert "\n" not in str(e.value) and not engine.child.alive and not engine.child.folder.exists()
 
 
 # --- small parts -----------------------------------------------------------------------------------------------------

@@ -15,9 +15,16 @@ import yaml
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "nbs").rglob("*.ipynb"))
-LEVEL = {name: level for level, names in enumerate((
-    "core", "check figures card files progress tutor options", "models forms resume", "rows runs serve evals llamacpp rehearsal loading",
-    "data training", "datacheck sft rl export", "lora chat methods", "checkpoints", "demo drill", "cli exercises")) for name in names.split()}
+LEVEL = {name: level for level, names in enumerate((   # each module is one above the highest that it imports
+    "core progress",
+    "card chatdb check children figures files llamacpp models options resume tutor",
+    "engine evals forms loading rehearsal replies runs servers",
+    "export lora rows serve",
+    "data desk training",
+    "datacheck methods page rl sft",
+    "chat checkpoints drill exercises",
+    "demo",
+    "cli")) for name in names.split()}
 HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "gradio", "openai", "gguf", "xllamacpp", "matplotlib", "pandas", "numpy", "fastapi"}
 
 
