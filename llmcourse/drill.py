@@ -8,7 +8,7 @@ import multiprocessing, os, random, shutil, signal, sys, time
 from pathlib import Path
 from .card import read_card
 from .core import UserError, is_run
-from .methods import method
+from .methods import METHODS, entry, method
 from .resume import last_complete
 from .training import train
 
@@ -16,10 +16,15 @@ from .training import train
 __all__ = ['drill']
 
 # %% ../nbs/workshop/drill.ipynb #d95a117d
-def _train_quietly(name: str, options: dict) -> None:
-    "What a process of the drill does."
-    sys.stderr = open(os.devnull, "w")
-    train(method(name), **options)
+def _train_quietly(place: str, options: dict, log: Path) -> None:
+    "What a process of the drill does; what it says goes into a file."
+    sys.stderr = open(log, "w", encoding="utf-8")
+    train(entry(place), **options)
+
+def _last_line(log: Path) -> str:
+    "The last line of a log, which says why a process failed."
+    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return lines[-1] if lines else "it said nothing"
 
 def _weights(folder: Path) -> dict[str, str]:
     "File name → hash, of a run's weights."
@@ -57,8 +62,10 @@ def drill(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, "trl.trainer.sft_trainer", "trl.trainer.grpo_trainer", "peft", method(name).take.__module__])
     _remove_earlier(output)
+    output.mkdir(parents=True, exist_ok=True)
     def start(folder):
-        process = context.Process(target=_train_quietly, args=(name, options | {"output": output / folder}), daemon=True)
+        job = (METHODS[name], options | {"output": output / folder}, output / "log.txt")
+        process = context.Process(target=_train_quietly, args=job, daemon=True)
         process.start()
         return process
     for folder in ("imports", "straight"):   # twice: the first start also pays for the imports
@@ -66,7 +73,7 @@ def drill(
         whole = start(folder)
         whole.join()
         seconds = time.perf_counter() - begun
-        if whole.exitcode: raise UserError(f"the uninterrupted run ended with exit code {whole.exitcode}. Train without the drill to see why")
+        if whole.exitcode: raise UserError(f"the uninterrupted run failed with exit code {whole.exitcode}: {_last_line(output / 'log.txt')}")
     results = []
     for i in tqdm(range(kills), desc="kills", file=sys.stdout, ncols=90):
         place = output / f"shot-{i:02d}"

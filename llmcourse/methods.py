@@ -11,7 +11,7 @@ from .core import choose
 from .training import Method, retrain
 
 # %% auto #0
-__all__ = ['METHODS', 'method', 'rerun']
+__all__ = ['METHODS', 'entry', 'method', 'rerun']
 
 # %% ../nbs/workshop/methods.ipynb #24ddc84f
 METHODS = {   # name → where its entry is
@@ -20,12 +20,16 @@ METHODS = {   # name → where its entry is
     "rloo": "llmcourse.rl.RLOO",
 }
 
+def entry(place: str) -> Method:
+    "The entry with that import name."
+    module, _, name = place.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
 def method(
     name: str,   # one of `METHODS`
 ) -> Method:
     "Look up a method. Raises `UserError` for a name that is not in the table."
-    module, _, entry = METHODS[choose(name, METHODS, "method")].rpartition(".")
-    return getattr(importlib.import_module(module), entry)
+    return entry(METHODS[choose(name, METHODS, "method")])
 
 def rerun(
     card: str | Path,     # a run folder, or its run.yaml
