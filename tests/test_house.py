@@ -15,7 +15,7 @@ import yaml
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "nbs").rglob("*.ipynb"))
-LEVEL = {"core": 0, "check": 1, "tutor": 1, "models": 1, "files": 1, "data": 2, "datacheck": 3, "llamacpp": 2, "children": 1, "engine": 2, "servers": 2, "serve": 3, "evals": 2, "runs": 2, "sft": 3, "lora": 4, "rl": 4, "export": 4, "chat": 4,
+LEVEL = {"core": 0, "check": 1, "tutor": 1, "models": 1, "files": 1, "data": 2, "datacheck": 3, "gguf_file": 2, "gguf_tokens": 3, "quantizers": 3, "converter": 4, "modelfile": 4, "children": 1, "engine": 2, "servers": 2, "serve": 3, "evals": 2, "runs": 2, "sft": 3, "lora": 4, "rl": 4, "export": 5, "chat": 4,
          "checkpoints": 5, "demo": 6, "cli": 7, "exercises": 7}
 HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "gradio", "openai", "httpx", "gguf", "xllamacpp", "matplotlib", "pandas", "numpy", "fastapi"}
 
