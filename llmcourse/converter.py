@@ -16,17 +16,20 @@ __all__ = ['BUFFERS', 'DTYPES', 'plain_model', 'read_config', 'expected_tensors'
            'check_tensors', 'gguf_name', 'permute', 'rope_factors', 'add_general', 'add_config', 'stored_as',
            'converted', 'to_gguf']
 
-# %% ../nbs/workshop/converter.ipynb #f789dbf1
+# %% ../nbs/workshop/converter.ipynb #cd753e96
 @contextlib.contextmanager
 def plain_model(
     model: str | Path,   # `tutor/NAME`, a folder (model or adapter), or a Hub name
 ):                       # yields (folder, name); the name is None for a folder that is a whole model
-    "A folder with a whole model in it. An adapter is merged into its base first, in float32."
+    "A folder with a whole model; an adapter is merged in float32. Raises `UserError` for a name that is nowhere."
     path, name = Path(model_path(model)), None
     if not path.is_dir():
         from huggingface_hub import snapshot_download
         name, wanted = path.name, ["*.json", "*.jinja", "*.safetensors"]
-        path = Path(snapshot_download(str(model), allow_patterns=wanted))
+        try: path = Path(snapshot_download(str(model), allow_patterns=wanted))
+        except Exception as e:
+            why = str(e).splitlines()[0][:80]
+            raise UserError(f"{model}: no such folder, and not on the Hub ({why}). Check the name and the network") from None
     if not (path / "adapter_config.json").exists():
         yield path, name
         return
@@ -39,7 +42,7 @@ def plain_model(
         del net
         yield Path(tmp), path.name
 
-# %% ../nbs/workshop/converter.ipynb #5662f245
+# %% ../nbs/workshop/converter.ipynb #109ff80f
 def _refusals(config: dict):
     "Why a model of this config cannot be exported exactly, one reason at a time."
     names, rope = config.get("architectures"), config.get("rope_parameters") or {}
@@ -54,8 +57,8 @@ def read_config(folder: Path) -> dict:
     "The config of a Llama as a dict. Raises `UserError` for a model that we cannot export exactly."
     from transformers import AutoConfig
     try: config = AutoConfig.from_pretrained(str(folder)).to_dict()
-    except (OSError, ValueError) as e:
-        why = str(e).splitlines()[0][:80]
+    except Exception as e:   # transformers checks a config in many ways
+        why = str(e.__cause__ or e).splitlines()[0][:80]
         raise UserError(f"{folder}: no config.json that transformers can read ({why})") from None
     for why in _refusals(config):
         raise UserError(f"{folder}: {why}. We export LlamaForCausalLM with default, linear or llama3 rope; "
@@ -80,14 +83,16 @@ def expected_tensors(config: dict) -> dict[str, tuple]:
         out |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
     return out
 
-# %% ../nbs/workshop/converter.ipynb #471578ff
+# %% ../nbs/workshop/converter.ipynb #f5cc90d3
 BUFFERS = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
 
 def weight_files(folder: Path) -> list[Path]:
     "The safetensors files of a model, sorted. Raises `UserError` if one is missing."
     names = sorted(p.name for p in folder.glob("model*.safetensors"))
     if (index := folder / "model.safetensors.index.json").is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        try: names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{index}: no index of weights that we can read. Download the model again") from None
     if not names: raise UserError(f"{folder}: no model.safetensors. Save the model with model.save_pretrained(folder)")
     if gone := [n for n in names if not (folder / n).is_file()]:
         raise UserError(f"{folder}: {gone[0]} is missing, the index names it. Download the model again")

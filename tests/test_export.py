@@ -216,7 +216,35 @@ def test_models_that_we_cannot_export_are_refused(tmp_path):
     with pytest.raises(UserError, match="config.json"): to_gguf(tmp_path / "empty", tmp_path / "out.gguf")
     (tmp_path / "m3" / "model.safetensors").unlink()
     with pytest.raises(UserError, match="no model.safetensors"): to_gguf(tmp_path / "m3", tmp_path / "out.gguf")
+    edit("heads", num_attention_heads=7)
+    with pytest.raises(UserError, match="heads: no config.json that .* not a multiple"): to_gguf(tmp_path / "heads", tmp_path / "out.gguf")
     assert not (tmp_path / "out.gguf").exists() and not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+def test_broken_weights_are_named(tmp_path):
+    make_model(tmp_path / "m", num_hidden_layers=1)
+    file, index = tmp_path / "m/model.safetensors", tmp_path / "m/model.safetensors.index.json"
+    whole = file.read_bytes()
+    for broken in (b"", b"xx", whole[:100], whole[:-100]):
+        file.write_bytes(broken)
+        with pytest.raises(UserError, match="model.safetensors: not a whole safetensors file"): to_gguf(tmp_path / "m", tmp_path / "out.gguf")
+    file.write_bytes(whole)
+    for text in ('{"weight_map":', "[]", '{"weights": {}}'):
+        index.write_text(text)
+        with pytest.raises(UserError, match="no index of weights"): to_gguf(tmp_path / "m", tmp_path / "out.gguf")
+    index.write_text('{"weight_map": {"a": "model-1.safetensors"}}')
+    with pytest.raises(UserError, match="model-1.safetensors is missing"): to_gguf(tmp_path / "m", tmp_path / "out.gguf")
+    with pytest.raises(UserError, match="not on the Hub"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: (_ for _ in ()).throw(OSError("no network")))
+        to_gguf("nobody/nothing", tmp_path / "out.gguf")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m"]
+
+
+def test_another_architecture_is_not_quantised(tmp_path):
+    from llmcourse.gguf_file import write_gguf
+    w = np.zeros((32, 32), np.float32)
+    write_gguf(tmp_path / "other.gguf", lambda writer: None, {"w.weight": ("F32", w.shape)}, [w])
+    with pytest.raises(UserError, match="other.gguf: no llama.block_count"): quantize(tmp_path / "other.gguf", tmp_path / "q.gguf")
 
 
 def test_no_room_on_the_disk(gqa, tmp_path, monkeypatch):
