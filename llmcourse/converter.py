@@ -16,16 +16,18 @@ __all__ = ['BUFFERS', 'DTYPES', 'plain_model', 'read_config', 'expected_tensors'
            'check_tensors', 'gguf_name', 'permute', 'rope_factors', 'add_general', 'add_config', 'stored_as',
            'converted', 'to_gguf']
 
-# %% ../nbs/workshop/converter.ipynb #cd753e96
+# %% ../nbs/workshop/converter.ipynb #963de9b1
 @contextlib.contextmanager
 def plain_model(
     model: str | Path,   # `tutor/NAME`, a folder (model or adapter), or a Hub name
 ):                       # yields (folder, name); the name is None for a folder that is a whole model
     "A folder with a whole model; an adapter is merged in float32. Raises `UserError` for a name that is nowhere."
-    path, name = Path(model_path(model)), None
+    path = Path(model_path(model))
+    name = None
     if not path.is_dir():
         from huggingface_hub import snapshot_download
-        name, wanted = path.name, ["*.json", "*.jinja", "*.safetensors"]
+        name = path.name
+        wanted = ["*.json", "*.jinja", "*.safetensors"]
         try: path = Path(snapshot_download(str(model), allow_patterns=wanted))
         except Exception as e:
             why = str(e).splitlines()[0][:80]
@@ -42,10 +44,11 @@ def plain_model(
         del net
         yield Path(tmp), path.name
 
-# %% ../nbs/workshop/converter.ipynb #109ff80f
+# %% ../nbs/workshop/converter.ipynb #7b609ec8
 def _refusals(config: dict):
     "Why a model of this config cannot be exported exactly, one reason at a time."
-    names, rope = config.get("architectures"), config.get("rope_parameters") or {}
+    names = config.get("architectures")
+    rope = config.get("rope_parameters") or {}
     kind = rope.get("rope_type", "default")
     if names != ["LlamaForCausalLM"]: yield f"a {(names or ['model without architecture'])[0]}"
     if config.get("quantization_config"): yield "quantised already; merge into the 16-bit base instead"
@@ -53,6 +56,7 @@ def _refusals(config: dict):
     if kind not in ("default", "llama3", "linear"): yield f"its rope scaling is {kind!r}"
     if rope.get("partial_rotary_factor", 1) != 1: yield "it rotates only a part of each head"
 
+# %% ../nbs/workshop/converter.ipynb #95374cf7
 def read_config(folder: Path) -> dict:
     "The config of a Llama as a dict. Raises `UserError` for a model that we cannot export exactly."
     from transformers import AutoConfig
@@ -83,7 +87,7 @@ def expected_tensors(config: dict) -> dict[str, tuple]:
         out |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
     return out
 
-# %% ../nbs/workshop/converter.ipynb #f5cc90d3
+# %% ../nbs/workshop/converter.ipynb #249fcf7f
 BUFFERS = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
 
 def weight_files(folder: Path) -> list[Path]:
@@ -98,6 +102,7 @@ def weight_files(folder: Path) -> list[Path]:
         raise UserError(f"{folder}: {gone[0]} is missing, the index names it. Download the model again")
     return [folder / n for n in names]
 
+# %% ../nbs/workshop/converter.ipynb #b7a1231c
 def tensor_index(folder: Path) -> dict[str, tuple]:
     "Tensor name → (dtype, shape, file), in file order; only the headers are read."
     from safetensors import SafetensorError, safe_open
@@ -112,7 +117,7 @@ def tensor_index(folder: Path) -> dict[str, tuple]:
             raise UserError(f"{file}: not a whole safetensors file ({why}). Download or save it again") from None
     return found
 
-# %% ../nbs/workshop/converter.ipynb #7d526541
+# %% ../nbs/workshop/converter.ipynb #1d73c78b
 def read_tensor(
     name: str,
     file: Path,   # a safetensors file
@@ -123,6 +128,7 @@ def read_tensor(
     with safe_open(file, "pt") as f: tensor = f.get_tensor(name)
     return (tensor if tensor.dtype == torch.float16 else tensor.float()).numpy()
 
+# %% ../nbs/workshop/converter.ipynb #6b1b7274
 def check_tensors(folder: Path, config: dict, index: dict) -> None:
     "Raise `UserError` if a tensor is missing, unknown, stored in a type that is not a float, or of another shape."
     want = expected_tensors(config)
@@ -139,7 +145,7 @@ def check_tensors(folder: Path, config: dict, index: dict) -> None:
         if dtype not in ("F64", "F32", "F16", "BF16"):
             raise UserError(f"{folder}: {name} is stored as {dtype}. Export the model before it is quantised")
 
-# %% ../nbs/workshop/converter.ipynb #98bca733
+# %% ../nbs/workshop/converter.ipynb #345e8e22
 def gguf_name(
     name: str,  # "model.layers.0.self_attn.q_proj.weight"
 ) -> str:       # "blk.0.attn_q.weight"
@@ -148,6 +154,7 @@ def gguf_name(
     layers = int(name.split(".")[2]) + 1 if name.startswith("model.layers.") else 0
     return gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, layers).get_name(name, (".weight", ".bias"))
 
+# %% ../nbs/workshop/converter.ipynb #5ab56e26
 def permute(
     w,            # rows of q_proj or k_proj (weight or bias), heads one after the other
     n_heads: int,
@@ -155,7 +162,7 @@ def permute(
     "Reorder the rows of each head: from transformers' (x₀…, y₀…) halves to llama.cpp's (x₀, y₀, x₁, y₁, …) pairs."
     return w.reshape(n_heads, 2, w.shape[0] // n_heads // 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
 
-# %% ../nbs/workshop/converter.ipynb #28c55d52
+# %% ../nbs/workshop/converter.ipynb #ca9b0ac2
 def rope_factors(
     config: dict,
 ):                 # float32 array (head_dim / 2,), or None for a model without the stretch
@@ -164,7 +171,8 @@ def rope_factors(
     rope = config.get("rope_parameters") or {}
     if rope.get("rope_type") != "llama3": return None
     dim, factor, low, high = config["head_dim"], rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"]
-    context, out = rope["original_max_position_embeddings"], []
+    context = rope["original_max_position_embeddings"]
+    out = []
     for freq in 1.0 / (rope["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)):
         wave = 2 * math.pi / freq
         smooth = (context / wave - low) / (high - low)
@@ -172,7 +180,7 @@ def rope_factors(
         out.append(1 if wave < context / high else factor if wave > context / low else blend)
     return torch.tensor(out, dtype=torch.float32).numpy()
 
-# %% ../nbs/workshop/converter.ipynb #926cc575
+# %% ../nbs/workshop/converter.ipynb #4557ae3e
 def add_general(
     writer,             # `gguf.GGUFWriter` that knows its tensors already
     folder: Path,       # config and model card are read from here
@@ -187,6 +195,7 @@ def add_general(
     writer.add_type(gguf.GGUFType.MODEL)
     about.set_gguf_meta_model(writer)
 
+# %% ../nbs/workshop/converter.ipynb #7acd6271
 def add_config(
     writer,         # `gguf.GGUFWriter`
     config: dict,   # from `read_config`
@@ -213,7 +222,7 @@ def add_config(
     writer.add_rope_dimension_count(config["head_dim"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
-# %% ../nbs/workshop/converter.ipynb #12607911
+# %% ../nbs/workshop/converter.ipynb #d79a2381
 DTYPES = ("f32", "f16", "bf16", "q8_0")
 
 def stored_as(
@@ -224,6 +233,7 @@ def stored_as(
     if len(shape) == 1: return "F32"
     return "F16" if dtype == "q8_0" and shape[-1] % 32 else dtype.upper()
 
+# %% ../nbs/workshop/converter.ipynb #60024468
 def converted(
     name: str,       # transformers' name
     array,
@@ -236,7 +246,7 @@ def converted(
     if ".k_proj." in name: array = permute(array, config["num_key_value_heads"])
     return gguf.quants.quantize(array, gguf.GGMLQuantizationType[kind])
 
-# %% ../nbs/workshop/converter.ipynb #369c0924
+# %% ../nbs/workshop/converter.ipynb #6a45b63b
 def to_gguf(
     model: str | Path,     # `tutor/NAME`, a folder (model or adapter), or a Hub name
     output: str | Path,    # the .gguf file to write
@@ -247,10 +257,13 @@ def to_gguf(
     choose(dtype, DTYPES, "GGUF type")
     check_free(output, begins(b"GGUF"))   # before an adapter is merged
     with plain_model(model) as (folder, name):
-        config, tokenizer, index = read_config(folder), load_tokenizer(folder), tensor_index(folder)
+        config = read_config(folder)
+        tokenizer = load_tokenizer(folder)
         tokenizer.name_or_path = str(model)   # for errors
+        index = tensor_index(folder)
         check_tensors(folder, config, index)
-        factors, pre = rope_factors(config), pre_tokenizer(tokenizer)
+        pre = pre_tokenizer(tokenizer)
+        factors = rope_factors(config)
         plan = {} if factors is None else {"rope_freqs.weight": ("F32", factors.shape)}
         plan |= {gguf_name(n): (stored_as(shape, dtype), shape) for n, (_, shape, _) in index.items()}
         def about(writer):

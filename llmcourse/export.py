@@ -30,7 +30,7 @@ def greedy(
                            eos_token_id=stop_ids(tokenizer), pad_token_id=tokenizer.pad_token_id)
         return y[0].tolist(), model(y).logits[0].log_softmax(-1)
 
-# %% ../nbs/10_export.ipynb #b649cab2
+# %% ../nbs/10_export.ipynb #5af77feb
 def parity(
     gguf: str | Path,
     model, tokenizer,          # of transformers; the model in float32 or float64
@@ -38,7 +38,9 @@ def parity(
     max_new_tokens: int = 32,
 ) -> dict:                     # prompts; same: answers with equal tokens; tokens compared; gap: in nats
     "Compare the greedy tokens of transformers and llama.cpp, and at each step their 1000 best log-probabilities."
-    starts, same, tokens, gap = [encode(tokenizer, p) for p in prompts], 0, 0, 0.0
+    starts = [encode(tokenizer, p) for p in prompts]
+    same = tokens = 0
+    gap = 0.0
     with Engine(gguf, n_ctx=max(map(len, starts)) + max_new_tokens + 8) as engine:
         for ids in starts:
             full, logprobs = greedy(model, tokenizer, ids, max_new_tokens)

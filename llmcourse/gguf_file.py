@@ -21,7 +21,7 @@ def tensor_bytes(
     import gguf
     return math.prod(gguf.quants.quant_shape_to_byte_shape(shape, gguf.GGMLQuantizationType[kind]))
 
-# %% ../nbs/workshop/gguf_file.ipynb #2093d8c3
+# %% ../nbs/workshop/gguf_file.ipynb #ba6a27a9
 def read_gguf(path: str | Path):
     "Open a GGUF file; its data is read page by page. Raises `UserError` if it is missing, cut short, or no GGUF."
     import gguf
@@ -32,6 +32,7 @@ def read_gguf(path: str | Path):
     except (ValueError, IndexError, KeyError):
         raise UserError(f"{path}: not a whole GGUF file. Export it again") from None
 
+# %% ../nbs/workshop/gguf_file.ipynb #bc1f6800
 def contents(
     reader,                # from `read_gguf`
     key: str,              # "llama.context_length"

@@ -21,12 +21,13 @@ QWEN2 = LLAMA3.replace("{1,3}", "")
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 SPLITS = {(LLAMA3,): "llama-bpe", (QWEN2,): "qwen2", (GPT2,): "gpt-2", ("digits", GPT2): "smollm"}
 
-# %% ../nbs/workshop/gguf_tokens.ipynb #34167f32
+# %% ../nbs/workshop/gguf_tokens.ipynb #b495a7f6
 def splits(
     pre: dict | None,                # "pre_tokenizer" of a tokenizer.json
 ) -> tuple[str, ...] | None:         # the steps, in order; None if we do not know one of them
     "What a pre-tokenizer cuts text by."
-    steps, out = (pre or {}).get("pretokenizers", [pre]), []
+    steps = (pre or {}).get("pretokenizers", [pre])
+    out = []
     for step in steps:
         match step:
             case {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}:
@@ -37,20 +38,23 @@ def splits(
             case _: return None
     return tuple(out) if steps[-1]["type"] == "ByteLevel" else None
 
-# %% ../nbs/workshop/gguf_tokens.ipynb #82ff64d5
+# %% ../nbs/workshop/gguf_tokens.ipynb #c8024728
 def merges_matter(
     state: dict,   # a tokenizer.json
 ) -> bool:
     "Is there a token that its own merges do not reach? Then it matters whether whole words skip the merges."
     from tokenizers import Tokenizer
-    model, added = state["model"], {t["content"] for t in state["added_tokens"]}
+    model = state["model"]
+    added = {t["content"] for t in state["added_tokens"]}
     plain = Tokenizer.from_str(json.dumps(state | {"model": model | {"ignore_merges": False}})).model
     return any([t.id for t in plain.tokenize(text)] != [i] for text, i in model["vocab"].items() if text not in added)
 
-# %% ../nbs/workshop/gguf_tokens.ipynb #438f5660
+# %% ../nbs/workshop/gguf_tokens.ipynb #d376abef
 def _refusals(state: dict):
     "Why llama.cpp could not read text by this tokenizer.json, one reason at a time."
-    model, normal, steps = state["model"], state["normalizer"], splits(state["pre_tokenizer"])
+    model = state["model"]
+    normal = state["normalizer"]
+    steps = splits(state["pre_tokenizer"])
     odd = [k for k in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback") if model.get(k)]
     if model["type"] != "BPE": yield f"a {model['type']} tokenizer"
     if odd: yield f"BPE with {' and '.join(odd)}"
@@ -59,6 +63,7 @@ def _refusals(state: dict):
     if any(t["lstrip"] or t["rstrip"] or t["single_word"] for t in state["added_tokens"]):
         yield "an added token eats the spaces beside it"
 
+# %% ../nbs/workshop/gguf_tokens.ipynb #1958d19e
 def pre_tokenizer(
     tokenizer,   # of transformers
 ) -> str:        # "llama-bpe", "qwen2", …
@@ -70,7 +75,8 @@ def pre_tokenizer(
     for why in _refusals(state):
         raise UserError(f"{place}: {why[:200]}. We can prove byte-level BPE with the split of Llama 3, GPT-2, Qwen 2 "
                         "or SmolLM; for others use llama.cpp's convert_hf_to_gguf.py")
-    name, skips = SPLITS[splits(state["pre_tokenizer"])], bool(state["model"].get("ignore_merges"))
+    name = SPLITS[splits(state["pre_tokenizer"])]
+    skips = bool(state["model"].get("ignore_merges"))
     if skips == (name == "llama-bpe") or not merges_matter(state): return name
     if skips: raise UserError(f"{place}: ignore_merges with the split of {name}, which llama.cpp has no name for")
     return "smaug-bpe"   # Llama 3's split, but merges are never skipped
@@ -87,14 +93,15 @@ def adds(
     raise UserError(f"{tokenizer.name_or_path}: it wraps text in {tokenizer.convert_ids_to_tokens(full)}, "
                     "more than BOS and EOS, which llama.cpp cannot do")
 
-# %% ../nbs/workshop/gguf_tokens.ipynb #d4317682
+# %% ../nbs/workshop/gguf_tokens.ipynb #c0a1c0cd
 def vocabulary(
     tokenizer,                       # of transformers
     size: int,                       # rows of the model's embedding; ids without a token are filled up
 ) -> tuple[list[str], list[int]]:
     "The text and the GGUF type of each id. Raises `UserError` for an id without embedding, or a text with two ids."
     from gguf import TokenType
-    place, added = tokenizer.name_or_path, tokenizer.added_tokens_decoder
+    place = tokenizer.name_or_path
+    added = tokenizer.added_tokens_decoder
     texts = {i: t for t, i in tokenizer.get_vocab().items()}
     if max(texts) >= size:
         raise UserError(f"{place}: token id {max(texts)}, but the model has only {size} embeddings. "
@@ -147,7 +154,7 @@ CHATS = [[{"role": "user", "content": "What is 47 + 38?"}],
          [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b\nc"}, {"role": "user", "content": "d"},
           {"role": "assistant", "content": "e"}, {"role": "user", "content": "f"}]]
 
-# %% ../nbs/workshop/gguf_tokens.ipynb #d8c70245
+# %% ../nbs/workshop/gguf_tokens.ipynb #f29bd3ce
 def chat_text(
     tokenizer,                # of transformers
     messages: list[Message],
@@ -157,6 +164,7 @@ def chat_text(
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask,
                                          date_string=DATE)
 
+# %% ../nbs/workshop/gguf_tokens.ipynb #43011084
 def golden_chats(
     tokenizer,                                  # of transformers
 ) -> list[tuple[list[Message], str]]:           # (conversation, text); empty without a template
@@ -169,7 +177,7 @@ def golden_chats(
                         "Set one that takes system, user and assistant turns")
     return out
 
-# %% ../nbs/workshop/gguf_tokens.ipynb #f39de3b8
+# %% ../nbs/workshop/gguf_tokens.ipynb #27e0e91b
 def parts_at(
     ours: list[int],
     theirs: list[int],
@@ -178,6 +186,7 @@ def parts_at(
     if ours == theirs: return None
     return next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), min(len(ours), len(theirs)))
 
+# %% ../nbs/workshop/gguf_tokens.ipynb #e1167cc2
 def check_tokens(
     gguf: str | Path,
     tokenizer,         # of transformers, the one that the model was trained with

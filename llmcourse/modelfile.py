@@ -14,7 +14,7 @@ from .models import load_tokenizer, stop_ids
 # %% auto #0
 __all__ = ['fill', 'chat_pieces', 'go_template', 'modelfile']
 
-# %% ../nbs/workshop/modelfile.ipynb #84fce040
+# %% ../nbs/workshop/modelfile.ipynb #26a51e88
 def _asked(say) -> dict[str, str]:
     "The constant text around each role's words, from what `say(*messages)` makes of four short conversations."
     words = ["sysword", "userword", "botword", "lastword"]
@@ -30,6 +30,7 @@ def _asked(say) -> dict[str, str]:
     p["answer"] = say(user, ask=True).removeprefix(one)
     return p
 
+# %% ../nbs/workshop/modelfile.ipynb #067e731e
 def fill(
     pieces: dict[str, str],   # from `chat_pieces`
     messages: list[Message],

@@ -14,7 +14,7 @@ from .gguf_file import contents, read_gguf, tensor_bytes, write_gguf
 __all__ = ['PIN', 'KINDS', 'FALLBACK', 'quantize_rows', 'ggml', 'requantized', 'block', 'wanted_type', 'tensor_type',
            'plan_types', 'quantize']
 
-# %% ../nbs/workshop/quantizers.ipynb #7322521c
+# %% ../nbs/workshop/quantizers.ipynb #92b8491b
 PIN = "Install xllamacpp==2026.10.11549"
 
 def quantize_rows(
@@ -33,6 +33,7 @@ def quantize_rows(
     if written != out.nbytes: raise UserError(f"xllamacpp: {kind} came to {written} bytes, not {out.nbytes}. {PIN}")
     return out
 
+# %% ../nbs/workshop/quantizers.ipynb #07cd5b28
 @functools.cache
 def ggml():
     "llama.cpp's quantisers, out of xllamacpp's library. Raises `UserError` if this version hides or changes them."
@@ -46,12 +47,13 @@ def ggml():
     except (AttributeError, OSError) as e:
         why = str(e)[-80:]
         raise UserError(f"xllamacpp: this version does not hand out ggml_quantize_chunk ({why}). {PIN}") from None
-    w, q8 = np.linspace(-1, 1, 512, dtype=np.float32).reshape(2, 256), gguf.GGMLQuantizationType.Q8_0
-    if not np.array_equal(quantize_rows(w, "Q8_0", lib), gguf.quants.quantize(w, q8)):
+    w = np.linspace(-1, 1, 512, dtype=np.float32).reshape(2, 256)
+    known = gguf.quants.quantize(w, gguf.GGMLQuantizationType.Q8_0)
+    if not np.array_equal(quantize_rows(w, "Q8_0", lib), known):
         raise UserError(f"xllamacpp: its ggml_quantize_chunk does not do what it did. {PIN}")
     return lib
 
-# %% ../nbs/workshop/quantizers.ipynb #d4e6b0ff
+# %% ../nbs/workshop/quantizers.ipynb #fde92cc9
 def requantized(
     tensor,         # of a `gguf.GGUFReader`, in F32, F16 or BF16
     kind: str,      # a GGUF type
@@ -59,7 +61,8 @@ def requantized(
 ):
     "The data of a tensor in another type."
     import gguf, numpy as np
-    have, types = tensor.tensor_type, gguf.GGMLQuantizationType
+    have = tensor.tensor_type
+    types = gguf.GGMLQuantizationType
     if have == types[kind]: return tensor.data
     if kind == "F16": return gguf.quants.quantize(gguf.quants.dequantize(tensor.data, have), types.F16)
     def slab(rows): return quantize_rows(gguf.quants.dequantize(rows, have), kind)
@@ -69,7 +72,7 @@ def requantized(
         slabs = (tensor.data[i:i + step] for i in range(0, len(tensor.data), step))
         return np.concatenate(list(pool.map(slab, slabs)))
 
-# %% ../nbs/workshop/quantizers.ipynb #8142d2df
+# %% ../nbs/workshop/quantizers.ipynb #dde01e41
 KINDS = ("Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_0", "Q4_K_M", "Q4_K_S", "Q4_0", "Q3_K_M", "Q2_K")
 FALLBACK = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}   # 256 → 32 a block
 
@@ -86,7 +89,8 @@ def wanted_type(
     kv_heads: int,  # key and value heads
 ) -> str:           # a GGUF type
     "Which type llama.cpp gives a matrix inside a layer in the mixture `kind`: more bits where they count."
-    base, layer = re.sub("_[SM]$", "", kind), int(name.split(".")[1]) if name.startswith("blk.") else -1
+    base = re.sub("_[SM]$", "", kind)
+    layer = int(name.split(".")[1]) if name.startswith("blk.") else -1
     more = layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
     six = {"Q4_K_M": "Q6_K", "Q5_K_M": "Q6_K"} if more else {}
     if ".attn_v." in name:
@@ -115,7 +119,7 @@ def tensor_type(
     if columns % block(pick): pick = FALLBACK.get(pick, pick)
     return "F16" if columns % block(pick) else pick
 
-# %% ../nbs/workshop/quantizers.ipynb #0ed4f224
+# %% ../nbs/workshop/quantizers.ipynb #00e8aaf4
 def plan_types(
     gguf: str | Path,      # a GGUF file of float tensors
     kind: str = "Q4_K_M",  # one of `KINDS`
@@ -138,6 +142,7 @@ def plan_types(
         out[t.name] = (want, shape, tensor_bytes(shape, want))
     return out
 
+# %% ../nbs/workshop/quantizers.ipynb #bad7a60b
 def quantize(
     gguf: str | Path,       # a GGUF file in f32, f16 or bf16, as `to_gguf` writes it
     output: str | Path,     # the .gguf file to write
@@ -148,7 +153,8 @@ def quantize(
     from gguf import GGML_QUANT_VERSION, GGUFValueType, LlamaFileType
     if Path(output).resolve() == Path(gguf).resolve():
         raise UserError(f"{output}: the file to read. Choose another output")
-    plan, reader = plan_types(gguf, kind), read_gguf(gguf)
+    plan = plan_types(gguf, kind)
+    reader = read_gguf(gguf)
     tensors = {t.name: t for t in reader.tensors}
     last = {"general.quantization_version": GGML_QUANT_VERSION,
             "general.file_type": int(LlamaFileType[f"MOSTLY_{kind}"])}
