@@ -60,11 +60,12 @@ class Child:
     def __init__(self,
         target: str,                       # "module:function", importable in a new Python
         job,                               # the function's one argument: anything that JSON can hold
-        name: str,                         # what errors call it
+        label: str,                        # what errors call it
         folder: str | Path | None = None,  # for its log and whatever it writes; goes away with it
         env: dict | None = None,           # environment variables, on top of ours
     ):
-        self.name, self.folder = name, Path(folder or tempfile.mkdtemp(prefix="llmcourse-child-"))
+        self.label = label
+        self.folder = Path(folder or tempfile.mkdtemp(prefix="llmcourse-child-"))
         self.process = _start({"target": target, "job": job, "folder": str(self.folder)}, env or {})
         atexit.register(self.stop)
 
@@ -78,19 +79,19 @@ class Child:
         return "\n".join(text.splitlines()[-n:])
 
     def until(self, ready: Callable, timeout: float = 300, failure: str = "died while starting"):
-        "Wait for `ready()` to be true, and return it. Raises `UserError` if the child dies first, or after `timeout` s."
+        "Wait until `ready()` is true; return it. Raises `UserError` if the child dies first, or after `timeout` s."
         end = time.monotonic() + timeout
         while time.monotonic() < end:
-            if not self.alive: raise UserError(f"{self.name} {failure}: {cause(self.log(200))}")
+            if not self.alive: raise UserError(f"{self.label} {failure}: {cause(self.log(200))}")
             if found := ready(): return found
             time.sleep(0.02)
-        raise UserError(f"{self.name} is not ready after {timeout:g} s. "
+        raise UserError(f"{self.label} is not ready after {timeout:g} s. "
                         f"Give a longer timeout=…; its log ends in: {cause(self.log(1))}")
 
     def wait(self) -> None:
         "Block until it is stopped. Raises `UserError` if it dies by itself."
         while self.alive: time.sleep(0.2)
-        if self.folder.exists(): raise UserError(f"{self.name} died: {cause(self.log(200))}")
+        if self.folder.exists(): raise UserError(f"{self.label} died: {cause(self.log(200))}")
 
     def stop(self) -> None:
         "End it, and remove its folder. Twice is once."
@@ -104,4 +105,4 @@ class Child:
 
     def __enter__(self): return self
     def __exit__(self, *error): self.stop()
-    def __repr__(self): return self.name + ("" if self.alive else " (stopped)")
+    def __repr__(self): return self.label + ("" if self.alive else " (stopped)")

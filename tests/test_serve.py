@@ -13,7 +13,8 @@ from pathlib import Path
 import openai
 import pytest
 
-from llmcourse import serve as module
+from llmcourse import servers as module
+from llmcourse.children import Child, cause
 from llmcourse.core import UserError, weights
 from llmcourse.export import to_gguf
 from llmcourse.models import Local, load, render
@@ -248,6 +249,32 @@ def test_half_a_file_says_why(gguf, tmp_path):
     assert leftovers() == before
 
 
+@pytest.mark.parametrize("change, why", [(lambda b: b"GGUF", "failed to read header"), (lambda b: b[:5000], "failed to read key-value pairs"),
+                                         (lambda b: b.replace(b"llama", b"zebra"), "unknown model architecture: 'zebra'")], ids=["no header", "half a header", "another architecture"])
+def test_a_broken_file_says_why(gguf, tmp_path, change, why):
+    (tmp_path / "broken.gguf").write_bytes(change(gguf.read_bytes()))
+    with pytest.raises(UserError, match=f"broken: the llama.cpp server died while starting: .*{why}"):
+        serve(tmp_path / "broken.gguf")
+
+
+def test_a_broken_model_folder_says_why(tmp_path):
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half/config.json").write_text("{")
+    before = leftovers()
+    with pytest.raises(UserError, match=r"half: the transformers server died while starting: \w") as e:
+        serve(tmp_path / "half", timeout=60)
+    assert "\n" not in str(e.value) and "log is empty" not in str(e.value) and leftovers() == before
+
+
+@pytest.mark.parametrize("path,says", [("/nowhere", "/nowhere: 404"), ("/metrics?x", "llamacpp:")])
+def test_get(llama, path, says):
+    try:
+        said = llama.get(path)
+    except UserError as e:
+        said = str(e)
+    assert says in said
+
+
 @pytest.mark.parametrize("options,says", [({"n_paralel": 2}, "did you mean 'n_parallel'"), ({"cache_type_k": "f33"}, "unknown cache_type_k 'f33'")])
 def test_unknown_settings(gguf, options, says):
     with pytest.raises(UserError, match=says):
@@ -291,18 +318,18 @@ def test_with_block_ends_it_whatever_happens(gguf, error):
 def test_interrupt_while_starting(gguf, monkeypatch):
     started = []
 
-    def interrupted(server, timeout):
+    def interrupted(server, ready, timeout):
         started.append(server)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "_wait_ready", interrupted)
+    monkeypatch.setattr(Server, "until", interrupted)
     with pytest.raises(KeyboardInterrupt):
         serve(gguf)
     assert not alive(started[0].process.pid) and not started[0].folder.exists()
 
 
 def test_too_slow(gguf, monkeypatch):
-    monkeypatch.setattr(Server, "get", lambda self, path: (_ for _ in ()).throw(ConnectionRefusedError()))
+    monkeypatch.setattr(Server, "healthy", lambda self: False)
     before = leftovers()
     with pytest.raises(UserError, match="not ready after 0.2 s"):
         serve(gguf, timeout=0.2)
@@ -351,4 +378,33 @@ def test_key_is_in_no_process_list(llama):
 @pytest.mark.parametrize("port", [-1, 65536, 99999])
 def test_a_port_that_is_none(port):
     from llmcourse.serve import check_address
-    with pytest.raises(UserError, match=f"port {port}: has to lie between 0"): check_address("127.0.0.1", port, None)
+    with pytest.raises(UserError, match=f"port {port}: give a number from 0"): check_address("127.0.0.1", port, None)
+
+
+# ---- children of any kind
+
+@pytest.mark.parametrize("log,why", [("", "its log is empty"), ("a\n\n b \n", "b"), ("0.1 I one\n0.2 E  two  words\n0.3 E three\nfour", "two words"),
+                                     ("0.00.001.719 I srv init: build_info: b0-unknown\nlast", "last"), ("x" * 400, "x" * 300)])
+def test_cause(log, why):
+    assert cause(log) == why
+
+
+@pytest.mark.parametrize("target,job,why", [("json:loads", "{", "JSONDecodeError: Expecting property name"), ("no.such.module:f", 1, "No module named 'no'"),
+                                            ("builtins:exec", "print('a last word'); raise SystemExit(3)", "a last word"), ("builtins:exec", "import os; os._exit(1)", "its log is empty"),
+                                            ("builtins:exec", "from llmcourse.core import UserError; raise UserError('give a key')", "starting: give a key")])
+def test_a_child_says_why_it_died(target, job, why):
+    with Child(target, job, "a child") as child, pytest.raises(UserError, match=why):
+        child.until(lambda: False, 30)
+    assert not child.folder.exists()
+
+
+def test_a_child_that_hangs_at_its_end_is_killed():
+    "A thread that never ends does not keep a failed child alive."
+    job = "import threading; threading.Thread(target=threading.Event().wait).start(); raise ValueError('no')"
+    with Child("builtins:exec", job, "a child") as child, pytest.raises(UserError, match="ValueError: no"):
+        child.until(lambda: False, 20)
+
+
+def test_a_job_is_in_no_process_list():
+    with Child("builtins:exec", "import time; time.sleep(60)  # s3cret", "a child") as child:
+        assert b"s3cret" not in Path(f"/proc/{child.process.pid}/cmdline").read_bytes()

@@ -11,7 +11,9 @@ from ..check import Exercise
 __all__ = ['EXERCISES']
 
 # %% ../../nbs/workshop/exercises/serve.ipynb #770f0cc2
-def _piece(text=None, end=None) -> str: return "data: " + json.dumps({"choices": [{"index": 0, "delta": {"content": text} if text is not None else {"role": "assistant"}, "finish_reason": end}]})
+def _piece(text=None, end=None) -> str:
+    delta = {"role": "assistant"} if text is None else {"content": text}
+    return "data: " + json.dumps({"choices": [{"index": 0, "delta": delta, "finish_reason": end}]})
 
 _STREAM = [": keep-alive", "", _piece(), "", _piece("47+38"), "", _piece(" = "), "", _piece("85", "stop"), "",
            'data: {"choices": [], "usage": {"completion_tokens": 7}}', "", "data: [DONE]", ""]
@@ -23,44 +25,64 @@ def _test_stream(read):
     assert read(["data: [DONE]"]) == "", "a stream without pieces is the empty text"
 
 def _chunks(lines): return [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
-def _no_last(lines): return "".join(c["choices"][0]["delta"].get("content", "") for c in _chunks(lines) if c["choices"] and not c["choices"][0]["finish_reason"])
-def _usage_crash(lines): return "".join(c["choices"][0]["delta"].get("content", "") for c in _chunks(lines))
-def _done_crash(lines): return "".join(c["choices"][0]["delta"].get("content", "") for c in (json.loads(line[6:]) for line in lines if line.startswith("data: ")) if c["choices"])
-def _strips(lines): return "".join(c["choices"][0]["delta"].get("content", "").strip() for c in _chunks(lines) if c["choices"])
+def _text(chunk): return chunk["choices"][0]["delta"].get("content", "")
+
+def _no_last(lines):
+    return "".join(_text(c) for c in _chunks(lines) if c["choices"] and not c["choices"][0]["finish_reason"])
+def _usage_crash(lines): return "".join(_text(c) for c in _chunks(lines))
+def _done_crash(lines):
+    chunks = (json.loads(line[6:]) for line in lines if line.startswith("data: "))
+    return "".join(_text(c) for c in chunks if c["choices"])
+def _strips(lines): return "".join(_text(c).strip() for c in _chunks(lines) if c["choices"])
 
 # %% ../../nbs/workshop/exercises/serve.ipynb #be9ad756
 def _test_door(allowed):
     assert allowed("Bearer s3cret", "s3cret") is True, "the right header must be let in (with True)"
-    cases = {None: "a request without the header", "": "an empty header", "Bearer ": "an empty key", "Bearer s3cre": "the beginning of the key",
-             "Bearer s3cret2": "a key that only starts like ours", "s3cret": "the key without the word Bearer", "Basic s3cret": "another scheme",
+    cases = {None: "a request without the header", "": "an empty header", "Bearer ": "an empty key",
+             "Bearer s3cre": "the beginning of the key", "Bearer s3cret2": "a key that only starts like ours",
+             "s3cret": "the key without the word Bearer", "Basic s3cret": "another scheme",
              "Bearer S3CRET": "the key in capitals", "Bearer clé": "a key outside ASCII"}
     for header, what in cases.items(): assert allowed(header, "s3cret") is False, f"{what} must be refused (with False)"
 
 # %% ../../nbs/workshop/exercises/serve.ipynb #ddbd39d4
-def _test_clocks(clocks):
-    first, rate = clocks([0.5, 0.6, 0.7, 0.8, 0.9])
-    assert abs(first - 0.5) < 1e-9, f"the first token came after 0.5 s, not {first}"
-    assert abs(rate - 10) < 1e-6, f"after the first one, 4 tokens came in 0.4 s: 10 a second, not {rate:.4g}"
-    assert clocks([0.25])[0] == 0.25 and clocks([0.25])[1] is None, "one token has no speed: give None for it"
+def _test_queue(passes):
+    cases = [([10, 2, 2, 3, 3], 3, 10, "a place that is free takes the next reply at once"),
+             ([5, 5, 5], 1, 15, "with one place, the replies come one after the other"),
+             ([4, 7], 8, 7, "with places to spare, the longest reply decides"),
+             ([3, 3, 3, 3, 8], 2, 14, "the queue keeps its order: a long reply at the end comes last"),
+             ([1] * 10, 4, 3, "ten replies of one token take three passes of four places")]
+    for lengths, slots, want, why in cases:
+        got = passes(list(lengths), slots)
+        assert got == want, f"{lengths} on {slots} places: {want} passes, not {got}; {why}"
 
-def _speed(times, n, since): return n / (times[-1] - since) if times[-1] > since else None
+def _batches(lengths, slots): return sum(max(lengths[i:i + slots]) for i in range(0, len(lengths), slots))
+def _round_robin(lengths, slots): return max(sum(lengths[i::slots]) for i in range(slots))
+def _longest_first(lengths, slots):
+    free = [0] * slots
+    for n in sorted(lengths, reverse=True): free[free.index(min(free))] += n
+    return max(free)
 
 # %% ../../nbs/workshop/exercises/serve.ipynb #5f38e08c
 EXERCISES = [
     Exercise("02.1", "read a stream of server-sent events", _test_stream,
-             "keep the lines that start with 'data: {'; skip those whose \"choices\" is empty; a delta may have no \"content\"",
-             {"drops the last piece, because it carries finish_reason": _no_last, "crashes on the piece with the usage": _usage_crash,
+             "keep the lines that start with 'data: {'; skip those whose \"choices\" is empty; "
+             "a delta may have no \"content\"",
+             {"drops the last piece, because it carries finish_reason": _no_last,
+              "crashes on the piece with the usage": _usage_crash,
               "crashes on [DONE]": _done_crash, "strips the pieces": _strips}),
     Exercise("02.2", "check an Authorization header", _test_door,
-             "compare the whole header with 'Bearer ' + key as bytes, with hmac.compare_digest, and mind the header that is missing",
+             "compare the whole header with 'Bearer ' + key as bytes, with hmac.compare_digest; it may be missing",
              {"the key is somewhere in the header": lambda header, key: key in (header or ""),
               "compares only the beginning": lambda header, key: (header or "").startswith(f"Bearer {key}"),
               "crashes when there is no header": lambda header, key: header.removeprefix("Bearer ") == key,
               "lets the bare key in": lambda header, key: (header or "").removeprefix("Bearer ") == key,
-              "crashes on a key outside ASCII": lambda header, key: hmac.compare_digest(header or "", f"Bearer {key}")}),
-    Exercise("02.3", "time to first token, and tokens a second", _test_clocks,
-             "the first token belongs to the first clock only: the second counts the others, from the first one on",
-             {"counts the wait into the speed": lambda times: (times[0], _speed(times, len(times), 0)),
-              "counts one token too many": lambda times: (times[0], _speed(times, len(times), times[0])),
-              "divides by zero for one token": lambda times: (times[0], (len(times) - 1) / (times[-1] - times[0]))}),
+              "crashes on a key outside ASCII":
+                  lambda header, key: hmac.compare_digest(header or "", f"Bearer {key}")}),
+    Exercise("02.3", "count the passes of a server with a queue", _test_queue,
+             "for each place, keep the pass after which it is free; the next reply goes to the first free place",
+             {"waits for a whole batch": _batches,
+              "spreads the tokens evenly": lambda lengths, slots: max(max(lengths), -(-sum(lengths) // slots)),
+              "deals the replies out like cards": _round_robin,
+              "takes the longest reply first": _longest_first,
+              "one after the other": lambda lengths, slots: sum(lengths)}),
 ]
