@@ -49,7 +49,8 @@ def folds(cell: dict, chapter: bool) -> dict[str, bool]:
     if cell["cell_type"] != "code": return {}
     source = "".join(cell["source"])
     hidden = re.search(r"^#\|\s*hide\s*$", source, re.M) or only_imports(source) or is_solution(source)
-    return ({"source_hidden": True} if hidden else {}) | ({"outputs_hidden": True} if chapter and is_answer(source) else {})
+    wanted = {"source_hidden": bool(hidden), "outputs_hidden": chapter and is_answer(source)}
+    return {key: True for key, value in wanted.items() if value}
 
 
 def summary_first(lines: list[str]) -> list[str]:
