@@ -12,7 +12,7 @@ from .models import DATE
 
 # %% auto #0
 __all__ = ['LLAMA3', 'QWEN2', 'GPT2', 'SPLITS', 'TEXTS', 'CHATS', 'splits', 'merges_matter', 'pre_tokenizer', 'adds',
-           'vocabulary', 'add_tokenizer', 'chat_text', 'golden_chats', 'parts_at', 'check_tokens']
+           'vocabulary', 'add_tokenizer', 'chat_text', 'golden_chats', 'parts_at', 'both_read', 'check_tokens']
 
 # %% ../nbs/workshop/gguf_tokens.ipynb #cd131eae
 LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -21,7 +21,7 @@ QWEN2 = LLAMA3.replace("{1,3}", "")
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 SPLITS = {(LLAMA3,): "llama-bpe", (QWEN2,): "qwen2", (GPT2,): "gpt-2", ("digits", GPT2): "smollm"}
 
-# %% ../nbs/workshop/gguf_tokens.ipynb #b495a7f6
+# %% ../nbs/workshop/gguf_tokens.ipynb #d1695949
 def splits(
     pre: dict | None,                # "pre_tokenizer" of a tokenizer.json
 ) -> tuple[str, ...] | None:         # the steps, in order; None if we do not know one of them
@@ -30,8 +30,7 @@ def splits(
     out = []
     for step in steps:
         match step:
-            case {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}:
-                out.append(regex)
+            case {"type": "Split", "pattern": {"Regex": cut}, "behavior": "Isolated", "invert": False}: out.append(cut)
             case {"type": "Digits", "individual_digits": True}: out.append("digits")
             case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}: out.append(GPT2)
             case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}: pass
@@ -63,7 +62,16 @@ def _refusals(state: dict):
     if any(t["lstrip"] or t["rstrip"] or t["single_word"] for t in state["added_tokens"]):
         yield "an added token eats the spaces beside it"
 
-# %% ../nbs/workshop/gguf_tokens.ipynb #1958d19e
+# %% ../nbs/workshop/gguf_tokens.ipynb #cf524631
+def _name(state: dict, place: str) -> str:
+    "The name of a pre-tokenizer that we know, with its habit of skipping merges."
+    name = SPLITS[splits(state["pre_tokenizer"])]
+    skips = bool(state["model"].get("ignore_merges"))
+    if skips == (name == "llama-bpe") or not merges_matter(state): return name
+    if skips: raise UserError(f"{place}: ignore_merges with the split of {name}, which llama.cpp has no name for")
+    return "smaug-bpe"   # Llama 3's split, but merges are never skipped
+
+# %% ../nbs/workshop/gguf_tokens.ipynb #19cc3bf2
 def pre_tokenizer(
     tokenizer,   # of transformers
 ) -> str:        # "llama-bpe", "qwen2", …
@@ -75,11 +83,7 @@ def pre_tokenizer(
     for why in _refusals(state):
         raise UserError(f"{place}: {why[:200]}. We can prove byte-level BPE with the split of Llama 3, GPT-2, Qwen 2 "
                         "or SmolLM; for others use llama.cpp's convert_hf_to_gguf.py")
-    name = SPLITS[splits(state["pre_tokenizer"])]
-    skips = bool(state["model"].get("ignore_merges"))
-    if skips == (name == "llama-bpe") or not merges_matter(state): return name
-    if skips: raise UserError(f"{place}: ignore_merges with the split of {name}, which llama.cpp has no name for")
-    return "smaug-bpe"   # Llama 3's split, but merges are never skipped
+    return _name(state, place)
 
 # %% ../nbs/workshop/gguf_tokens.ipynb #0e476760
 def adds(
@@ -186,18 +190,27 @@ def parts_at(
     if ours == theirs: return None
     return next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), min(len(ours), len(theirs)))
 
-# %% ../nbs/workshop/gguf_tokens.ipynb #e1167cc2
-def check_tokens(
+# %% ../nbs/workshop/gguf_tokens.ipynb #f24db92d
+def both_read(
     gguf: str | Path,
-    tokenizer,         # of transformers, the one that the model was trained with
-) -> int:              # how many texts and conversations were compared
-    "Prove that llama.cpp reads text, special tokens and conversations as transformers does. Raises `UserError` if not."
+    tokenizer,                                   # of transformers
+) -> list[tuple[str, list[int], list[int]]]:     # (text, llama.cpp's ids, transformers' ids)
+    "Texts, special tokens and conversations as both programs read them."
     specials = [f"a{t.content}b {t.content}\nc" for t in tokenizer.added_tokens_decoder.values()][:40]
     with Engine(gguf) as engine:
         pairs = [(text, engine.tokenize(text), tokenizer(text)["input_ids"]) for text in TEXTS + specials]
         for chat, text in golden_chats(tokenizer):
             theirs = tokenizer(text, add_special_tokens=False)["input_ids"]
             pairs.append((text, engine.tokenize(engine.template(chat)), theirs))
+    return pairs
+
+# %% ../nbs/workshop/gguf_tokens.ipynb #f5df03cc
+def check_tokens(
+    gguf: str | Path,
+    tokenizer,         # of transformers, the one that the model was trained with
+) -> int:              # how many texts and conversations were compared
+    "Prove that llama.cpp reads text, special tokens and conversations as transformers does. Raises `UserError` if not."
+    pairs = both_read(gguf, tokenizer)
     for text, ours, theirs in pairs:
         if (at := parts_at(ours, theirs)) is not None:
             raise UserError(f"{Path(gguf).name}: llama.cpp reads {text[:60]!r} as {ours[:at + 3]}, "

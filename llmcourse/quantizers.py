@@ -11,12 +11,25 @@ from .core import UserError, choose
 from .gguf_file import contents, read_gguf, tensor_bytes, write_gguf
 
 # %% auto #0
-__all__ = ['PIN', 'KINDS', 'FALLBACK', 'quantize_rows', 'ggml', 'requantized', 'block', 'wanted_type', 'tensor_type',
-           'plan_types', 'quantize']
+__all__ = ['PIN', 'KINDS', 'FALLBACK', 'FLOATS', 'open_library', 'quantize_rows', 'ggml', 'requantized', 'block_size',
+           'wanted_type', 'tensor_type', 'shape_of', 'llama_order', 'stays_float', 'plan_types', 'quantize']
 
-# %% ../nbs/workshop/quantizers.ipynb #92b8491b
+# %% ../nbs/workshop/quantizers.ipynb #cf877f58
 PIN = "Install xllamacpp==2026.10.11549"
 
+def open_library():
+    "xllamacpp's library, with the types of the function that we call. Raises `UserError` if this version hides it."
+    found = importlib.util.find_spec("xllamacpp.xllamacpp")
+    try:
+        lib = ctypes.CDLL(found.origin)
+        pointer, number = ctypes.c_void_p, ctypes.c_int64
+        lib.ggml_quantize_chunk.restype = ctypes.c_size_t
+        lib.ggml_quantize_chunk.argtypes = [ctypes.c_int, pointer, pointer, number, number, number, pointer]
+        return lib
+    except (AttributeError, OSError) as e:
+        raise UserError(f"xllamacpp: no ggml_quantize_chunk in this version ({str(e)[-80:]}). {PIN}") from None
+
+# %% ../nbs/workshop/quantizers.ipynb #2337728c
 def quantize_rows(
     rows,       # float array (rows, columns)
     kind: str,  # a GGUF type
@@ -26,34 +39,25 @@ def quantize_rows(
     import gguf, numpy as np
     lib = lib or ggml()
     rows = np.ascontiguousarray(rows, dtype=np.float32)
-    width = tensor_bytes((1, rows.shape[1]), kind)
-    out = np.empty((len(rows), width), np.uint8)
-    code = gguf.GGMLQuantizationType[kind]
-    written = lib.ggml_quantize_chunk(code, rows.ctypes.data, out.ctypes.data, 0, *rows.shape, None)
+    out = np.empty((len(rows), tensor_bytes((1, rows.shape[1]), kind)), np.uint8)
+    pointers = rows.ctypes.data, out.ctypes.data
+    written = lib.ggml_quantize_chunk(gguf.GGMLQuantizationType[kind], *pointers, 0, *rows.shape, None)
     if written != out.nbytes: raise UserError(f"xllamacpp: {kind} came to {written} bytes, not {out.nbytes}. {PIN}")
     return out
 
-# %% ../nbs/workshop/quantizers.ipynb #07cd5b28
+# %% ../nbs/workshop/quantizers.ipynb #88ed6447
 @functools.cache
 def ggml():
     "llama.cpp's quantisers, out of xllamacpp's library. Raises `UserError` if this version hides or changes them."
     import gguf, numpy as np
-    found = importlib.util.find_spec("xllamacpp.xllamacpp")
-    try:
-        lib = ctypes.CDLL(found.origin)
-        pointer, number = ctypes.c_void_p, ctypes.c_int64
-        lib.ggml_quantize_chunk.restype = ctypes.c_size_t
-        lib.ggml_quantize_chunk.argtypes = [ctypes.c_int, pointer, pointer, number, number, number, pointer]
-    except (AttributeError, OSError) as e:
-        why = str(e)[-80:]
-        raise UserError(f"xllamacpp: this version does not hand out ggml_quantize_chunk ({why}). {PIN}") from None
+    lib = open_library()
     w = np.linspace(-1, 1, 512, dtype=np.float32).reshape(2, 256)
     known = gguf.quants.quantize(w, gguf.GGMLQuantizationType.Q8_0)
     if not np.array_equal(quantize_rows(w, "Q8_0", lib), known):
         raise UserError(f"xllamacpp: its ggml_quantize_chunk does not do what it did. {PIN}")
     return lib
 
-# %% ../nbs/workshop/quantizers.ipynb #fde92cc9
+# %% ../nbs/workshop/quantizers.ipynb #c8f5c2b4
 def requantized(
     tensor,         # of a `gguf.GGUFReader`, in F32, F16 or BF16
     kind: str,      # a GGUF type
@@ -61,26 +65,25 @@ def requantized(
 ):
     "The data of a tensor in another type."
     import gguf, numpy as np
-    have = tensor.tensor_type
-    types = gguf.GGMLQuantizationType
-    if have == types[kind]: return tensor.data
-    if kind == "F16": return gguf.quants.quantize(gguf.quants.dequantize(tensor.data, have), types.F16)
+    have, want = tensor.tensor_type, gguf.GGMLQuantizationType[kind]
+    if have == want: return tensor.data
+    if kind == "F16": return gguf.quants.quantize(gguf.quants.dequantize(tensor.data, have), want)
     def slab(rows): return quantize_rows(gguf.quants.dequantize(rows, have), kind)
-    columns = int(tensor.shape[0])
-    step = max(1, 2**22 // columns)
+    step = max(1, 2**22 // int(tensor.shape[0]))   # rows of 4 million weights
     with ThreadPoolExecutor(threads) as pool:
-        slabs = (tensor.data[i:i + step] for i in range(0, len(tensor.data), step))
-        return np.concatenate(list(pool.map(slab, slabs)))
+        return np.concatenate(list(pool.map(lambda i: slab(tensor.data[i:i + step]), range(0, len(tensor.data), step))))
 
-# %% ../nbs/workshop/quantizers.ipynb #dde01e41
+# %% ../nbs/workshop/quantizers.ipynb #56abf8cb
 KINDS = ("Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_0", "Q4_K_M", "Q4_K_S", "Q4_0", "Q3_K_M", "Q2_K")
 FALLBACK = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}   # 256 → 32 a block
+FLOATS = ("F32", "F16", "BF16")
 
-def block(kind: str) -> int:
+def block_size(kind: str) -> int:
     "How many weights share one block."
     import gguf
     return gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][0]
 
+# %% ../nbs/workshop/quantizers.ipynb #90ed0231
 def wanted_type(
     name: str,      # llama.cpp's name of a matrix: "blk.3.ffn_down.weight"
     kind: str,      # one of `KINDS`
@@ -104,7 +107,7 @@ def wanted_type(
     if ".attn_output." in name: return {"Q2_K": "Q3_K", "Q3_K_M": "Q4_K"}.get(kind, base)
     return base
 
-# %% ../nbs/workshop/quantizers.ipynb #f86414e5
+# %% ../nbs/workshop/quantizers.ipynb #3698b9a2
 def tensor_type(
     name: str,      # llama.cpp's name of a matrix
     columns: int,   # length of its rows
@@ -115,11 +118,30 @@ def tensor_type(
     "The type of a matrix in the mixture `kind`, with the fallback for rows that its blocks do not divide."
     pick = wanted_type(name, kind, **about)
     if name == "output.weight" or (tied and name == "token_embd.weight"):
-        pick = "Q8_0" if pick == "Q8_0" or columns % block(pick) else "Q6_K"
-    if columns % block(pick): pick = FALLBACK.get(pick, pick)
-    return "F16" if columns % block(pick) else pick
+        pick = "Q8_0" if pick == "Q8_0" or columns % block_size(pick) else "Q6_K"
+    if columns % block_size(pick): pick = FALLBACK.get(pick, pick)
+    return "F16" if columns % block_size(pick) else pick
 
-# %% ../nbs/workshop/quantizers.ipynb #00e8aaf4
+# %% ../nbs/workshop/quantizers.ipynb #e6da1c50
+def shape_of(
+    reader,    # from `read_gguf`
+) -> dict:     # layers, heads, kv_heads and tied, as `tensor_type` wants them
+    "What decides the mixture of a model."
+    return dict(layers=contents(reader, "llama.block_count"),
+                heads=contents(reader, "llama.attention.head_count"),
+                kv_heads=contents(reader, "llama.attention.head_count_kv"),
+                tied=all(t.name != "output.weight" for t in reader.tensors))
+
+# %% ../nbs/workshop/quantizers.ipynb #fb555344
+def llama_order(tensor) -> tuple[int, str]:
+    "Where llama.cpp puts a tensor: what belongs to no layer first, then layer by layer."
+    return (int(tensor.name.split(".")[1]) if tensor.name.startswith("blk.") else -1, tensor.name)
+
+def stays_float(tensor) -> bool:
+    "Vectors and norms are small, and quantising them would cost much."
+    return len(tensor.shape) < 2 or not tensor.name.endswith("weight") or "_norm.weight" in tensor.name
+
+# %% ../nbs/workshop/quantizers.ipynb #0a3d71a9
 def plan_types(
     gguf: str | Path,      # a GGUF file of float tensors
     kind: str = "Q4_K_M",  # one of `KINDS`
@@ -127,18 +149,11 @@ def plan_types(
     "What `quantize` will make of each tensor. Raises `UserError` for an unknown kind or a quantised file."
     choose(kind, KINDS, "quantisation")
     reader = read_gguf(gguf)
-    about = dict(kind=kind, layers=contents(reader, "llama.block_count"),
-                 heads=contents(reader, "llama.attention.head_count"),
-                 kv_heads=contents(reader, "llama.attention.head_count_kv"),
-                 tied=all(t.name != "output.weight" for t in reader.tensors))
-    def place(t): return (int(t.name.split(".")[1]) if t.name.startswith("blk.") else -1, t.name)
-    out = {}
-    for t in sorted(reader.tensors, key=place):
+    about, out = shape_of(reader), {}
+    for t in sorted(reader.tensors, key=llama_order):
         shape, have = tuple(int(n) for n in t.shape[::-1]), t.tensor_type.name
-        if have not in ("F32", "F16", "BF16"):
-            raise UserError(f"{gguf}: {t.name} is {have} already. Quantise from an f32, f16 or bf16 file")
-        keep = len(shape) < 2 or not t.name.endswith("weight") or "_norm.weight" in t.name
-        want = have if keep else tensor_type(t.name, shape[-1], **about)
+        if have not in FLOATS: raise UserError(f"{gguf}: {t.name} is {have} already. Give a file of floats")
+        want = have if stays_float(t) else tensor_type(t.name, shape[-1], kind, **about)
         out[t.name] = (want, shape, tensor_bytes(shape, want))
     return out
 

@@ -23,12 +23,12 @@ def _test_read(read_q4_0):
                 f"the block begins with {want[:3].round(3)} and ends with {want[-3:].round(3)}, "
                 f"not {got[:3].round(3)} and {got[-3:].round(3)}")
 
-# %% ../../nbs/workshop/exercises/export.ipynb #f3e3a7fc
+# %% ../../nbs/workshop/exercises/export.ipynb #70462c80
 def _halves(block):
     import numpy as np
-    packed = block[2:]
-    return block[:2].view(np.float16).astype(np.float32), packed & 15, packed >> 4
+    return block[:2].view(np.float16).astype(np.float32), block[2:] & 15, block[2:] >> 4
 
+# %% ../../nbs/workshop/exercises/export.ipynb #94d32df2
 def _interleaved(block):
     import numpy as np
     scale, low, high = _halves(block)
@@ -44,7 +44,7 @@ def _swapped(block):
     scale, low, high = _halves(block)
     return scale * (np.concatenate([high, low]).astype(np.float32) - 8)
 
-# %% ../../nbs/workshop/exercises/export.ipynb #6cee6127
+# %% ../../nbs/workshop/exercises/export.ipynb #974e9d28
 def _divergences(seed: int, n: int, shift: float):
     "Two arrays: hard and easy contexts, with a small difference between the files."
     import numpy as np
@@ -52,6 +52,7 @@ def _divergences(seed: int, n: int, shift: float):
     first = rng.lognormal(-6, 1.5, n)
     return first, first * (1 + shift) + rng.normal(0, 2e-4, n)
 
+# %% ../../nbs/workshop/exercises/export.ipynb #5c57105e
 def _test_difference(difference):
     import numpy as np
     for seed, n, shift in ((0, 240, 0.1), (1, 60, 0.0), (2, 500, -0.2)):
@@ -64,7 +65,7 @@ def _test_difference(difference):
         assert np.abs(found - [low, high]).max() < (high - low) / 6, (
             f"the interval should be about {low:.1e} to {high:.1e} here, not {found[0]:.1e} to {found[1]:.1e}")
 
-# %% ../../nbs/workshop/exercises/export.ipynb #8dd1bd94
+# %% ../../nbs/workshop/exercises/export.ipynb #470a677c
 def _interval(draws, level=0.95):
     import numpy as np
     return tuple(np.quantile(draws, [(1 - level) / 2, (1 + level) / 2]))
@@ -73,12 +74,13 @@ def _draws(values, seed=0):
     import numpy as np
     return np.random.default_rng(seed).choice(values, (2000, len(values))).mean(1)
 
+# %% ../../nbs/workshop/exercises/export.ipynb #6e8ebaa9
 def _apart(first, second): return _interval(_draws(second, 1) - _draws(first, 2))
 def _wrong_way(first, second): return _interval(_draws(first - second))
 def _half_sure(first, second): return _interval(_draws(second - first), 0.8)
 def _of_contexts(first, second): return _interval(second - first)
 
-# %% ../../nbs/workshop/exercises/export.ipynb #c6924444
+# %% ../../nbs/workshop/exercises/export.ipynb #ff79ef85
 _GOOD = ('FROM ./m.gguf\nTEMPLATE """{{ range .Messages }}<|s|>{{ .Content }}<|e|>{{ end }}"""\n'
          'PARAMETER stop "<|e|>"\nPARAMETER stop "<|end|>"\nPARAMETER num_ctx 1024\n')
 _MODELFILES = [
@@ -88,17 +90,20 @@ _MODELFILES = [
     ("# TEMPLATE: see the manual\nFROM ./m.gguf\n", {"no template", "no stop"}),
     ("# <|bos|> comes from the engine\n" + _GOOD, set()),
     ('FROM ./m.gguf\nTEMPLATE """<|bos|>{{ .Prompt }}"""\nPARAMETER stop "<|e|>"\n', {"double bos", "no stop"}),
-    ('FROM ./m.gguf\n# TEMPLATE """{{ .Prompt }}"""\nPARAMETER stop "<|end|>"\nPARAMETER stop "<|e|>"\n', {"no template"}),
+    ('FROM ./m.gguf\n# TEMPLATE """{{ .Prompt }}"""\nPARAMETER stop "<|end|>"\nPARAMETER stop "<|e|>"\n',
+     {"no template"}),
     (_GOOD.replace('stop "<|e|>"', "num_predict 9"), {"no stop"})]
 
+# %% ../../nbs/workshop/exercises/export.ipynb #88cb4f81
 def _test_faults(faults):
     for text, want in _MODELFILES:
         got = faults(text, "<|bos|>", ["<|e|>", "<|end|>"])
         assert got is not None and set(got) == want, f"{text!r} has {sorted(want) or 'no faults'}, not {got}"
 
-# %% ../../nbs/workshop/exercises/export.ipynb #f90586c3
+# %% ../../nbs/workshop/exercises/export.ipynb #5d72b293
 def _named(**bad) -> set: return {name.replace("_", " ") for name, found in bad.items() if found}
 
+# %% ../../nbs/workshop/exercises/export.ipynb #be1e4905
 def _last_stop(text, bos, ends):
     template = text.split("TEMPLATE")[-1] if "TEMPLATE" in text else ""
     return _named(no_template="\nTEMPLATE" not in text, double_bos=bos in template,
@@ -114,10 +119,10 @@ def _any_stop(text, bos, ends):
                   double_bos=any(bos in line for line in lines),
                   no_stop=not any(line.startswith("PARAMETER stop") for line in lines))
 
-# %% ../../nbs/workshop/exercises/export.ipynb #61d5a4be
+# %% ../../nbs/workshop/exercises/export.ipynb #fd56340a
 EXERCISES = [
     Exercise("10.1", "the 32 weights of one Q4_0 block", _test_read,
-             "two bytes of float16, then low halves for weights 0 to 15 and high halves for 16 to 31; level 8 means zero",
+             "two bytes of float16, then low halves for weights 0 to 15, high halves for 16 to 31; level 8 means zero",
              wrong={"takes the two halves of a byte as neighbours": _interleaved,
                     "forgets that level 8 is zero": _no_offset, "takes the high half first": _swapped}),
     Exercise("10.2", "is one file worse than the other?", _test_difference,
@@ -125,7 +130,7 @@ EXERCISES = [
              wrong={"resamples the two files apart": _apart, "first minus second": _wrong_way,
                     "80 % instead of 95 %": _half_sure, "the spread of contexts, not of the mean": _of_contexts}),
     Exercise("10.3", "the faults of a Modelfile", _test_faults,
-             "leave out comments, look for the BOS outside of PARAMETER lines, and ask for a stop line of each end token",
+             "leave out comments, look for BOS outside of PARAMETER lines, and ask for a stop line of each end token",
              wrong={"is content with one stop": _any_stop, "reads comments too": _anywhere,
                     "looks at the last stop only": _last_stop}),
 ]
