@@ -199,7 +199,7 @@ def measured(
     note = _predictions().get(id) or {"choices": _names(id, ())}
     kept = _outcome(id, value, note)
     _note("predictions.json", id, note | {"value": kept})
-    if "guess" not in note: print(f"{id}: it is {_shown(kept)} (no guess)")
+    if "guess" not in note: print(f"{id}: no guess\n  it is {_shown(kept)}")   # folded, only the first line shows
     else: print(f"{id}: you said {_shown(note['guess'])}, it is {_shown(kept)}: {_verdict(note['guess'], kept)}")
 
 # %% ../nbs/workshop/check.ipynb #b06bd47e

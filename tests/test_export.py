@@ -115,9 +115,9 @@ def test_wrong_weights_do_not_pass(exported, room):
     "Planted fault: without the permutation of q and k, the file loads and answers wrongly."
     shape, folder, model, f32 = exported
     from transformers import AutoTokenizer
-    import llmcourse.export as export
+    import llmcourse.converter as converter
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export, "permute", lambda w, n: w)
+        patch.setattr(converter, "permute", lambda w, n: w)
         bad = to_gguf(folder, room / f"{shape}-bad.gguf")
     assert parity(bad, model, AutoTokenizer.from_pretrained(folder), ["What is 47 plus 38?"], 8)["gap"] > 1e-3
 
@@ -171,9 +171,9 @@ def test_tokenizers_that_we_cannot_prove_are_refused(tmp_path):
 @pytest.mark.parametrize("wrong", ["default", "gpt-2", "qwen2"])
 def test_wrong_pre_tokenizer_is_caught(wrong, tmp_path, monkeypatch):
     "Planted fault: llama.cpp loads the file without a word, and reads digits and spaces differently."
-    import llmcourse.export as export
+    import llmcourse.converter as converter
     make_model(tmp_path / "m", tokenizer=make_tokenizer(merges=("1 2", "Ġ 1", "Ġ (")), num_hidden_layers=1)
-    monkeypatch.setattr(export, "pre_tokenizer", lambda tokenizer: wrong)
+    monkeypatch.setattr(converter, "pre_tokenizer", lambda tokenizer: wrong)
     with pytest.raises(UserError, match="they part at token"): to_gguf(tmp_path / "m", tmp_path / "m.gguf")
     assert not (tmp_path / "m.gguf").exists()
 
@@ -216,7 +216,35 @@ def test_models_that_we_cannot_export_are_refused(tmp_path):
     with pytest.raises(UserError, match="config.json"): to_gguf(tmp_path / "empty", tmp_path / "out.gguf")
     (tmp_path / "m3" / "model.safetensors").unlink()
     with pytest.raises(UserError, match="no model.safetensors"): to_gguf(tmp_path / "m3", tmp_path / "out.gguf")
+    edit("heads", num_attention_heads=7)
+    with pytest.raises(UserError, match="heads: no config.json that .* not a multiple"): to_gguf(tmp_path / "heads", tmp_path / "out.gguf")
     assert not (tmp_path / "out.gguf").exists() and not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+def test_broken_weights_are_named(tmp_path):
+    make_model(tmp_path / "m", num_hidden_layers=1)
+    file, index = tmp_path / "m/model.safetensors", tmp_path / "m/model.safetensors.index.json"
+    whole = file.read_bytes()
+    for broken in (b"", b"xx", whole[:100], whole[:-100]):
+        file.write_bytes(broken)
+        with pytest.raises(UserError, match="model.safetensors: not a whole safetensors file"): to_gguf(tmp_path / "m", tmp_path / "out.gguf")
+    file.write_bytes(whole)
+    for text in ('{"weight_map":', "[]", '{"weights": {}}'):
+        index.write_text(text)
+        with pytest.raises(UserError, match="no index of weights"): to_gguf(tmp_path / "m", tmp_path / "out.gguf")
+    index.write_text('{"weight_map": {"a": "model-1.safetensors"}}')
+    with pytest.raises(UserError, match="model-1.safetensors is missing"): to_gguf(tmp_path / "m", tmp_path / "out.gguf")
+    with pytest.raises(UserError, match="not on the Hub"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: (_ for _ in ()).throw(OSError("no network")))
+        to_gguf("nobody/nothing", tmp_path / "out.gguf")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m"]
+
+
+def test_another_architecture_is_not_quantised(tmp_path):
+    from llmcourse.gguf_file import write_gguf
+    w = np.zeros((32, 32), np.float32)
+    write_gguf(tmp_path / "other.gguf", lambda writer: None, {"w.weight": ("F32", w.shape)}, [w])
+    with pytest.raises(UserError, match="other.gguf: no llama.block_count"): quantize(tmp_path / "other.gguf", tmp_path / "q.gguf")
 
 
 def test_no_room_on_the_disk(gqa, tmp_path, monkeypatch):
@@ -278,14 +306,14 @@ def test_only_float_files_are_quantised(gqa, tmp_path):
 
 
 def test_a_library_that_does_something_else_is_refused(monkeypatch):
-    import llmcourse.llamacpp as llamacpp
-    monkeypatch.setattr(llamacpp, "_quantize_rows", lambda lib, rows, kind: np.zeros(1, np.uint8))
-    llamacpp._ggml.cache_clear()
-    with pytest.raises(UserError, match="xllamacpp=="): llamacpp._ggml()
+    import llmcourse.quantizers as quantizers
+    monkeypatch.setattr(quantizers, "quantize_rows", lambda rows, kind, lib: np.zeros(1, np.uint8))
+    quantizers.ggml.cache_clear()
+    with pytest.raises(UserError, match="xllamacpp=="): quantizers.ggml()
     class Bare: pass
-    monkeypatch.setattr(llamacpp.ctypes, "CDLL", lambda path: Bare())
-    with pytest.raises(UserError, match="does not hand out ggml_quantize_chunk"): llamacpp._ggml()
-    llamacpp._ggml.cache_clear()
+    monkeypatch.setattr(quantizers.ctypes, "CDLL", lambda path: Bare())
+    with pytest.raises(UserError, match="no ggml_quantize_chunk"): quantizers.ggml()
+    quantizers.ggml.cache_clear()
 
 
 @pytest.mark.parametrize("broken, why", [(lambda b: b"", "failed to read magic"), (lambda b: b"GGUF and no more, nothing that loads", "version"),

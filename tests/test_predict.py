@@ -23,9 +23,9 @@ def said(capsys, call, *words, **options) -> list[str]:
 def test_an_open_guess_is_a_reminder(capsys):
     assert said(capsys, predict, "06.a", ...) == ["◻ 06.a: your guess goes here"]
     assert said(capsys, predict, "06.b", ..., choices=KINDS) == ["◻ 06.b: your guess goes here, one of: rises, falls"]
-    assert said(capsys, measured, "06.a", 96) == ["06.a: it is 96 (no guess)"]
-    assert said(capsys, measured, "06.b", "falls") == ["06.b: it is falls (no guess)"]
-    assert said(capsys, measured, "06.c", 0.5) == ["06.c: it is 0.5 (no guess)"]
+    assert said(capsys, measured, "06.a", 96) == ["06.a: no guess", "  it is 96"]
+    assert said(capsys, measured, "06.b", "falls") == ["06.b: no guess", "  it is falls"]
+    assert said(capsys, measured, "06.c", 0.5) == ["06.c: no guess", "  it is 0.5"]
     assert said(capsys, calibration, "06") == ["chapter 06: 0 of 3 questions answered before the measurement"]
 
 
