@@ -253,6 +253,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'llmcourse.drill': { 'llmcourse.drill._last_line': ('workshop/drill.html#_last_line', 'llmcourse/drill.py'),
                                  'llmcourse.drill._remove_earlier': ('workshop/drill.html#_remove_earlier', 'llmcourse/drill.py'),
                                  'llmcourse.drill._shoot': ('workshop/drill.html#_shoot', 'llmcourse/drill.py'),
+                                 'llmcourse.drill._starter': ('workshop/drill.html#_starter', 'llmcourse/drill.py'),
                                  'llmcourse.drill._train_quietly': ('workshop/drill.html#_train_quietly', 'llmcourse/drill.py'),
                                  'llmcourse.drill._weights': ('workshop/drill.html#_weights', 'llmcourse/drill.py'),
                                  'llmcourse.drill.drill': ('workshop/drill.html#drill', 'llmcourse/drill.py')},

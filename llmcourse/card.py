@@ -43,7 +43,8 @@ class Run:
     files: dict = field(default_factory=dict)            # file name → hash
 
 # %% ../nbs/workshop/card.ipynb #4ff72cb9
-OURS = ("peft_config", "quantization_config", "engine", "loftq", "freeze_trainable_layers", "probe_groups", "reward_funcs")
+OURS = ("peft_config", "quantization_config", "engine", "loftq", "freeze_trainable_layers",
+        "probe_groups", "reward_funcs")
 
 def write_card(
     run: Run,
@@ -60,10 +61,12 @@ def write_card(
 def _load(path: Path) -> dict:
     "The fields of a card file. Raises `UserError` for a missing file, bad YAML, or an unknown field."
     import yaml
-    if not path.is_file(): raise UserError(f"{path}: no run card there. Every training run writes one: llmcourse sft --output runs/a")
+    if not path.is_file():
+        raise UserError(f"{path}: no run card there. Every training run writes one: llmcourse sft --output runs/a")
     try: card = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as e: raise UserError(f"{path}: not YAML ({str(e).splitlines()[0]})") from None
-    if not isinstance(card, dict) or "method" not in card: raise UserError(f"{path}: not a run card, it names no method")
+    if not isinstance(card, dict) or "method" not in card:
+        raise UserError(f"{path}: not a run card, it names no method")
     for name in card: choose(name, [f.name for f in fields(Run)], f"field in {path}:")
     return card
 
@@ -74,7 +77,8 @@ def read_card(
     path = Path(path) / "run.yaml" if Path(path).is_dir() else Path(path)
     card = {"environment": {}} | _load(path)
     for name in ("hyperparameters", "settings", "environment", "files"):
-        if not isinstance(card.get(name, {}), dict): raise UserError(f"{path}: {name} is a {type(card[name]).__name__}, not a mapping")
+        if not isinstance(card.get(name, {}), dict):
+            raise UserError(f"{path}: {name} is a {type(card[name]).__name__}, not a mapping")
     if "settings" not in card:
         given = card.get("hyperparameters", {})
         card["settings"] = {k: v for k, v in given.items() if k in OURS}

@@ -5,6 +5,7 @@
 # %% ../nbs/workshop/drill.ipynb #e94e35ad
 from __future__ import annotations
 import multiprocessing, os, random, shutil, signal, sys, time
+from collections.abc import Callable
 from pathlib import Path
 from .card import read_card
 from .core import UserError, is_run
@@ -36,6 +37,18 @@ def _remove_earlier(output: Path) -> None:
         for old in output.glob(name):
             if is_run(old): shutil.rmtree(old)
 
+def _starter(name: str, output: Path, options: dict) -> Callable:
+    "A function that starts a training into a folder of `output`, in a process that has imported the libraries already."
+    context = multiprocessing.get_context("forkserver")
+    libraries = ["trl.trainer.sft_trainer", "trl.trainer.grpo_trainer", "peft"]
+    context.set_forkserver_preload([__name__, *libraries, method(name).take.__module__])
+    def start(folder: str):
+        job = (METHODS[name], options | {"output": output / folder}, output / "log.txt")
+        process = context.Process(target=_train_quietly, args=job, daemon=True)
+        process.start()
+        return process
+    return start
+
 def _shoot(start, place: Path, how: signal.Signals, second: float) -> dict:
     "Start a training, shoot it after `second` seconds, let it go on. Returns what happened."
     shot = start(place.name)
@@ -46,7 +59,8 @@ def _shoot(start, place: Path, how: signal.Signals, second: float) -> dict:
     if not place.exists():
         last = last_complete(f"{place}.unfinished/checkpoints")
         start(place.name).join()
-    return dict(signal=how.name, second=round(second, 1), exit=shot.exitcode, went_on_from=int(last.name[5:]) if last else 0)
+    step = int(last.name[5:]) if last else 0
+    return dict(signal=how.name, second=round(second, 1), exit=shot.exitcode, went_on_from=step)
 
 # %% ../nbs/workshop/drill.ipynb #777b6690
 def drill(
@@ -55,25 +69,21 @@ def drill(
     kills: int = 20,       # interruptions: SIGKILL and SIGTERM in turn
     moments: int = 0,      # seed that draws them
     **options,             # for `training.train`: rows, save_steps …
-) -> list[dict]:           # for each kill: signal, second, exit (code of the shot process), went_on_from (step), same (weights?)
+) -> list[dict]:           # for each kill: signal, second, exit (code), went_on_from (step), same (weights?)
     "Interrupt a training at random moments, let it go on, and compare its weights with those of an uninterrupted run."
     from tqdm import tqdm
     output, rng = Path(output), random.Random(moments)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "trl.trainer.sft_trainer", "trl.trainer.grpo_trainer", "peft", method(name).take.__module__])
     _remove_earlier(output)
     output.mkdir(parents=True, exist_ok=True)
-    def start(folder):
-        job = (METHODS[name], options | {"output": output / folder}, output / "log.txt")
-        process = context.Process(target=_train_quietly, args=job, daemon=True)
-        process.start()
-        return process
+    start = _starter(name, output, options)
     for folder in ("imports", "straight"):   # twice: the first start also pays for the imports
         begun = time.perf_counter()
         whole = start(folder)
         whole.join()
         seconds = time.perf_counter() - begun
-        if whole.exitcode: raise UserError(f"the uninterrupted run failed with exit code {whole.exitcode}: {_last_line(output / 'log.txt')}")
+        if whole.exitcode:
+            raise UserError(f"the uninterrupted run failed with exit code {whole.exitcode}: "
+                            f"{_last_line(output / 'log.txt')}")
     results = []
     for i in tqdm(range(kills), desc="kills", file=sys.stdout, ncols=90):
         place = output / f"shot-{i:02d}"

@@ -14,18 +14,20 @@ __all__ = ['SETTINGS', 'load_to_train', 'freeze', 'start_from_rounding']
 # %% ../nbs/workshop/loading.ipynb #f79c10fe
 SETTINGS = dict(
     peft_config=None,            # a `peft.LoraConfig`: train an adapter; None: train the model's own weights
-    quantization_config=None,    # a `transformers.BitsAndBytesConfig`: hold the base in 4 or 8 bits under the adapter (QLoRA)
+    quantization_config=None,    # a `transformers.BitsAndBytesConfig`: the base in few bits under the adapter (QLoRA)
     engine="trl",                # or "unsloth": the same trainer on Unsloth's model, on a GPU where it is installed
-    loftq=False,                 # with 4 bits: start with the adapter that makes up for the rounding (Li et al. 2023, LoftQ)
+    loftq=False,                 # with 4 bits: start with the adapter that makes up for the rounding (LoftQ)
     freeze_trainable_layers=0)   # without an adapter: train only the last so many blocks; 0: all
 
 def _check(dial: dict, ours: dict) -> None:
     "Raise `UserError` for settings that do not go together."
     bits = ours["quantization_config"]
     if bits and ours["peft_config"] is None:
-        raise UserError("weights of 4 or 8 bits cannot be trained. Give peft_config=lora_config(): the adapter is what learns")
+        raise UserError("weights of 4 or 8 bits cannot be trained. "
+                        "Give peft_config=lora_config(): the adapter is what learns")
     if ours["loftq"] and not getattr(bits, "load_in_4bit", False):
-        raise UserError("loftq makes up for rounding to 4 bits. Give quantization_config=BitsAndBytesConfig(load_in_4bit=True)")
+        raise UserError("loftq makes up for rounding to 4 bits. "
+                        "Give quantization_config=BitsAndBytesConfig(load_in_4bit=True)")
     if choose(ours["engine"], ("trl", "unsloth"), "engine") == "unsloth" and dial["device"] == "cpu":
         raise UserError('engine "unsloth" needs a GPU. Choose a scale such as t4, or engine="trl"')
 
@@ -50,7 +52,7 @@ def load_to_train(
     seed: int,           # of a new adapter's weights, where the engine makes it
     ours: dict,          # `SETTINGS`
 ) -> tuple:              # (model, tokenizer)
-    "The model in the precision that training needs, with frozen blocks frozen. Raises `UserError` for settings that do not go together."
+    "The model, in the precision that training needs. Raises `UserError` for settings that do not go together."
     _check(dial, ours)
     if ours["engine"] == "unsloth": return _unsloth(model, dial, seed, ours)
     exact = dict(dtype="float32") if ours["peft_config"] is None or dial["device"] == "cpu" else {}
@@ -66,7 +68,8 @@ def freeze(
 ) -> None:
     "Let only the last blocks learn. Raises `UserError` if the model has fewer."
     blocks = getattr(getattr(net, "model", net), "layers", [])
-    if not 0 < layers <= len(blocks): raise UserError(f"freeze_trainable_layers={layers}: the model has {len(blocks)} blocks")
+    if not 0 < layers <= len(blocks):
+        raise UserError(f"freeze_trainable_layers={layers}: the model has {len(blocks)} blocks")
     net.requires_grad_(False)
     for block in blocks[-layers:]: block.requires_grad_(True)
 

@@ -36,6 +36,6 @@ def rerun(
     output: str | Path,   # where the repeated run goes
     **options,            # as for `training.retrain`
 ) -> Path:                # the new run folder
-    "Repeat a run of any method from its card. Raises `UserError` if the model or the rows are no longer what they were."
+    "Repeat a run of any method from its card. Raises `UserError` if its model or its rows have changed."
     name = choose(read_card(card).method, METHODS, f"method in {card}:")
     return retrain(method(name), card, output, **options)

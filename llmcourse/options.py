@@ -26,7 +26,8 @@ def _add(options: argparse.ArgumentParser, parameter: inspect.Parameter, kind: t
     name, default = parameter.name, parameter.default
     shown = "" if default in (None, False, parameter.empty) else f" (default: {default})"
     text = (note + shown).replace("%", "%%")
-    if name in WORDS: options.add_argument(name, type=kind, help=text, **({} if default is parameter.empty else dict(nargs="?", default=default)))
+    optional = {} if default is parameter.empty else dict(nargs="?", default=default)
+    if name in WORDS: options.add_argument(name, type=kind, help=text, **optional)
     elif kind is bool: options.add_argument(option(name), action="store_true", help=text)
     else: options.add_argument(option(name), type=kind, default=default, metavar=kind.__name__.upper(), help=text)
 

@@ -48,7 +48,8 @@ def bar(
     from transformers import TrainerCallback
     class Bar(TrainerCallback):
         def on_train_begin(self, args, state, control, **kw):
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=name, unit="step", file=stream(), ncols=90)
+            look = dict(desc=name, unit="step", file=stream(), ncols=90)
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, **look)
         def on_step_end(self, args, state, control, **kw): self.bar.update(state.global_step - self.bar.n)
         def on_log(self, args, state, control, logs=None, **kw):
             if what in (logs or {}): self.bar.set_postfix({what: f"{float(logs[what]):.3f}"})

@@ -59,7 +59,7 @@ def check_packing(
     trainer,
     close: float = 1e-2,   # largest difference of two logits that counts as none
 ) -> str:
-    "In a packed batch each row gives the logits that it gives alone. Source: Krell et al. 2021, Efficient Sequence Packing without Cross-contamination."
+    "In a packed batch each row gives the logits that it gives alone (Krell et al. 2021, Efficient Sequence Packing)."
     if not getattr(trainer.args, "packing", False): return "off"
     batch = trainer.data_collator(_longest(trainer)[-1:])
     batch = {k: v.to(trainer.model.device) for k, v in batch.items() if k in ("input_ids", "position_ids")}
@@ -83,13 +83,16 @@ def check_gradient(trainer) -> str:
         if loss.requires_grad: loss.backward()
     except torch.OutOfMemoryError:
         longest = len(rows[-1]["input_ids"])
-        raise UserError(f"{OUT_OF_MEMORY}. It was in the longest batch, {len(rows)} rows of up to {longest} tokens") from None
+        raise UserError(f"{OUT_OF_MEMORY}. "
+                        f"It was in the longest batch, {len(rows)} rows of up to {longest} tokens") from None
     moved = sum(p.grad is not None and bool(p.grad.abs().max() > 0) for p in model.parameters())
     model.zero_grad(set_to_none=True)
     if not torch.isfinite(loss):
-        raise UserError(f"gradient: the loss of the longest batch is {loss.item()}. Load the model in float32 or bfloat16, and look at the labels")
+        raise UserError(f"gradient: the loss of the longest batch is {loss.item()}. "
+                        "Load the model in float32 or bfloat16, and look at the labels")
     if not moved:
-        raise UserError("gradient: no weight gets one: all are frozen, or cut off from the loss. Set requires_grad, or hand over a peft_config")
+        raise UserError("gradient: no weight gets one: all are frozen, or cut off from the loss. "
+                        "Set requires_grad, or hand over a peft_config")
     return f"loss {loss.item():.2f} on the longest batch, {moved} weight matrices get a gradient"
 
 # %% ../nbs/workshop/rehearsal.ipynb #1a881f70

@@ -42,11 +42,13 @@ def check_checkpoint(folder: str | Path) -> dict:   # its manifest
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         files = dict(manifest["files"])
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{folder / 'manifest.json'}: missing or damaged, so the checkpoint was not finished. Go on from an earlier one") from None
+        raise UserError(f"{folder / 'manifest.json'}: missing or damaged, so the checkpoint was not finished. "
+                        "Go on from an earlier one") from None
     weights = [name for name in files if name.endswith(".safetensors")]
     for name in [*files, *NEEDED, *([] if weights else ["model.safetensors"])]:
         if not (folder / name).is_file():
-            raise UserError(f"{folder / name}: missing; without it this would become another run. Go on from an earlier checkpoint")
+            raise UserError(f"{folder / name}: missing; without it this would become another run. "
+                            "Go on from an earlier checkpoint")
         if name in files and file_hash(folder / name) != files[name]:
             raise UserError(f"{folder / name}: not what the manifest says. Go on from an earlier checkpoint")
     return manifest
@@ -60,7 +62,9 @@ def last_complete(
         try: check_checkpoint(place)
         except UserError as e: warnings.warn(f"skipped a broken checkpoint: {e}", stacklevel=2)
         else: return place
-    if found: raise UserError(f"{folder}: none of its {len(found)} checkpoints is whole. Delete {Path(folder).parent} to start from the beginning")
+    if found:
+        raise UserError(f"{folder}: none of its {len(found)} checkpoints is whole. "
+                        f"Delete {Path(folder).parent} to start from the beginning")
     return None
 
 # %% ../nbs/workshop/resume.ipynb #8aeb9de8
@@ -96,8 +100,8 @@ def _on_sigterm(do):
     finally: signal.signal(signal.SIGTERM, old)
 
 # %% ../nbs/workshop/resume.ipynb #08024df4
-OUT_OF_MEMORY = ("out of memory: halve per_device_train_batch_size and double gradient_accumulation_steps, shorten max_length, "
-                 "train a LoRA instead of all weights, or choose a smaller model")
+OUT_OF_MEMORY = ("out of memory: halve per_device_train_batch_size and double gradient_accumulation_steps, "
+                 "shorten max_length, train a LoRA instead of all weights, or choose a smaller model")
 
 def _train(trainer, keeper, last: Path | None, checkpoints: Path) -> None:
     "Call the trainer. Out of memory becomes a `UserError`; an interruption says what is kept."
@@ -106,7 +110,8 @@ def _train(trainer, keeper, last: Path | None, checkpoints: Path) -> None:
     except torch.OutOfMemoryError: raise UserError(OUT_OF_MEMORY) from None
     except KeyboardInterrupt:
         if keeper and (last := last_complete(checkpoints)):
-            tell(f"interrupted; the checkpoint of step {int(last.name[5:])} is kept, and the same command goes on from there")
+            tell(f"interrupted; the checkpoint of step {int(last.name[5:])} is kept, "
+                 "and the same command goes on from there")
         raise
     if keeper and keeper.left:
         tell(f"paused at step {trainer.state.global_step} of {trainer.state.max_steps}; the same command goes on")

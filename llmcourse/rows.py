@@ -83,14 +83,14 @@ def question(row: dict) -> str:
     return same_text(asked or talk)
 
 def check_leaks(rows: Iterable[Row]) -> None:
-    "Raises `UserError` for a question on two sides of the split; train and validation are apart from test, and from each other."
+    "Raises `UserError` for a question that is on two sides of the split."
     seen = {}
     for row in rows:
         if row.split is None: continue
         first = seen.setdefault(question(row.data), row)
         if first.split != row.split:
-            raise UserError(f"{row.place}: its split is {row.split}, and the same question is in {first.split} ({first.place}): a leak. "
-                            "Remove one of the two, or give both the same split")
+            raise UserError(f"{row.place}: its split is {row.split}, and the same question is in {first.split} "
+                            f"({first.place}): a leak. Remove one of the two, or give both the same split")
 
 # %% ../nbs/workshop/rows.ipynb #4e445087
 def _say_if_mixed(rows: list[Row], who) -> None:
@@ -109,7 +109,7 @@ def read(
     who: str = "",        # who takes them, for the line that says what was left out
     **options,            # for `files.lines`
 ) -> list[Row]:
-    "Read the rows of one side. A row without a `split` is on every side. Raises `UserError` for a bad row, a leak, or no rows at all."
+    "Read the rows of one side; a row without a `split` is on every side. Raises `UserError` for a bad row or a leak."
     sides = TAKE[choose(take, TAKE, "side")]
     place = source if isinstance(source, (str, Path)) else "rows"
     found = list(walk(source, **options))
@@ -121,7 +121,9 @@ def read(
         _say_if_mixed(found, who or place)
     kept = [row for row in found if row.split in sides]
     others = sorted({row.split for row in found} - set(sides))
-    if not kept: raise UserError(f"{place}: all rows are in {' and '.join(others)}, so none is left. Give some of them another split")
+    if not kept:
+        raise UserError(f"{place}: all rows are in {' and '.join(others)}, so none is left. "
+                        "Give some of them another split")
     if others: tell(f"{who or place}: {len(found) - len(kept):,} rows of the split {' and '.join(others)} are left out")
     return kept
 
@@ -145,7 +147,8 @@ def prompt(
     row: Row,             # a chat, with or without its last answer
 ) -> list[Message]:       # all turns before the last answer
     "What the model is asked. Raises `UserError` for a row that asks nothing, or is no chat."
-    if "messages" not in row.data: raise UserError(f"{row.place}: a row of the form {row.form}. Give a chat, or a question with its answer")
+    if "messages" not in row.data:
+        raise UserError(f"{row.place}: a row of the form {row.form}. Give a chat, or a question with its answer")
     messages = row.data["messages"]
     asked = messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
     if not asked: raise UserError(f"{row.place}: nothing comes before the assistant's turn, so there is no question")

@@ -21,7 +21,8 @@ WRITTEN = ("run.yaml", "README.md", "train.jsonl", "metrics.jsonl")   # beside t
 
 def _files(folder: Path) -> dict[str, Path]:
     "Every file in a run folder that needs a hash, by its path there."
-    return {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in WRITTEN}
+    found = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in WRITTEN]
+    return {p.relative_to(folder).as_posix(): p for p in found}
 
 def _added(folder: Path) -> list[str]:
     "What a run folder holds that no training has put there."
@@ -39,7 +40,8 @@ def check_output(
     if source.is_dir() and output.resolve() in (source.resolve(), *source.resolve().parents):
         raise UserError(f"{output}: holds the model that you start from. Choose another output folder")
     if is_run(output) and (added := _added(output)):
-        raise UserError(f"{output}: an earlier run, with {added[0]} added to it. Move that away, or choose another output folder")
+        raise UserError(f"{output}: an earlier run, with {added[0]} added to it. "
+                        "Move that away, or choose another output folder")
     return output
 
 # %% ../nbs/workshop/runs.ipynb #79964ed3
@@ -49,7 +51,8 @@ def _alone(folder: Path):
     lock = FileLock(folder / "lock", timeout=0)
     try: lock.acquire()
     except Timeout:
-        raise UserError(f"{folder}: another process is training there. Wait for it, or choose another output folder") from None
+        raise UserError(f"{folder}: another process is training there. "
+                        "Wait for it, or choose another output folder") from None
     try: yield
     finally: lock.release()
 
@@ -57,9 +60,11 @@ def _unfinished(place: Path, run: Run) -> None:
     "Raise `UserError` unless `place` is new, or an unfinished run with the same settings."
     if not is_run(place):
         if any(p.name != "lock" for p in place.iterdir()):
-            raise UserError(f"{place}: exists and is not an unfinished run. Move it away, or choose another output folder")
+            raise UserError(f"{place}: exists and is not an unfinished run. "
+                            "Move it away, or choose another output folder")
     elif changed := differences(read_card(place), run):
-        raise UserError(f"{place}: an unfinished run with other settings ({'; '.join(changed[:3])}). Repeat those, or delete the folder")
+        raise UserError(f"{place}: an unfinished run with other settings ({'; '.join(changed[:3])}). "
+                        "Repeat those, or delete the folder")
 
 @contextlib.contextmanager
 def run_folder(
@@ -67,7 +72,7 @@ def run_folder(
     run: Run,       # its card so far
     keep: bool,     # are checkpoints kept, so that the same call goes on after an interruption?
 ):
-    "Yield the folder to write a run into; move it to `output` at the end. Raises `UserError` if another unfinished run is there."
+    "Yield the folder to write a run into; move it to `output` at the end. Raises `UserError` if it must not go there."
     if not keep:
         with write_aside(output, is_run) as aside:
             aside.mkdir()
@@ -106,10 +111,11 @@ def room_for_run(
     keep: bool,        # are checkpoints kept?
     adapter: bool,     # is an adapter trained, and not all weights?
 ) -> None:
-    "Raise `UserError` if the disk has no room for the weights in float32 and, with `keep`, for three checkpoints at once."
-    weights, optimizer, checkpoints = 4, 8, 3   # bytes a parameter; AdamW keeps two numbers; two are kept while the third is written
-    each = weights + optimizer
-    need = weights + 1 + keep * (2 if adapter else checkpoints * each)   # an adapter's checkpoints are small
+    "Raise `UserError` if the disk has no room for the weights and, with `keep`, for three checkpoints at once."
+    weights = 4     # bytes a parameter, in float32
+    optimizer = 8   # AdamW keeps two numbers for each
+    checkpoints = 2 if adapter else 3 * (weights + optimizer)   # two are kept while the third is written
+    need = weights + 1 + keep * checkpoints
     need_space(output.parent, need * parameters)
 
 # %% ../nbs/workshop/runs.ipynb #6d7659fa
@@ -148,10 +154,14 @@ def open_run(
 ) -> tuple[Run, Path]:  # the run, the file of its rows
     "Open a run to repeat it. Raises `UserError` if the model or the rows are no longer what they were."
     run, card = read_card(card), Path(card)
-    if not run.data: raise UserError(f"{card}: the card of a {run.method}, which was not trained on rows and cannot be repeated from here")
+    if not run.data:
+        raise UserError(f"{card}: the card of a {run.method}, "
+                        "which was not trained on rows and cannot be repeated from here")
     data = (card if card.is_dir() else card.parent) / run.data
     if not data.is_file(): raise UserError(f"{data}: the rows of this run are gone. Bring them back, or train again")
     found = ((data, file_hash(data), run.data_hash), (run.model, weights_hash(run.model), run.model_hash))
     for what, now, then in found:
-        if now != then: raise UserError(f"{what}: changed since the run (it is {now}, the card says {then}). Bring the old one back, or train again")
+        if now != then:
+            raise UserError(f"{what}: changed since the run (it is {now}, the card says {then}). "
+                            "Bring the old one back, or train again")
     return run, data
