@@ -4,8 +4,8 @@
     python benchmarks/sweep.py --small FILE     one small training, to another file: does it run at all?
 
 Three seeds each: a seed draws the chats, the adapter's start and the order; the exam is the same for all. A row says
-what was set, the score with its interval, what was trained, bytes predicted and measured, and seconds. One training on each
-core at a time, one thread each.
+what was set, the score with its interval, what was trained, bytes predicted and measured, and seconds. One training on
+each core at a time, one thread each.
 """
 import contextlib
 import logging
