@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo test lab course check docs checkpoints clean
+.PHONY: help setup hooks demo test browser lab course check fold levels docs checkpoints clean
 help:            ## show this list
 	@grep -E '^[a-z]+: .*##|^[a-z]+: *##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -16,13 +16,17 @@ $(VENV)/.ready: pyproject.toml constraints/$(LOCK).txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ". Try: make $(MAKECMDGOALS) PYTHON=python3.12") if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --progress-bar on $(PIP_INDEX_ARGS) -c constraints/$(LOCK).txt -e ".[dev,bnb]"
+	@$(BIN)/python tests/hooks.py
 	@touch $@
 
 demo: $(VENV)/.ready ## base model to chat, every step measured (about 5 minutes)
 	llmcourse demo
 
 test: $(VENV)/.ready ## run every test: units, equality proofs, notebooks, browser
-	python -m pytest
+	python -m pytest $(if $(JOBS),-n $(JOBS) --dist loadgroup)
+
+browser: $(VENV)/.ready ## install a browser for the tests that need one, if there is none
+	python tests/browser.py
 
 lab: $(VENV)/.ready ## open JupyterLab at the map of the course
 	jupyter lab nbs/index.ipynb
@@ -30,11 +34,21 @@ lab: $(VENV)/.ready ## open JupyterLab at the map of the course
 course: $(VENV)/.ready ## run all chapters under papermill, to artifacts/
 	python tests/notebooks.py
 
-check: $(VENV)/.ready ## notebooks clean and exported, code linted
-	python -m pytest tests/test_house.py
-	ruff check llmcourse tests deployment
+check: $(VENV)/.ready ## the quick tests before a commit: exported, clean, folded, linted (about a minute)
+	python -m pytest tests/test_house.py tests/test_hooks.py
 
-docs: $(VENV)/.ready ## prepare the site in _proc/ and render it where quarto is installed
+fold: $(VENV)/.ready ## make notebooks ready for a commit: export, clean, fold
+	nbdev-export
+	nbdev-clean
+	python tests/fold.py
+
+levels: $(VENV)/.ready ## draw who imports whom: nbs/images/levels.svg
+	python tests/levels.py
+
+hooks: $(VENV)/.ready ## let git merge notebooks cell by cell, in this clone only (part of setup)
+	python tests/hooks.py
+
+docs: $(VENV)/.ready ## prepare the site in _proc/ and render it to _docs/ (needs quarto)
 	python tests/build_docs.py
 
 checkpoints: $(VENV)/.ready ## rebuild the tutor's checkpoints from nothing (about 20 minutes on two cores)

@@ -1,9 +1,10 @@
 """Tokens per CPU-second of one epoch of supervised fine-tuning on the tutor, in one run on one machine:
-`llmcourse.sft`, TRL with the defaults of `trl sft`, and a bare PyTorch loop with the same batches.
+`llmcourse.sft`, TRL with the defaults of `trl sft`, and a bare PyTorch loop with the same rows.
 Each in a fresh process, in turn, several rounds; the figure is the median, and ratios are within a round.
 
-    python benchmarks/sft.py [rounds]
+    python benchmarks/sft.py [rounds] [--small]
 """
+import contextlib
 import json
 import os
 import statistics
@@ -13,75 +14,105 @@ import tempfile
 import time
 
 CONTENDERS = ("ours", "trl", "bare")
+CHATS = 4 if "--small" in sys.argv else 150     # of each of four kinds
 
 
-def chats():
+def chats() -> list[dict]:
     from llmcourse.checkpoints import sft_rows
-    return sft_rows(42, 150)
+    return sft_rows(42, CHATS)
 
 
-def measure(train, tokens: int) -> None:
-    start, cpu = time.perf_counter(), time.process_time()
-    train()
-    print(json.dumps(dict(tokens=tokens, cpu=time.process_time() - cpu, wall=time.perf_counter() - start)))
+def clock():
+    "A callback that times what a trainer does between the start of training and its end."
+    from transformers import TrainerCallback
+
+    class Clock(TrainerCallback):
+        def on_train_begin(self, *words, **options):
+            self.wall, self.cpu = time.perf_counter(), time.process_time()
+
+        def on_train_end(self, *words, **options):
+            self.wall, self.cpu = time.perf_counter() - self.wall, time.process_time() - self.cpu
+    return Clock()
+
+
+def ours(rows, model, tokenizer, folder, timer):
+    "The run with everything around it; the clock sees the training alone."
+    from llmcourse.sft import sft
+    with open(os.devnull, "w") as nothing, contextlib.redirect_stderr(nothing):
+        sft(rows, f"{folder}/run", seed=42, callbacks=[timer])
+
+
+def trl(rows, model, tokenizer, folder, timer):
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+    args = SFTConfig(output_dir=folder, use_cpu=True, report_to="none", num_train_epochs=1, save_strategy="no",
+                     disable_tqdm=True, logging_strategy="no")
+    data = Dataset.from_list([{"messages": row["messages"]} for row in rows])
+    SFTTrainer(model, args=args, train_dataset=data, processing_class=tokenizer, callbacks=[timer]).train()
+
+
+def bare(rows, model, tokenizer, folder, timer):
+    "Forward, backward, clip, step, in bfloat16 where the processor has it; batches of rows of nearly one length."
+    import torch
+    from llmcourse.core import scale
+    from transformers.trainer_pt_utils import get_length_grouped_indices
+    ids = [torch.tensor(tokenizer.apply_chat_template(r["messages"], return_dict=True)["input_ids"]) for r in rows]
+    size = scale("cpu")["batch_size"]
+    order = get_length_grouped_indices([len(x) for x in ids], size)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    fast = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    model.set_attn_implementation("eager")
+    model.train()
+    timer.on_train_begin()
+    for start in range(0, len(order), size):
+        batch = order[start:start + size]
+        text = torch.nn.utils.rnn.pad_sequence([ids[i] for i in batch], True, tokenizer.pad_token_id)
+        seen = torch.nn.utils.rnn.pad_sequence([torch.ones_like(ids[i]) for i in batch], True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=fast):
+            logits = model(input_ids=text, attention_mask=seen).logits
+        targets = text.masked_fill(seen == 0, -100)
+        torch.nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), targets[:, 1:].flatten()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    timer.on_train_end()
 
 
 def contender(name: str) -> None:
     "Load everything, then train under the clock: tokens are those of the rows, without padding."
-    import torch
-    from llmcourse import runs, sft
-    from llmcourse.core import scale, set_seed
+    from llmcourse.core import set_seed
     from llmcourse.models import load
-    rows, dial = chats(), scale("cpu")
+    rows, timer = chats(), clock()
     set_seed(42)
     model, tokenizer = load("tutor/base", dtype="float32")
-    encoded = [sft.tokenize(tokenizer, r["messages"]) for r in rows]
-    tokens = sum(len(r["input_ids"]) for r in encoded)
+    texts = [tokenizer.apply_chat_template(row["messages"], return_dict=True)["input_ids"] for row in rows]
     with tempfile.TemporaryDirectory() as folder:
-        if name == "ours":
-            fit = sft.fit
-            def timed(trainer, *words):
-                found = []
-                measure(lambda: found.append(fit(trainer, *words)), tokens)
-                return found[0]
-            sft.fit = timed
-            with open(os.devnull, "w") as sys.stderr: sft.sft(rows, folder + "/run", seed=42)
-        elif name == "trl":
-            from datasets import Dataset
-            from trl import SFTConfig, SFTTrainer
-            args = SFTConfig(output_dir=folder, use_cpu=True, report_to="none", num_train_epochs=1, save_strategy="no", disable_tqdm=True, logging_strategy="no")
-            measure(SFTTrainer(model, args=args, train_dataset=Dataset.from_list([{"messages": r["messages"]} for r in rows]), processing_class=tokenizer).train, tokens)
-        else:
-            from transformers.trainer_pt_utils import get_length_grouped_indices
-            batch, optimizer, hyper = dial["batch_size"], torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True), sft.hyperparameters(dial, model.num_parameters(), False)
-            order = get_length_grouped_indices([len(r["input_ids"]) for r in encoded], batch)
-            model.set_attn_implementation("eager")
-            def step(rows):
-                width = max(len(r["input_ids"]) for r in rows)
-                fill = lambda key, pad: torch.tensor([list(r[key]) + [pad] * (width - len(r[key])) for r in rows])
-                ids, labels = fill("input_ids", tokenizer.pad_token_id), fill("labels", -100)
-                with torch.autocast("cpu", torch.bfloat16, enabled=hyper["bf16"]): logits = model(input_ids=ids, attention_mask=(fill("labels", -1) != -1).long()).logits
-                torch.nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten()).backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step(); optimizer.zero_grad()
-            model.train()
-            measure(lambda: [step([encoded[j] for j in order[i:i + batch]]) for i in range(0, len(order), batch)], tokens)
+        {"ours": ours, "trl": trl, "bare": bare}[name](rows, model, tokenizer, folder, timer)
+    print(json.dumps(dict(tokens=sum(map(len, texts)), cpu=timer.cpu, wall=timer.wall)))
+
+
+def measured(name: str) -> dict:
+    "The last line that a contender prints in a process of its own."
+    small = ["--small"] if "--small" in sys.argv else []
+    done = subprocess.run([sys.executable, __file__, "--one", name, *small], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def main(rounds: int) -> None:
     figures = {name: [] for name in CONTENDERS}
     for i in range(rounds):
         for name in CONTENDERS:
-            done = subprocess.run([sys.executable, __file__, "--one", name], capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr[-2000:]
-            row = json.loads(done.stdout.strip().splitlines()[-1])
+            row = measured(name)
             figures[name].append(row["tokens"] / row["cpu"])
-            print(f"round {i + 1} {name:<5} {row['tokens']:,} tokens, {row['cpu']:.1f} CPU-s, {row['wall']:.1f} s: {figures[name][-1]:,.0f} tokens per CPU-s", flush=True)
-    ratio = lambda a, b: [x / y for x, y in zip(figures[a], figures[b])]
+            print(f"round {i + 1} {name:<5} {row['tokens']:,} tokens, {row['cpu']:.1f} CPU-s, {row['wall']:.1f} s: "
+                  f"{figures[name][-1]:,.0f} tokens per CPU-s", flush=True)
     for a, b in (("ours", "trl"), ("bare", "ours")):
-        print(f"{a} / {b}: median {statistics.median(ratio(a, b)):.2f} ({min(ratio(a, b)):.2f}–{max(ratio(a, b)):.2f}, n={rounds})")
+        ratios = [x / y for x, y in zip(figures[a], figures[b], strict=True)]
+        print(f"{a} / {b}: median {statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f}, n={rounds})")
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--one"]: contender(sys.argv[2])
-    else: main(int(sys.argv[1]) if len(sys.argv) > 1 else 5)
+    words = [word for word in sys.argv[1:] if word != "--small"]
+    if words[:1] == ["--one"]: contender(words[1])
+    else: main(int(words[0]) if words else 5)

@@ -1,4 +1,4 @@
-"""Prepare the site in _proc/ and render it to _docs/. Quarto does the rendering; nbdev would try to install it with sudo."""
+"""Prepare the site in _proc/ and render it to _docs/. Without quarto nbdev would try to install it with sudo."""
 import shutil
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Every test runs offline, with its own home, and on the threads of this machine."""
+"""Every test runs offline, with its own home, on the threads of this machine. At the end: what was not tested."""
 import logging
 import os
 import sys
@@ -11,6 +11,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+if "PYTEST_XDIST_WORKER" in os.environ:     # side by side: one thread each, before torch is loaded
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +22,19 @@ def own_home(tmp_path, monkeypatch):
     monkeypatch.setattr(logging, "raiseExceptions", False)   # a library may hold a stream that pytest has closed
 
 
-def pytest_collection_modifyitems(items):
-    "Fast tests first; whole notebooks and the browser last."
+def pytest_collection_modifyitems(config, items):
+    "Fast tests first, whole notebooks last. Side by side, a file stays together, but each notebook goes alone."
     late = ("test_notebooks", "test_demo", "test_checkpoints")
     items.sort(key=lambda i: next((k + 1 for k, name in enumerate(late) if name in str(i.fspath)), 0))
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            group = item.name if "test_notebooks" in str(item.fspath) else item.path.stem
+            item.add_marker(pytest.mark.xdist_group(group))
+
+
+def pytest_terminal_summary(terminalreporter):
+    "Say what was not tested, and the one command that brings it."
+    reasons = [str(report.longrepr[2]) for report in terminalreporter.stats.get("skipped", [])]
+    browser = sum("Chromium" in reason or "playwright" in reason for reason in reasons)
+    if browser: terminalreporter.write_line(f"NOT TESTED: {browser} tests in a browser. They run after: make browser")
+    if len(reasons) > browser: terminalreporter.write_line(f"NOT TESTED: {len(reasons) - browser} more, listed below")

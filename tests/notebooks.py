@@ -23,25 +23,30 @@ def run(path: Path, output: Path | None = None, progress: bool = False, **parame
     import papermill
     from papermill.iorw import load_notebook_node
 
+    path = path.resolve()
     output = output or ARTIFACTS / path.relative_to(NBS)
     output.parent.mkdir(parents=True, exist_ok=True)
     nb = load_notebook_node(str(path))
     nb.cells = [c for c in nb.cells if not re.search(r"^#\|\s*eval:\s*false", source(c), re.M)]
     filtered = output.with_suffix(".in.ipynb")
     nbformat.write(nb, filtered)
-    known = set(re.findall(r"^(\w+)\s*=", "\n".join(source(c) for c in nb.cells if "parameters" in c.metadata.get("tags", [])), re.M))
+    dial = "\n".join(source(c) for c in nb.cells if "parameters" in c.metadata.get("tags", []))
+    known = set(re.findall(r"^(\w+)\s*=", dial, re.M))
     assert set(parameters) <= known, f"{path.name} has no parameters {set(parameters) - known}, only {known}"
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    os.environ.setdefault("LLMCOURSE_HOME", str(ARTIFACTS / "home"))     # a test run is nobody's progress
     try:
-        return papermill.execute_notebook(str(filtered), str(output), parameters=parameters, cwd=str(path.parent), kernel_name="python3",
-                                          progress_bar=progress, extra_arguments=["--IPKernelApp.log_level=40"])
+        return papermill.execute_notebook(
+            str(filtered), str(output), parameters=parameters, cwd=str(path.parent), kernel_name="python3",
+            progress_bar=progress, extra_arguments=["--IPKernelApp.log_level=40"])
     finally:
         filtered.unlink()
 
 
 def text_outputs(nb) -> str:
     "All text that the cells of an executed notebook printed."
-    return "\n".join("".join(o.get("text", "")) for c in nb["cells"] for o in c.get("outputs", []) if o["output_type"] == "stream")
+    outputs = [output for cell in nb["cells"] for output in cell.get("outputs", [])]
+    return "\n".join("".join(o.get("text", "")) for o in outputs if o["output_type"] == "stream")
 
 
 def main() -> int:

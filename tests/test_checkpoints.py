@@ -1,4 +1,5 @@
 """The shipped checkpoints are what their cards say, small enough, good enough, and can be made again."""
+
 import json
 import subprocess
 import sys
@@ -20,6 +21,7 @@ def test_files_are_what_the_cards_say():
 
 def test_a_changed_file_is_found(tmp_path):
     import shutil
+
     copy = shutil.copytree(weights(), tmp_path / "weights")
     (copy / "sft" / "adapter_config.json").write_text("{}")
     with pytest.raises(Exception, match="adapter_config.json"):
@@ -28,12 +30,13 @@ def test_a_changed_file_is_found(tmp_path):
 
 def test_size_and_format():
     files = [p for p in weights().rglob("*") if p.is_file()]
-    assert sum(p.stat().st_size for p in files) < 21e6   # 20 MB in the wheel, where the JSON is compressed
+    assert sum(p.stat().st_size for p in files) < 21e6  # 20 MB in the wheel, where the JSON is compressed
     assert not [p for p in files if p.suffix in (".bin", ".pt", ".pth", ".pkl")]
 
 
 def test_base_rows_suit_k_quants():
     from safetensors import safe_open
+
     with safe_open(weights() / "base" / "model.safetensors", "pt") as f:
         shapes = [f.get_slice(k).get_shape() for k in f.keys()]
     assert all(s[-1] % 256 == 0 for s in shapes)
@@ -41,17 +44,27 @@ def test_base_rows_suit_k_quants():
 
 def test_scores_of_an_unseen_draw():
     "The command prints what the package promises, on problems drawn now."
-    words = [sys.executable, "-c", "from llmcourse.cli import cli; cli()", "scores", "--json", "--n", "60", "--checkpoints", "base,sft"]
+    words = [
+        sys.executable,
+        "-c",
+        "from llmcourse.cli import cli; cli()",
+        "scores",
+        "--json",
+        "--n",
+        "60",
+        "--checkpoints",
+        "base,sft",
+    ]
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)
     assert all(set(r) == {"checkpoint", "task", "n", "correct", "low", "high"} for r in rows)
     base, sft = (by_task([r for r in rows if r["checkpoint"] == f"tutor/{c}"]) for c in ("base", "sft"))
     assert base["chat format"]["correct"] == 0
-    assert all(base[t]["high"] >= .95 for t in ("add", "sub"))
-    assert all(base[f"{t} at once"]["low"] <= .15 for t in ("add", "sub"))
-    assert sft["chat format"]["high"] >= .95
-    assert sft["add"]["high"] >= .90 and sft["sub"]["high"] >= .80 and sft["story1"]["high"] >= .75
+    assert all(base[t]["high"] >= 0.95 for t in ("add", "sub"))
+    assert all(base[f"{t} at once"]["low"] <= 0.15 for t in ("add", "sub"))
+    assert sft["chat format"]["high"] >= 0.95
+    assert sft["add"]["high"] >= 0.90 and sft["sub"]["high"] >= 0.80 and sft["story1"]["high"] >= 0.75
 
 
 def test_cards_hold_scores_with_intervals():
@@ -65,16 +78,29 @@ def test_rebuilt_sft_lands_in_its_interval(tmp_path):
     "The supervised checkpoint is made again from the shipped base, with another seed, and scores like the shipped one."
     from llmcourse.lora import lora_config
     from llmcourse.sft import sft
-    sft(ck.sft_rows(7), tmp_path / "sft", model="tutor/base", seed=7, peft_config=lora_config(**ck.LORA_RECIPE), **ck.SFT_RECIPE)
-    new, old = by_task(ck.score_model(tmp_path / "sft", n=60, seed=5, progress=False)), by_task(read_card(weights() / "sft").after)
+
+    sft(
+        ck.sft_rows(7),
+        tmp_path / "sft",
+        model="tutor/base",
+        seed=7,
+        peft_config=lora_config(**ck.LORA_RECIPE),
+        **ck.SFT_RECIPE,
+    )
+    new, old = (
+        by_task(ck.score_model(tmp_path / "sft", n=60, seed=5, progress=False)),
+        by_task(read_card(weights() / "sft").after),
+    )
     for task in ("add", "sub", "story1", "story2", "chat format"):
-        assert new[task]["high"] >= old[task]["low"] - .05, (task, new[task], old[task])
+        assert new[task]["high"] >= old[task]["low"] - 0.05, (task, new[task], old[task])
 
 
 def test_more_problems_than_there_are():
     from llmcourse.core import UserError
     from llmcourse.tutor import problems
-    with pytest.raises(UserError, match="20000 problems of add: there are not so many"): problems(20_000, tasks=("add",), split="test")
+
+    with pytest.raises(UserError, match="20000 problems of add: there are not so many"):
+        problems(20_000, tasks=("add",), split="test")
 
 
 def test_every_checkpoint_says_what_it_is():

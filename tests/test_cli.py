@@ -1,4 +1,5 @@
 """The command line: help that helps, and one line, code 2 and nothing half-written for bad input."""
+
 import json
 import os
 import socket
@@ -11,7 +12,9 @@ import pytest
 from llmcourse.cli import COMMANDS, command, main, usage
 from llmcourse.options import parse
 
-CHAT = {"messages": [{"role": "user", "content": "What is 12 plus 34?"}, {"role": "assistant", "content": "Answer: 46"}]}
+CHAT = {
+    "messages": [{"role": "user", "content": "What is 12 plus 34?"}, {"role": "assistant", "content": "Answer: 46"}]
+}
 
 
 def bad(capsys, *words) -> str:
@@ -41,23 +44,26 @@ def test_help_lists_every_command_and_option(capsys):
     assert "llmcourse COMMAND --help" in usage()
 
 
-@pytest.mark.parametrize("words,hint", [
-    (["demp"], "did you mean 'demo'"),
-    (["sft", "--scale", "h10"], "did you mean 'h100'"),
-    (["grpo", "--scale", "a10"], "did you mean 'a100'"),
-    (["course", "list", "--chapter", "99"], "unknown chapter '99'"),
-    (["scores", "--checkpoints", "tutor/bse"], "did you mean 'tutor/base'"),
-    (["eval", "--model", "tutor/ftt"], "unknown checkpoint"),
-    (["export", "--model", "./nowhere"], "no such folder"),
-    (["export", "--quant", "Q9_9"], "Q9_9"),
-    (["train", "nowhere/run.yaml"], "no run card there"),
-    (["sft", "--data", "nowhere.jsonl"], "no such file"),
-    (["sft", "--dat", "chats.jsonl"], "did you mean '--data'"),
-    (["serve", "--prot=80"], "did you mean '--port'"),
-    (["eval", "--n", "many"], "--n"),
-    (["xray"], "file"),
-    (["data", "check", "a.jsonl", "b.jsonl"], "b.jsonl"),
-])
+@pytest.mark.parametrize(
+    "words,hint",
+    [
+        (["demp"], "did you mean 'demo'"),
+        (["sft", "--scale", "h10"], "did you mean 'h100'"),
+        (["grpo", "--scale", "a10"], "did you mean 'a100'"),
+        (["course", "list", "--chapter", "99"], "unknown chapter '99'"),
+        (["scores", "--checkpoints", "tutor/bse"], "did you mean 'tutor/base'"),
+        (["eval", "--model", "tutor/ftt"], "unknown checkpoint"),
+        (["export", "--model", "./nowhere"], "no such folder"),
+        (["export", "--quant", "Q9_9"], "Q9_9"),
+        (["train", "nowhere/run.yaml"], "no run card there"),
+        (["sft", "--data", "nowhere.jsonl"], "no such file"),
+        (["sft", "--dat", "chats.jsonl"], "did you mean '--data'"),
+        (["serve", "--prot=80"], "did you mean '--port'"),
+        (["eval", "--n", "many"], "--n"),
+        (["xray"], "file"),
+        (["data", "check", "a.jsonl", "b.jsonl"], "b.jsonl"),
+    ],
+)
 def test_wrong_words(words, hint, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert hint in bad(capsys, *words)
@@ -65,13 +71,17 @@ def test_wrong_words(words, hint, capsys, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("command", ["sft", "grpo", "eval"])
-@pytest.mark.parametrize("lines,place", [
-    ([], "empty"),
-    ([CHAT, "{not json\n"], "data.jsonl:2"),
-    ([CHAT, {"messages": [{"content": "no role"}]}], "data.jsonl:2"),
-    ([CHAT, {"note": "no messages"}], "data.jsonl:2"),
-    ([CHAT, "[1, 2]\n"], "data.jsonl:2"),
-], ids=["empty", "not-json", "no-role", "no-messages", "a-list"])
+@pytest.mark.parametrize(
+    "lines,place",
+    [
+        ([], "empty"),
+        ([CHAT, "{not json\n"], "data.jsonl:2"),
+        ([CHAT, {"messages": [{"content": "no role"}]}], "data.jsonl:2"),
+        ([CHAT, {"note": "no messages"}], "data.jsonl:2"),
+        ([CHAT, "[1, 2]\n"], "data.jsonl:2"),
+    ],
+    ids=["empty", "not-json", "no-role", "no-messages", "a-list"],
+)
 def test_bad_data_names_the_line(command, lines, place, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     data = jsonl(tmp_path / "data.jsonl", *lines)
@@ -82,6 +92,7 @@ def test_bad_data_names_the_line(command, lines, place, capsys, tmp_path, monkey
 
 def test_model_without_tokenizer_or_template(capsys, tmp_path):
     from llmcourse.models import load
+
     model, tokenizer = load("tutor/base")
     model.save_pretrained(tmp_path / "bare")
     assert "tokenizer" in bad(capsys, "eval", "--model", tmp_path / "bare", "--n", "1")
@@ -96,6 +107,7 @@ def test_adapter_of_another_base(capsys, tmp_path):
     from llmcourse.core import weights
     from llmcourse.tutor import new_model
     from llmcourse.models import load_tokenizer
+
     other, tokenizer = tmp_path / "other", load_tokenizer("tutor/base")
     new_model(tokenizer, num_hidden_layers=2).save_pretrained(other)
     tokenizer.save_pretrained(other)
@@ -126,6 +138,7 @@ def test_open_host_needs_a_key(capsys, monkeypatch):
 
 def test_full_disk(capsys, tmp_path, monkeypatch):
     import shutil
+
     monkeypatch.chdir(tmp_path)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
@@ -137,29 +150,49 @@ def test_full_disk(capsys, tmp_path, monkeypatch):
 def test_doctor_finds_a_damaged_checkpoint(capsys, tmp_path, monkeypatch):
     import shutil
     from llmcourse.core import weights
+
     copy = shutil.copytree(weights(), tmp_path / "weights")
     assert main(["doctor"]) == 0
     with (copy / "base" / "model.safetensors").open("r+b") as f:
-        f.seek(5000); f.write(b"\0\1\2\3")
+        f.seek(5000)
+        f.write(b"\0\1\2\3")
     monkeypatch.setenv("LLMCOURSE_WEIGHTS", str(copy))
     assert main(["doctor"]) == 1
     assert "model.safetensors" in capsys.readouterr().out
 
 
 def test_a_real_process_exits_with_2_and_no_traceback():
-    done = subprocess.run([sys.executable, "-c", "from llmcourse.cli import cli; import sys; sys.argv = ['llmcourse', 'sft', '--scale', 'x']; cli()"],
-                          capture_output=True, text=True, env=os.environ)
-    assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.startswith("llmcourse: unknown scale")
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "from llmcourse.cli import cli; import sys; sys.argv = ['llmcourse', 'sft', '--scale', 'x']; cli()",
+        ],
+        capture_output=True,
+        text=True,
+        env=os.environ,
+    )
+    assert (
+        done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.startswith("llmcourse: unknown scale")
+    )
 
 
 def test_eval_leaves_rows_of_training_out(capsys, tmp_path):
     from llmcourse.cli import _exam
-    ask = lambda i: {"messages": [{"role": "user", "content": f"{i} plus {i}?"}, {"role": "assistant", "content": f"Answer: {2 * i}"}]}
+
+    ask = lambda i: {
+        "messages": [
+            {"role": "user", "content": f"{i} plus {i}?"},
+            {"role": "assistant", "content": f"Answer: {2 * i}"},
+        ]
+    }
     rows = [ask(i) | {"split": s} for i, s in enumerate(("train", "test", "train"))]
     assert len(_exam(jsonl(tmp_path / "a.jsonl", *rows), None)) == 1
     assert "2 rows of the split train are left out" in capsys.readouterr().err
     assert "all rows are in train" in bad(capsys, "eval", "--data", jsonl(tmp_path / "b.jsonl", rows[0]))
-    assert "c.jsonl:2: unknown split 'tset'" in bad(capsys, "eval", "--data", jsonl(tmp_path / "c.jsonl", CHAT, ask(2) | {"split": "tset"}))
+    assert "c.jsonl:2: unknown split 'tset'" in bad(
+        capsys, "eval", "--data", jsonl(tmp_path / "c.jsonl", CHAT, ask(2) | {"split": "tset"})
+    )
     (tmp_path / "d.csv").write_text("question;answer\n1+1?;2\n")
     (row,) = _exam(tmp_path / "d.csv", None)
     assert row["place"].endswith("d.csv:2") and [m["content"] for m in row["messages"]] == ["1+1?", "2"]
@@ -167,7 +200,8 @@ def test_eval_leaves_rows_of_training_out(capsys, tmp_path):
 
 def test_more_that_cannot_work(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "file").write_text("x"); (tmp_path / "runs").mkdir()
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "runs").mkdir()
     assert "a file" in bad(capsys, "export", "--output", "file")
     assert "no such folder" in bad(capsys, "eval", "--model", "runs/nope")
     assert "max_steps" in bad(capsys, "grpo", "--steps", "0")
@@ -177,6 +211,10 @@ def test_more_that_cannot_work(capsys, tmp_path, monkeypatch):
 
 
 def test_a_leak_between_files_of_one_name(capsys, tmp_path):
-    (tmp_path / "train").mkdir(); (tmp_path / "test").mkdir()
+    (tmp_path / "train").mkdir()
+    (tmp_path / "test").mkdir()
     one, two = (jsonl(tmp_path / side / "data.jsonl", CHAT) for side in ("train", "test"))
-    assert main(["data", "check", str(one), "--against", str(two)]) == 2 and "a leak between the splits" in capsys.readouterr().out
+    assert (
+        main(["data", "check", str(one), "--against", str(two)]) == 2
+        and "a leak between the splits" in capsys.readouterr().out
+    )

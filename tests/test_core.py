@@ -1,4 +1,5 @@
 """Edges of core: files survive interrupts, cards are strict, the dial is layered."""
+
 import json
 import signal
 import subprocess
@@ -39,14 +40,20 @@ def test_write_aside_replaces_a_folder_whole(tmp_path):
 def test_killed_writer_leaves_the_old_file(tmp_path):
     path = tmp_path / "rows.jsonl"
     write_jsonl(path, [{"a": 1}])
-    code = ("import sys, time; from llmcourse.core import write_jsonl\n"
-            "def rows():\n    yield {'a': 2}; print('half', flush=True); time.sleep(60); yield {'a': 3}\n"
-            f"write_jsonl({str(path)!r}, rows())")
+    code = (
+        "import sys, time; from llmcourse.core import write_jsonl\n"
+        "def rows():\n    yield {'a': 2}; print('half', flush=True); time.sleep(60); yield {'a': 3}\n"
+        f"write_jsonl({str(path)!r}, rows())"
+    )
     for sig in (signal.SIGINT, signal.SIGKILL):
-        p = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))   # a shell's background job ignores it
+        p = subprocess.Popen(
+            [sys.executable, "-c", code],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )  # a shell's background job ignores it
         p.stdout.readline()
-        time.sleep(.1)
+        time.sleep(0.1)
         p.send_signal(sig)
         p.wait(10)
         assert read_jsonl(path) == [{"a": 1}]
@@ -54,7 +61,10 @@ def test_killed_writer_leaves_the_old_file(tmp_path):
             assert [x.name for x in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
-@pytest.mark.parametrize("content,place", [(b"", "empty"), (b'{"a": 1}\n\xff\xfe', "not UTF-8"), (b'{"a": 1}\n"x"\n', ":2"), (b"\n\n{oops\n", ":3")])
+@pytest.mark.parametrize(
+    "content,place",
+    [(b"", "empty"), (b'{"a": 1}\n\xff\xfe', "not UTF-8"), (b'{"a": 1}\n"x"\n', ":2"), (b"\n\n{oops\n", ":3")],
+)
 def test_bad_jsonl(tmp_path, content, place):
     (tmp_path / "x.jsonl").write_bytes(content)
     with pytest.raises(UserError, match=place):
@@ -88,4 +98,5 @@ def test_hash_sees_names_and_contents(tmp_path):
 def test_an_error_names_the_line_of_the_file_also_behind_blank_lines(tmp_path):
     path = tmp_path / "chats.jsonl"
     path.write_bytes(b'{"a": 1}\n\n{"b": "\xff"}\n')
-    with pytest.raises(UserError, match="chats.jsonl:3: byte 8 .*UTF-8"): read_jsonl(path)
+    with pytest.raises(UserError, match="chats.jsonl:3: byte 8 .*UTF-8"):
+        read_jsonl(path)

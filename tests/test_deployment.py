@@ -1,4 +1,5 @@
 """What ships in deployment/ parses, imports, and says what it should."""
+
 import importlib.util
 import re
 import sys
@@ -22,7 +23,11 @@ class Recorder:
 
     def __call__(self, *args, **kwargs):
         self.calls.append((self.name, args, kwargs))
-        return args[0] if len(args) == 1 and callable(args[0]) and not kwargs and not isinstance(args[0], Recorder) else Recorder(self.calls, self.name + "()")
+        return (
+            args[0]
+            if len(args) == 1 and callable(args[0]) and not kwargs and not isinstance(args[0], Recorder)
+            else Recorder(self.calls, self.name + "()")
+        )
 
 
 @pytest.fixture
@@ -36,6 +41,7 @@ def load(monkeypatch):
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return module, calls
+
     return load
 
 
@@ -67,7 +73,17 @@ def test_dockerfile():
     "Instructions are known, what is copied exists, it does not run as root, and it runs the demo under the lock."
     lines = [x for x in (DEPLOY / "Dockerfile").read_text().splitlines() if x and not x.startswith("#")]
     words = [x.split()[0] for x in lines if not x.startswith((" ", "\t"))]
-    assert words[0] == "FROM" and set(words) <= {"FROM", "RUN", "WORKDIR", "COPY", "USER", "ENV", "EXPOSE", "ENTRYPOINT", "CMD"}
+    assert words[0] == "FROM" and set(words) <= {
+        "FROM",
+        "RUN",
+        "WORKDIR",
+        "COPY",
+        "USER",
+        "ENV",
+        "EXPOSE",
+        "ENTRYPOINT",
+        "CMD",
+    }
     for line in (x for x in lines if x.startswith("COPY")):
         assert all((ROOT / name).exists() for name in line.split()[1:-1]), line
     ignored = (ROOT / ".dockerignore").read_text().split()
@@ -86,5 +102,6 @@ def test_modelfile():
 
 def test_shipped_modelfile_is_the_exported_one(tmp_path):
     from llmcourse.demo import export_folder
+
     written = export_folder("tutor/sft", tmp_path, "Q8_0")[1]
     assert written.read_text() == (DEPLOY / "ollama/Modelfile").read_text()

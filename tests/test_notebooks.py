@@ -5,15 +5,13 @@ import notebooks
 import pytest
 
 WORKSHOP = sorted((notebooks.NBS / "workshop").rglob("*.ipynb"))
-LIMIT = 300  # seconds; the aim is 120 on two idle cores
 
 
 @pytest.mark.parametrize("path", notebooks.chapters(), ids=lambda p: p.stem)
 def test_chapter(path):
     nb = notebooks.run(path, scale="cpu", seed=42)
-    took = nb.metadata.papermill["duration"]
-    assert took < LIMIT, f"{path.name} took {took:.0f} s"
-    number, said = path.name[:2], notebooks.text_outputs(nb)
+    number = path.name[:2]
+    said = notebooks.text_outputs(nb)
     code = "\n".join(notebooks.source(c) for c in nb.cells if c.cell_type == "code")
     ids = set(re.findall(rf'check\("({number}\.\d)"', code))
     assert len(ids) >= 2, f"{path.name} has exercises {ids}"
@@ -23,6 +21,6 @@ def test_chapter(path):
         assert re.search(rf'check\("{i}".*strict=True', code), f"the solution of {i} is not checked strictly"
 
 
-@pytest.mark.parametrize("path", [p for p in [notebooks.NBS / "index.ipynb", *WORKSHOP] if p.exists()], ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [notebooks.NBS / "index.ipynb", *WORKSHOP], ids=lambda p: p.stem)
 def test_workshop(path):
     notebooks.run(path)

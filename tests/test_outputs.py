@@ -1,4 +1,5 @@
 """Nothing that exists is overwritten or removed, unless it is an earlier result of the same kind."""
+
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from llmcourse.models import load_tokenizer
 @pytest.fixture(scope="module")
 def gguf(tmp_path_factory):
     from llmcourse.export import to_gguf
+
     return to_gguf("tutor/sft", tmp_path_factory.mktemp("gguf") / "sft.gguf", verify=False)
 
 
@@ -20,13 +22,22 @@ def writers(gguf):
     "Every function that takes an `output`, as name → call."
     from llmcourse.export import modelfile, quantize, to_gguf
     from llmcourse.lora import merge
+
     chat = [{"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]}] * 2
+
     def train(out):
         from llmcourse.sft import sft
+
         return sft(chat, out, max_steps=1, per_device_train_batch_size=2, warmup_steps=0)
-    return {"to_gguf": lambda out: to_gguf("tutor/sft", out, verify=False), "quantize": lambda out: quantize(gguf, out, "Q8_0"),
-            "modelfile": lambda out: modelfile(gguf, load_tokenizer("tutor/sft"), out), "merge": lambda out: merge("tutor/sft", out),
-            "sft": train, "write_jsonl": lambda out: write_jsonl(out, [{"a": 1}])}
+
+    return {
+        "to_gguf": lambda out: to_gguf("tutor/sft", out, verify=False),
+        "quantize": lambda out: quantize(gguf, out, "Q8_0"),
+        "modelfile": lambda out: modelfile(gguf, load_tokenizer("tutor/sft"), out),
+        "merge": lambda out: merge("tutor/sft", out),
+        "sft": train,
+        "write_jsonl": lambda out: write_jsonl(out, [{"a": 1}]),
+    }
 
 
 def contents(folder: Path) -> dict:
@@ -74,7 +85,10 @@ def test_export_leaves_a_folder_with_the_gguf_name(tmp_path, capsys):
 
 
 def test_predictions_do_not_replace_the_data(tmp_path, capsys):
-    data = write_jsonl(tmp_path / "test.jsonl", [{"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]}])
+    data = write_jsonl(
+        tmp_path / "test.jsonl",
+        [{"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]}],
+    )
     before = contents(tmp_path)
     assert main(["eval", "--data", str(data), "--output", str(data)]) == 2
     assert contents(tmp_path) == before

@@ -1,4 +1,5 @@
 """The wheel holds the tutor and the dial, and admits both sets of libraries without moving torch."""
+
 import re
 import subprocess
 import sys
@@ -15,7 +16,11 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     out = tmp_path_factory.mktemp("wheel")
-    done = subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(out), str(ROOT)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(out), str(ROOT)],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     return zipfile.ZipFile(next(out.glob("*.whl")))
 
@@ -27,8 +32,16 @@ def requirements(wheel):
 
 def test_wheel_holds_weights_and_dial(wheel):
     names = wheel.namelist()
-    for part in ("settings.ini", "weights/base/model.safetensors", "weights/base/tokenizer.json", "weights/sft/adapter_model.safetensors",
-                 "weights/grpo/run.yaml", "weights/rl/model.safetensors", "exercises/sft.py", "cli.py"):
+    for part in (
+        "settings.ini",
+        "weights/base/model.safetensors",
+        "weights/base/tokenizer.json",
+        "weights/sft/adapter_model.safetensors",
+        "weights/grpo/run.yaml",
+        "weights/rl/model.safetensors",
+        "exercises/sft.py",
+        "cli.py",
+    ):
         assert f"llmcourse/{part}" in names, part
     assert not [n for n in names if n.startswith(("tests/", "nbs/")) or ".ipynb" in n]
     assert sum(i.compress_size for i in wheel.infolist() if "/weights/" in i.filename) < 20e6

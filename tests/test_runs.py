@@ -241,9 +241,8 @@ def test_a_sound_trainer_passes_and_stays_as_it_was(small, tmp_path):
     import torch
     t = trainer(small, tmp_path)
     before, state = {k: v.clone() for k, v in t.model.state_dict().items()}, torch.get_rng_state()
-    start = time.perf_counter()
     found = rehearse(t)
-    assert time.perf_counter() - start < 2 and set(found) == {"vocabulary", "schedule", "packing", "gradient"}
+    assert set(found) == {"vocabulary", "schedule", "packing", "gradient"}
     assert torch.equal(state, torch.get_rng_state()) and all(torch.equal(v, before[k]) for k, v in t.model.state_dict().items())
     assert all(p.grad is None for p in t.model.parameters())
 

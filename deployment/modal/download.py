@@ -22,7 +22,8 @@ def download(model: str = MODEL):
     "Fetch safetensors, tokenizer and config; leave pickles where they are."
     from huggingface_hub import snapshot_download
 
-    path = snapshot_download(model, local_dir=f"{FOLDER}/{model}", allow_patterns=["*.safetensors", "*.json", "*.jinja", "tokenizer.model"])
+    path = snapshot_download(model, local_dir=f"{FOLDER}/{model}",
+                             allow_patterns=["*.safetensors", "*.json", "*.jinja", "tokenizer.model"])
     volume.commit()
     return path
 

@@ -2,7 +2,7 @@
 
     modal secret create llmcourse-api LLMCOURSE_API_KEY=...     # the key that clients must send
     modal run deployment/modal/download.py
-    modal deploy deployment/modal/serve.py                      # prints the URL; /v1 behind it is what OpenAI clients want
+    modal deploy deployment/modal/serve.py                      # prints the URL; OpenAI clients want it with /v1
 """
 import os
 import subprocess
@@ -20,7 +20,8 @@ image = modal.Image.debian_slim(python_version="3.12").pip_install("vllm>=0.22,<
 
 def command(model: str = MODEL) -> list[str]:
     "The server's command line. The key travels in the environment (VLLM_API_KEY), where no process list shows it."
-    return ["vllm", "serve", f"{FOLDER}/{model}", "--served-model-name", model, "--host", "0.0.0.0", "--port", str(PORT), "--max-model-len", "8192"]
+    return ["vllm", "serve", f"{FOLDER}/{model}", "--served-model-name", model, "--host", "0.0.0.0",
+            "--port", str(PORT), "--max-model-len", "8192"]
 
 
 def environment() -> dict[str, str]:
