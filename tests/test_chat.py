@@ -1,4 +1,5 @@
 """Chapter 11: turns, votes and threads in SQLite; streaming, stopping, failing; the page in a real browser."""
+
 import contextlib
 import http.server
 import importlib
@@ -34,16 +35,30 @@ CHAT = [{"role": "system", "content": "You are a tutor."}, {"role": "user", "con
 
 class Fake:
     "An OpenAI-compatible server that says what it is told to say, as slowly, as badly as it is told to."
+
     def __init__(self, reply=REPLY):
-        self.reply, self.delay, self.room, self.dies_after, self.finish, self.usage, self.status = reply, 0, 10_000, None, "stop", True, 200
+        self.reply, self.delay, self.room, self.dies_after, self.finish, self.usage, self.status = (
+            reply,
+            0,
+            10_000,
+            None,
+            "stop",
+            True,
+            200,
+        )
         self.requests, self.closed = [], threading.Event()
         self.models = [{"id": "tutor", "object": "model", "created": 0, "owned_by": "us"}]
         fake = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
-            def log_message(self, *words): pass
-            def do_GET(self): self.say({"object": "list", "data": fake.models})
-            def do_POST(self): fake.chat(self, json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            def log_message(self, *words):
+                pass
+
+            def do_GET(self):
+                self.say({"object": "list", "data": fake.models})
+
+            def do_POST(self):
+                fake.chat(self, json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
 
             def say(self, body, status=200):
                 body = json.dumps(body).encode()
@@ -62,21 +77,38 @@ class Fake:
     def chat(self, to, body):
         self.requests.append(body)
         n = sum(len(m["content"]) + 5 for m in body["messages"])
-        if self.status != 200: return to.say({"error": {"message": "no such luck", "code": self.status}}, self.status)
-        if n > self.room: return to.say({"error": {"code": 400, "type": "exceed_context_size_error", "message": f"request ({n} tokens) exceeds the available context size"}}, 400)
+        if self.status != 200:
+            return to.say({"error": {"message": "no such luck", "code": self.status}}, self.status)
+        if n > self.room:
+            return to.say(
+                {
+                    "error": {
+                        "code": 400,
+                        "type": "exceed_context_size_error",
+                        "message": f"request ({n} tokens) exceeds the available context size",
+                    }
+                },
+                400,
+            )
         to.send_response(200)
         to.send_header("Content-Type", "text/event-stream")
         to.end_headers()
-        event = lambda **more: to.wfile.write(f"data: {json.dumps({'id': 'x', 'object': 'chat.completion.chunk', 'created': 0, 'model': 'fake', 'choices': []} | more)}\n\n".encode())
-        delta = lambda content, end=None: event(choices=[{"index": 0, "delta": {"content": content}, "finish_reason": end}])
+        event = lambda **more: to.wfile.write(
+            f"data: {json.dumps({'id': 'x', 'object': 'chat.completion.chunk', 'created': 0, 'model': 'fake', 'choices': []} | more)}\n\n".encode()
+        )
+        delta = lambda content, end=None: event(
+            choices=[{"index": 0, "delta": {"content": content}, "finish_reason": end}]
+        )
         words = (self.reply(body) if callable(self.reply) else self.reply).replace(" ", " \0").split("\0")
         with contextlib.suppress(OSError):
             for i, word in enumerate(words):
-                if i == self.dies_after: return
+                if i == self.dies_after:
+                    return
                 time.sleep(self.delay)
                 delta(word)
             delta(None, self.finish)
-            if self.usage: event(usage={"prompt_tokens": n, "completion_tokens": len(words), "total_tokens": n + len(words)})
+            if self.usage:
+                event(usage={"prompt_tokens": n, "completion_tokens": len(words), "total_tokens": n + len(words)})
             to.wfile.write(b"data: [DONE]\n\n")
             return
         self.closed.set()
@@ -113,13 +145,16 @@ def sql(db, text):
 
 # the database
 
+
 @pytest.mark.parametrize("version", range(1, len(MIGRATIONS)))
 def test_an_old_database_is_upgraded_and_keeps_its_rows(db, version):
     con = sqlite3.connect(db)
     for step in MIGRATIONS[:version]:
         con.executescript(step)
-    con.executescript(f"PRAGMA user_version = {version}; INSERT INTO conversations (id, token) VALUES (1, 't');"
-                      "INSERT INTO messages (conversation, role, content) VALUES (1, 'user', 'q'), (1, 'assistant', 'a'); INSERT INTO votes (message, vote) VALUES (2, 1)")
+    con.executescript(
+        f"PRAGMA user_version = {version}; INSERT INTO conversations (id, token) VALUES (1, 't');"
+        "INSERT INTO messages (conversation, role, content) VALUES (1, 'user', 'q'), (1, 'assistant', 'a'); INSERT INTO votes (message, vote) VALUES (2, 1)"
+    )
     con.close()
     assert sql(db, "PRAGMA user_version") == [(len(MIGRATIONS),)]
     assert sql(db, "PRAGMA journal_mode") == [("wal",)]
@@ -128,7 +163,10 @@ def test_an_old_database_is_upgraded_and_keeps_its_rows(db, version):
 
 def test_a_failed_upgrade_changes_nothing(db, monkeypatch):
     open_db(db).close()
-    monkeypatch.setattr("llmcourse.chatdb.MIGRATIONS", MIGRATIONS + ["ALTER TABLE messages ADD COLUMN mood TEXT; ALTER TABLE nowhere ADD COLUMN x"])
+    monkeypatch.setattr(
+        "llmcourse.chatdb.MIGRATIONS",
+        MIGRATIONS + ["ALTER TABLE messages ADD COLUMN mood TEXT; ALTER TABLE nowhere ADD COLUMN x"],
+    )
     with pytest.raises(UserError, match="nowhere"):
         open_db(db)
     monkeypatch.undo()
@@ -142,7 +180,13 @@ def test_files_that_are_not_ours_are_refused_and_left_alone(tmp_path):
         con = sqlite3.connect(path)
         con.executescript(script)
         con.close()
-    for path, say in ((text, "not a database"), (other, "another program"), (newer, "newer"), (tmp_path, "Give another file"), (text / "chat.db", "Give another file")):
+    for path, say in (
+        (text, "not a database"),
+        (other, "another program"),
+        (newer, "newer"),
+        (tmp_path, "Give another file"),
+        (text / "chat.db", "Give another file"),
+    ):
         before = path.read_bytes() if path.is_file() else None
         with pytest.raises(UserError, match=say):
             open_db(path)
@@ -155,16 +199,21 @@ def test_twelve_threads_make_one_database(tmp_path):
     for i in range(3):
         with ThreadPoolExecutor(12) as pool:
             list(pool.map(lambda k: save_turn(tmp_path / f"{i}.db", CHAT), range(12)))
-        assert sql(tmp_path / f"{i}.db", "SELECT count(*), count(DISTINCT conversation), count(DISTINCT id) FROM messages") == [(24, 12, 24)]
+        assert sql(
+            tmp_path / f"{i}.db", "SELECT count(*), count(DISTINCT conversation), count(DISTINCT id) FROM messages"
+        ) == [(24, 12, 24)]
 
 
 def test_eight_threads_write_and_nothing_is_lost_or_mixed(db):
     def talk(who):
         path = []
         for i in range(6):
-            path = save_turn(db, path + [{"role": "user", "content": f"{who}?{i}"}, {"role": "assistant", "content": f"{who}!{i}"}])
+            path = save_turn(
+                db, path + [{"role": "user", "content": f"{who}?{i}"}, {"role": "assistant", "content": f"{who}!{i}"}]
+            )
             save_vote(db, path[-1]["id"], vote=1 if i % 2 else -1)
         return path
+
     with ThreadPoolExecutor(8) as pool:
         paths = list(pool.map(talk, range(8)))
     for who, path in enumerate(paths):
@@ -183,7 +232,9 @@ def test_a_turn_that_cannot_be_saved_leaves_nothing(db):
 def test_a_conversation_is_a_tree(db):
     first = save_turn(db, CHAT + [{"role": "assistant", "content": "one"}])
     second = save_turn(db, first[:2] + [{"role": "assistant", "content": "two"}])
-    edited = save_turn(db, first[:1] + [{"role": "user", "content": "other"}, {"role": "assistant", "content": "three"}])
+    edited = save_turn(
+        db, first[:1] + [{"role": "user", "content": "other"}, {"role": "assistant", "content": "three"}]
+    )
     for path in (first, second, edited):
         assert plain(path_to(db, path[-1]["id"])) == plain(path)
     assert sql(db, "SELECT count(*), count(DISTINCT conversation) FROM messages") == [(6, 1)]
@@ -192,6 +243,7 @@ def test_a_conversation_is_a_tree(db):
 
 
 # votes
+
 
 def test_a_vote_changes_and_is_taken_back_and_the_correction_stays(db):
     reply = save_turn(db, CHAT + [{"role": "assistant", "content": "Answer: 75"}])[-1]["id"]
@@ -212,21 +264,37 @@ def test_a_thumb_up_withdraws_the_correction(db):
     assert sql(db, "SELECT vote, correction FROM votes") == [(1, None)]
     assert save_vote(db, reply, vote=-1) == {"vote": -1, "correction": None}, "it does not come back by itself"
     save_vote(db, reply, vote=1)
-    assert save_vote(db, reply, correction="Answer: 85") == {"vote": None, "correction": "Answer: 85"}, "the later one counts"
+    assert save_vote(db, reply, correction="Answer: 85") == {"vote": None, "correction": "Answer: 85"}, (
+        "the later one counts"
+    )
     assert sql(db, "SELECT count(*) FROM votes WHERE vote = 1 AND correction IS NOT NULL") == [(0,)]
 
 
 def test_an_old_thumb_up_loses_its_correction_in_the_upgrade(db):
     con = sqlite3.connect(db)
-    for step in MIGRATIONS[:2]: con.executescript(step)
-    con.executescript("PRAGMA user_version = 2; INSERT INTO conversations (id, token) VALUES (1, 't');"
-                      "INSERT INTO messages (conversation, role, content) VALUES (1, 'assistant', 'a'), (1, 'assistant', 'b');"
-                      "INSERT INTO votes (message, vote, correction) VALUES (1, 1, 'x'), (2, -1, 'y')")
+    for step in MIGRATIONS[:2]:
+        con.executescript(step)
+    con.executescript(
+        "PRAGMA user_version = 2; INSERT INTO conversations (id, token) VALUES (1, 't');"
+        "INSERT INTO messages (conversation, role, content) VALUES (1, 'assistant', 'a'), (1, 'assistant', 'b');"
+        "INSERT INTO votes (message, vote, correction) VALUES (1, 1, 'x'), (2, -1, 'y')"
+    )
     con.close()
     assert [(r["vote"], r["correction"]) for r in votes(db)] == [(1, None), (-1, "y")]
 
 
-@pytest.mark.parametrize("message, change", [(2, {"vote": 1}), (99, {"vote": 1}), (None, {"vote": 1}), (3, {"vote": 2}), (3, {"vote": ""}), (3, {"mood": 1}), (3, {"vote": 1, "correction": "x"})])
+@pytest.mark.parametrize(
+    "message, change",
+    [
+        (2, {"vote": 1}),
+        (99, {"vote": 1}),
+        (None, {"vote": 1}),
+        (3, {"vote": 2}),
+        (3, {"vote": ""}),
+        (3, {"mood": 1}),
+        (3, {"vote": 1, "correction": "x"}),
+    ],
+)
 def test_votes_that_mean_nothing_are_refused(db, message, change):
     save_turn(db, CHAT + [{"role": "assistant", "content": "85"}])
     with pytest.raises(UserError):
@@ -241,9 +309,15 @@ def test_exported_prompt_is_what_the_model_saw(fake, db, tmp_path):
     path = ask(fake, db)
     path = ask(fake, db, path + [{"role": "user", "content": "And 30 + 41? " * 4}])
     save_vote(db, path[-1]["id"], vote=-1, correction="Answer: 71")
-    row, = read_jsonl(export_votes(db, tmp_path / "votes.jsonl"))
+    (row,) = read_jsonl(export_votes(db, tmp_path / "votes.jsonl"))
     assert row["prompt"] == fake.requests[-1]["messages"] and len(row["prompt"]) == 2 and row["prompt"][0] == CHAT[0]
-    assert (row["reply"], row["vote"], row["correction"], row["model"], row["status"]) == (REPLY, -1, "Answer: 71", "fake", "done")
+    assert (row["reply"], row["vote"], row["correction"], row["model"], row["status"]) == (
+        REPLY,
+        -1,
+        "Answer: 71",
+        "fake",
+        "done",
+    )
     assert list(row) == ["prompt", "reply", "vote", "correction", "model", "status", "message"]
 
 
@@ -254,13 +328,16 @@ def test_how_it_felt(fake, db):
     fake.status = 500
     ask(fake, db, path + [{"role": "user", "content": "again"}])
     felt = feel(db)
-    assert (felt["replies"], felt["conversations"], felt["unfinished"]) == (2, 1, .5) and 0 <= felt["first_ms"] <= felt["whole_ms"]
+    assert (felt["replies"], felt["conversations"], felt["unfinished"]) == (2, 1, 0.5) and 0 <= felt[
+        "first_ms"
+    ] <= felt["whole_ms"]
     for message, vote in ((3, 1), (5, -1)):
         save_vote(db, message, vote=vote)
     assert (thumbs(db)["correct"], thumbs(db)["n"]) == (1, 2)
 
 
 # streaming
+
 
 def test_a_turn_is_saved_with_its_facts(fake, db):
     looks = list(take_turn(db, fake.client, "fake", CHAT, temperature=0.5))
@@ -275,9 +352,12 @@ def test_a_turn_is_saved_with_its_facts(fake, db):
 def test_stop_works_between_tokens(fake, db):
     fake.delay, stop = 0.05, threading.Event()
     for path in take_turn(db, fake.client, "fake", CHAT, stop):
-        if path[-1]["content"].count(" ") == 3: stop.set()
+        if path[-1]["content"].count(" ") == 3:
+            stop.set()
     saved = path_to(db, path[-1]["id"])[-1]
-    assert saved["status"] == "stopped" and REPLY.startswith(saved["content"]) and 0 < len(saved["content"]) < len(REPLY)
+    assert (
+        saved["status"] == "stopped" and REPLY.startswith(saved["content"]) and 0 < len(saved["content"]) < len(REPLY)
+    )
     assert fake.closed.wait(5), "the server was not told to stop"
 
 
@@ -292,7 +372,8 @@ def test_stop_works_before_the_first_token(fake, db):
 def test_a_page_that_is_closed_leaves_a_stopped_turn(fake, db):
     fake.delay = 0.05
     turn = take_turn(db, fake.client, "fake", CHAT)
-    for _ in range(4): next(turn)
+    for _ in range(4):
+        next(turn)
     turn.close()
     assert sql(db, "SELECT role, status FROM messages WHERE id > 1") == [("user", None), ("assistant", "stopped")]
 
@@ -300,14 +381,24 @@ def test_a_page_that_is_closed_leaves_a_stopped_turn(fake, db):
 def test_a_server_that_dies_in_the_middle(fake, db):
     fake.dies_after = 3
     reply = ask(fake, db)[-1]
-    assert reply["status"] == "failed" and "broke off" in reply["note"] and REPLY.startswith(reply["content"]) and reply["content"]
+    assert (
+        reply["status"] == "failed"
+        and "broke off" in reply["note"]
+        and REPLY.startswith(reply["content"])
+        and reply["content"]
+    )
 
 
 def test_a_server_that_is_gone(fake, db):
     path = ask(fake, db)
     fake.stop()
     reply = ask(fake, db, path + [{"role": "user", "content": "Still there?"}])[-1]
-    assert reply["status"] == "failed" and "does not answer" in reply["note"] and fake.url in reply["note"] and not reply["content"]
+    assert (
+        reply["status"] == "failed"
+        and "does not answer" in reply["note"]
+        and fake.url in reply["note"]
+        and not reply["content"]
+    )
     assert "does not answer" in view(path_to(db, reply["id"]))[-1]["content"]
 
 
@@ -332,7 +423,10 @@ def test_oldest_turns_are_left_out_and_stay_out(fake, db):
     fake.room, path = 200, CHAT[:1]
     for i in range(5):
         path = ask(fake, db, path + [{"role": "user", "content": f"question {i}"}])
-        assert fake.requests[-1]["messages"][0] == CHAT[0] and fake.requests[-1]["messages"][-1]["content"] == f"question {i}"
+        assert (
+            fake.requests[-1]["messages"][0] == CHAT[0]
+            and fake.requests[-1]["messages"][-1]["content"] == f"question {i}"
+        )
     assert path[-1]["status"] == "done" and path[-1]["dropped"] > 0
     refused = sum(sum(len(m["content"]) + 5 for m in r["messages"]) > fake.room for r in fake.requests)
     assert refused <= 3, "each turn begins with what was left out before"
@@ -363,6 +457,7 @@ def test_shorten():
 
 # the desk behind the page
 
+
 def test_retry_edit_and_dead_branches(fake, db):
     desk = Desk(fake.url, db)
     *_, path = desk.ask("first", None, "sys", "tab")
@@ -377,7 +472,7 @@ def test_retry_edit_and_dead_branches(fake, db):
     *_, alive = desk.ask("fourth", dead[-1]["id"], "sys", "tab")
     assert [m["content"] for m in fake.requests[-1]["messages"]] == ["sys", "second", REPLY, "fourth"]
     assert [*desk.ask("  ", None, "sys", "tab")] == [*desk.retry(None, "tab")] == []
-    restored, = desk.restore(path_to(db, alive[-1]["id"])[0]["token"])
+    (restored,) = desk.restore(path_to(db, alive[-1]["id"])[0]["token"])
     assert plain(restored) == plain(alive) and [*desk.restore("guess")] == [*desk.restore(None)] == [[]]
 
 
@@ -404,7 +499,7 @@ def test_a_turn_goes_on_without_its_page_and_a_reload_watches_it(fake, db):
     first = desk.ask("a", None, "", "tab")
     question = next(first)[-1]["id"]
     next(first)
-    first.close()                                   # the page is reloaded
+    first.close()  # the page is reloaded
     token = path_to(db, question)[0]["token"]
     looks = list(desk.restore(token))
     assert [m["role"] for m in looks[0]] == ["user"] and len(looks) > 2
@@ -412,9 +507,9 @@ def test_a_turn_goes_on_without_its_page_and_a_reload_watches_it(fake, db):
     assert len(list(desk.restore(token))) == 1
     second = desk.ask("b", looks[-1][-1]["id"], "", "tab")
     question = next(second)[-1]["id"]
-    second.close()                                  # the page is closed, and opened again when all is said
+    second.close()  # the page is closed, and opened again when all is said
     until(lambda: not desk.running)
-    restored, = desk.restore(token)
+    (restored,) = desk.restore(token)
     assert [m["content"] for m in restored] == ["a", REPLY, "b", REPLY] and newest(db, token) == restored[-1]["id"]
 
 
@@ -439,7 +534,10 @@ def test_closing_the_desk_saves_what_there_is(fake, db):
 
 def test_an_error_while_saving_reaches_the_page(fake, db, monkeypatch):
     desk = Desk(fake.url, db)
-    def full(*args): raise sqlite3.OperationalError("database or disk is full")
+
+    def full(*args):
+        raise sqlite3.OperationalError("database or disk is full")
+
     turn = desk.ask("a", None, "", "tab")
     monkeypatch.setattr("llmcourse.replies.save_turn", full)
     with pytest.raises(sqlite3.OperationalError, match="disk is full"):
@@ -473,7 +571,9 @@ def test_the_empty_page_greets_and_offers_three_questions():
 
 def test_servers_that_are_none(db):
     class Site(http.server.BaseHTTPRequestHandler):
-        def log_message(self, *words): pass
+        def log_message(self, *words):
+            pass
+
         def do_GET(self):
             self.send_response(200)
             self.send_header("Content-Type", "application/json" if "json" in self.path else "text/html")
@@ -490,14 +590,22 @@ def test_servers_that_are_none(db):
 
 # the command
 
+
 def chat(*words):
     "Run `llmcourse chat` until it waits for Ctrl-C; returns what it printed."
     env = os.environ | {"PYTHONUNBUFFERED": "1", "LLMCOURSE_API_KEY": ""}
-    with subprocess.Popen([sys.executable, "-c", "from llmcourse.cli import cli; cli()", "chat", "--port", "0", *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env) as run:
+    with subprocess.Popen(
+        [sys.executable, "-c", "from llmcourse.cli import cli; cli()", "chat", "--port", "0", *map(str, words)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=env,
+    ) as run:
         said = ""
         for line in run.stdout:
             said += line
-            if "Ctrl-C" in line: break
+            if "Ctrl-C" in line:
+                break
         run.terminate()
         return said + run.stdout.read()
 
@@ -518,10 +626,23 @@ def test_the_command_hands_its_options_on(fake, db, monkeypatch):
     assert (seen["key"], seen["system"], seen["temperature"], seen["max_tokens"]) == ("mine", "", 0.5, 9)
 
 
-@pytest.mark.parametrize("words, say", [
-    (["--temperature", "3"], "from 0 to 2"), (["--temperature", "hot"], "temperature"), (["--temperature", "nan"], "from 0 to 2"),
-    (["--max-tokens", "0"], "at least 1"), (["--max-tokens", "many"], "max-tokens"), (["--key", "two words"], "key"), (["--port", "70000"], "port"),
-    (["--db", "/dev/null/chat.db"], "database"), (["--url", "http://127.0.0.1:9/v1"], "nothing answers"), (["--url", "nonsense"], "not the URL"), (["--url", ""], "not the URL"), (["--sytem", "x"], "--system")])
+@pytest.mark.parametrize(
+    "words, say",
+    [
+        (["--temperature", "3"], "from 0 to 2"),
+        (["--temperature", "hot"], "temperature"),
+        (["--temperature", "nan"], "from 0 to 2"),
+        (["--max-tokens", "0"], "at least 1"),
+        (["--max-tokens", "many"], "max-tokens"),
+        (["--key", "two words"], "key"),
+        (["--port", "70000"], "port"),
+        (["--db", "/dev/null/chat.db"], "database"),
+        (["--url", "http://127.0.0.1:9/v1"], "nothing answers"),
+        (["--url", "nonsense"], "not the URL"),
+        (["--url", ""], "not the URL"),
+        (["--sytem", "x"], "--system"),
+    ],
+)
 def test_the_command_with_bad_input(fake, capsys, monkeypatch, tmp_path, words, say):
     monkeypatch.chdir(tmp_path)
     url = [] if "--url" in words else ["--url", fake.url]
@@ -533,11 +654,18 @@ def test_the_command_with_bad_input(fake, capsys, monkeypatch, tmp_path, words, 
 
 def test_view_shows_what_happened_and_carries_ids():
     rows = view([CHAT[0], {"role": "assistant", "content": "x", "status": "stopped", "dropped": 2, "id": 7}])
-    assert rows == [{"role": "assistant", "content": f"x\n\n*{FLAG} the 2 oldest messages were not sent to the model*\n\n*{FLAG} stopped*", "metadata": {"id": 7}}]
+    assert rows == [
+        {
+            "role": "assistant",
+            "content": f"x\n\n*{FLAG} the 2 oldest messages were not sent to the model*\n\n*{FLAG} stopped*",
+            "metadata": {"id": 7},
+        }
+    ]
     assert FLAG in READ_ALOUD
 
 
 # the page
+
 
 def test_open_hosts_bad_passwords_and_ports_in_use(fake, db):
     for host in ("0.0.0.0", "::", "192.168.0.7", "example.org"):
@@ -557,7 +685,9 @@ def test_open_hosts_bad_passwords_and_ports_in_use(fake, db):
 
 
 def get(url, **headers):
-    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(urllib.request.Request(url, headers=headers), timeout=30) as page:
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(
+        urllib.request.Request(url, headers=headers), timeout=30
+    ) as page:
         return page.headers, page.read().decode()
 
 
@@ -576,11 +706,15 @@ def test_the_page_is_private(fake, db):
 def chromium(playwright) -> str:
     "The browser's path. Where there is none: CI installs one, anywhere else the test is skipped."
     names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-    find = lambda: next((p for p in [*map(shutil.which, names), playwright.chromium.executable_path] if p and Path(p).exists()), None)
+    find = lambda: next(
+        (p for p in [*map(shutil.which, names), playwright.chromium.executable_path] if p and Path(p).exists()), None
+    )
     if not find() and os.environ.get("CI"):
         root = [] if not hasattr(os, "geteuid") or os.geteuid() == 0 else ["sudo"]
-        if shutil.which("apt-get"): subprocess.run([*root, "apt-get", "install", "-y", "chromium"], check=False)
-        if not find(): subprocess.run([sys.executable, "-m", "playwright", "install", "--with-deps", "chromium"], check=True)
+        if shutil.which("apt-get"):
+            subprocess.run([*root, "apt-get", "install", "-y", "chromium"], check=False)
+        if not find():
+            subprocess.run([sys.executable, "-m", "playwright", "install", "--with-deps", "chromium"], check=True)
     return find() or pytest.skip("no Chromium here; install one to run the browser tests: apt-get install chromium")
 
 
@@ -589,7 +723,11 @@ FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --d
 
 @pytest.fixture
 def page(fake, db, monkeypatch):
-    api = pytest.importorskip("playwright.sync_api") if not os.environ.get("CI") else importlib.import_module("playwright.sync_api")
+    api = (
+        pytest.importorskip("playwright.sync_api")
+        if not os.environ.get("CI")
+        else importlib.import_module("playwright.sync_api")
+    )
     monkeypatch.chdir(db.parent)
     app = launch(fake.url, db.name, port=0, block=False)
     with api.sync_playwright() as playwright:
@@ -620,7 +758,8 @@ def until(condition, seconds=20):
     "Wait for the database or the server to get there."
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        if found := condition(): return found
+        if found := condition():
+            return found
         time.sleep(0.05)
     raise AssertionError("it did not happen in time")
 
@@ -638,7 +777,12 @@ def test_browser_asks_votes_and_reloads(page, fake, db):
     assert "Answer: 85" not in page.content(), "the answer should grow before our eyes"
     fake.delay = 0
     page.get_by_text("Answer: 85").wait_for(timeout=30_000)
-    until(lambda: sql(db, "SELECT role, content, status FROM messages WHERE role != 'system'") == [("user", CHAT[1]["content"], None), ("assistant", REPLY, "done")])
+    until(
+        lambda: (
+            sql(db, "SELECT role, content, status FROM messages WHERE role != 'system'")
+            == [("user", CHAT[1]["content"], None), ("assistant", REPLY, "done")]
+        )
+    )
     settled(page, "Answer: 85")
     page.get_by_label("Like", exact=True).click()
     until(lambda: sql(db, "SELECT message, vote FROM votes") == [(2, 1)])
@@ -681,7 +825,8 @@ def test_browser_corrects(page, fake, db):
 
 def test_browser_greets_and_an_example_asks(page, fake, db):
     page.get_by_role("heading", name="Hello!").wait_for(timeout=10_000)
-    if not os.environ.get("UPDATE_PICTURES"): shoot(page, "chat-empty.png")
+    if not os.environ.get("UPDATE_PICTURES"):
+        shoot(page, "chat-empty.png")
     example = welcome(False, "tutor")[1][1]
     page.get_by_text(example).click()
     settled(page, "Answer: 85")
@@ -692,11 +837,13 @@ def test_browser_greets_and_an_example_asks(page, fake, db):
 
 def test_browser_keeps_the_page_when_the_question_is_empty(page, fake, db):
     def say_nothing(text):
-        page.wait_for_timeout(700)      # Gradio drops what is sent while the end of the last event is on its way
+        page.wait_for_timeout(700)  # Gradio drops what is sent while the end of the last event is on its way
         say(page, text)
         page.get_by_text("Type a question first.").wait_for(timeout=10_000)
         page.wait_for_timeout(700)
-    for text in ("", "   "): say_nothing(text)
+
+    for text in ("", "   "):
+        say_nothing(text)
     say(page, "What is 47 + 38?")
     settled(page, "Answer: 85")
     page.get_by_text("Type a question first.").wait_for(state="hidden")
@@ -714,7 +861,9 @@ def test_browser_reload_brings_a_streaming_answer_back(page, fake, db):
     page.reload()
     page.get_by_text("What is 47 + 38?").wait_for(timeout=30_000)
     page.get_by_text("47+38: ones").wait_for(timeout=10_000)
-    assert "Answer: 85" not in page.content() and sql(db, "SELECT count(*) FROM messages") == [(1,)], "it should still stream"
+    assert "Answer: 85" not in page.content() and sql(db, "SELECT count(*) FROM messages") == [(1,)], (
+        "it should still stream"
+    )
     settled(page, "Answer: 85")
     assert sql(db, "SELECT status FROM messages WHERE role = 'assistant'") == [("done",)]
     page.get_by_label("Like", exact=True).click()
@@ -747,7 +896,7 @@ def test_browser_shows_a_question_that_lost_its_answer(page, fake, db):
     say(page, "What is 47 + 38?")
     settled(page, "Answer: 85")
     con = open_db(db)
-    con.execute("DELETE FROM messages WHERE role = 'assistant'")      # as if the power had failed
+    con.execute("DELETE FROM messages WHERE role = 'assistant'")  # as if the power had failed
     con.close()
     page.reload()
     page.get_by_text("no answer was saved").wait_for(timeout=30_000)
@@ -766,7 +915,9 @@ def test_browser_stops_and_reads_on(page, fake, db):
     fake.delay = 0
     page.get_by_label("Retry", exact=True).click()
     page.get_by_text("Answer: 85").wait_for(timeout=30_000)
-    until(lambda: sql(db, "SELECT parent, status FROM messages WHERE role = 'assistant'") == [(1, "stopped"), (1, "done")])
+    until(
+        lambda: sql(db, "SELECT parent, status FROM messages WHERE role = 'assistant'") == [(1, "stopped"), (1, "done")]
+    )
 
 
 def test_browser_edits_and_the_vote_goes_with_the_message(page, fake, db):
@@ -784,7 +935,12 @@ def test_browser_edits_and_the_vote_goes_with_the_message(page, fake, db):
     until(lambda: sql(db, "SELECT count(*) FROM messages") == [(6,)])
     page.get_by_text("Answer to second").wait_for(state="hidden")
     page.get_by_label("Dislike", exact=True).click()
-    until(lambda: [(v["reply"], v["vote"], len(v["prompt"])) for v in votes(db)] == [("Answer to first", 1, 1), ("Answer to third", -1, 1)])
+    until(
+        lambda: (
+            [(v["reply"], v["vote"], len(v["prompt"])) for v in votes(db)]
+            == [("Answer to first", 1, 1), ("Answer to third", -1, 1)]
+        )
+    )
 
 
 def test_browser_survives_the_server(page, fake, db):
@@ -802,8 +958,12 @@ def test_browser_loads_nothing_from_elsewhere_and_speaks_with_a_local_voice(page
     hits = []
 
     class Spy(http.server.BaseHTTPRequestHandler):
-        def log_message(self, *words): pass
-        def do_GET(self): hits.append(self.path); self.send_error(404)
+        def log_message(self, *words):
+            pass
+
+        def do_GET(self):
+            hits.append(self.path)
+            self.send_error(404)
 
     spy = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Spy)
     threading.Thread(target=spy.serve_forever, args=(0.05,), daemon=True).start()

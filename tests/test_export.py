@@ -1,4 +1,5 @@
 """Export: our GGUF files against llama.cpp's own converter, quantiser and arithmetic."""
+
 import hashlib, json
 from pathlib import Path
 
@@ -6,72 +7,147 @@ import numpy as np
 import pytest
 from llmcourse.core import UserError
 from llmcourse.engine import Engine
-from llmcourse.export import (CHATS, DTYPES, KINDS, LLAMA3, QWEN2, TEXTS, check_tokens, modelfile, next_logprobs, parity, permute, plan_types,
-                              pre_tokenizer, quantize, rope_factors, to_gguf)
+from llmcourse.export import (
+    CHATS,
+    DTYPES,
+    KINDS,
+    LLAMA3,
+    QWEN2,
+    TEXTS,
+    check_tokens,
+    modelfile,
+    next_logprobs,
+    parity,
+    permute,
+    plan_types,
+    pre_tokenizer,
+    quantize,
+    rope_factors,
+    to_gguf,
+)
 
 gguf = pytest.importorskip("gguf")
 REFERENCE = Path(__file__).parent / "data" / "gguf_reference.json"
 SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|pad|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
-TEMPLATE = ("{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' }}"
-            "{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}")
-ROPE = dict(rope_type="llama3", rope_theta=500000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
-SHAPES = {   # what differs from a Llama of width 256, 4 heads, 2 for keys and values, tied
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+ROPE = dict(
+    rope_type="llama3",
+    rope_theta=500000.0,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=64,
+)
+SHAPES = {  # what differs from a Llama of width 256, 4 heads, 2 for keys and values, tied
     "gqa": dict(num_hidden_layers=9, num_attention_heads=8, num_key_value_heads=2, tie_word_embeddings=True),
-    "untied": dict(hidden_size=80, intermediate_size=112, num_attention_heads=5, num_key_value_heads=5, attention_bias=True, mlp_bias=True),
-    "head_dim": dict(hidden_size=192, intermediate_size=320, head_dim=48, tie_word_embeddings=True, rope_parameters=ROPE),
-    "linear": dict(vocab_size=320, num_hidden_layers=3, rope_parameters=dict(rope_type="linear", factor=2.0, rope_theta=10000.0)),
+    "untied": dict(
+        hidden_size=80,
+        intermediate_size=112,
+        num_attention_heads=5,
+        num_key_value_heads=5,
+        attention_bias=True,
+        mlp_bias=True,
+    ),
+    "head_dim": dict(
+        hidden_size=192, intermediate_size=320, head_dim=48, tie_word_embeddings=True, rope_parameters=ROPE
+    ),
+    "linear": dict(
+        vocab_size=320, num_hidden_layers=3, rope_parameters=dict(rope_type="linear", factor=2.0, rope_theta=10000.0)
+    ),
 }
 
 
-def make_tokenizer(split=LLAMA3, ignore_merges=True, bos=True, template=TEMPLATE, merges=("t h", "th e", "Ġ t", "1 2", "e r", "o u"), steps=None, normalizer=None, **special):
+def make_tokenizer(
+    split=LLAMA3,
+    ignore_merges=True,
+    bos=True,
+    template=TEMPLATE,
+    merges=("t h", "th e", "Ġ t", "1 2", "e r", "o u"),
+    steps=None,
+    normalizer=None,
+    **special,
+):
     "A byte-level BPE tokenizer with a handful of merges."
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers as pre, processors
     from transformers import PreTrainedTokenizerFast
+
     pairs = [tuple(m.split()) for m in merges]
     vocab = {t: i for i, t in enumerate(sorted(pre.ByteLevel.alphabet()) + ["".join(p) for p in pairs])}
     tok = Tokenizer(models.BPE(vocab=vocab, merges=pairs, ignore_merges=ignore_merges))
-    tok.pre_tokenizer = pre.Sequence(steps or [pre.Split(Regex(split), "isolated"), pre.ByteLevel(add_prefix_space=False, use_regex=False)])
-    if normalizer: tok.normalizer = normalizer
+    tok.pre_tokenizer = pre.Sequence(
+        steps or [pre.Split(Regex(split), "isolated"), pre.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    if normalizer:
+        tok.normalizer = normalizer
     tok.decoder = decoders.ByteLevel()
     tok.add_special_tokens(SPECIAL)
     tok.add_tokens([AddedToken("<tool>", normalized=False)])
-    if bos: tok.post_processor = processors.TemplateProcessing(single=f"{SPECIAL[0]} $A", pair=f"{SPECIAL[0]} $A $B", special_tokens=[(SPECIAL[0], tok.token_to_id(SPECIAL[0]))])
+    if bos:
+        tok.post_processor = processors.TemplateProcessing(
+            single=f"{SPECIAL[0]} $A",
+            pair=f"{SPECIAL[0]} $A $B",
+            special_tokens=[(SPECIAL[0], tok.token_to_id(SPECIAL[0]))],
+        )
     named = dict(bos_token=SPECIAL[0], eos_token="<|eot_id|>", pad_token="<|pad|>") | special
-    return PreTrainedTokenizerFast(tokenizer_object=tok, chat_template=template, clean_up_tokenization_spaces=False, **named)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tok, chat_template=template, clean_up_tokenization_spaces=False, **named
+    )
 
 
 def make_model(folder, shape="gqa", dtype="float32", tokenizer=None, save=None, **overrides):
     "A Llama whose weights come from integer arithmetic, so that they are the same on every machine."
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
+
     tokenizer = tokenizer or make_tokenizer()
     ids = {k: getattr(tokenizer, k) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    base = dict(vocab_size=len(tokenizer), hidden_size=256, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512)
+    base = dict(
+        vocab_size=len(tokenizer),
+        hidden_size=256,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+    )
     model = LlamaForCausalLM(LlamaConfig(**base | ids | SHAPES[shape] | overrides)).eval()
     with torch.no_grad():
         for k, (name, p) in enumerate(model.named_parameters()):
             n = torch.arange(p.numel(), dtype=torch.int64)
             noise = (((n * 2654435761 + k * 40503) % 2**32 // 2**16).float() / 2**16 - 0.5).reshape(p.shape)
             p.copy_(noise * 0.5 + 1 if "norm" in name else noise * 0.25)
-    model.to(getattr(torch, dtype)).save_pretrained(folder, **(save or {})); tokenizer.save_pretrained(folder)
+    model.to(getattr(torch, dtype)).save_pretrained(folder, **(save or {}))
+    tokenizer.save_pretrained(folder)
     return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def digest(path):
     "Type, shape and bytes of every tensor, in one hash; and the metadata."
     reader, h = gguf.GGUFReader(path), hashlib.sha256()
-    for t in sorted(reader.tensors, key=lambda t: t.name): h.update(f"{t.name} {t.tensor_type.name} {t.shape.tolist()}".encode() + t.data.tobytes())
+    for t in sorted(reader.tensors, key=lambda t: t.name):
+        h.update(f"{t.name} {t.tensor_type.name} {t.shape.tolist()}".encode() + t.data.tobytes())
     kv = {k: f.contents() for k, f in reader.fields.items() if not k.startswith("GGUF.")}
-    short = {k: v if len(str(v)) < 80 else hashlib.sha256(json.dumps(v).encode()).hexdigest()[:16] for k, v in kv.items()}
+    short = {
+        k: v if len(str(v)) < 80 else hashlib.sha256(json.dumps(v).encode()).hexdigest()[:16] for k, v in kv.items()
+    }
     return {"tensors": h.hexdigest()[:16], "types": sorted({t.tensor_type.name for t in reader.tensors}), "kv": short}
 
 
-SOURCE = {"gqa": "bfloat16", "untied": "float32", "head_dim": "float32", "linear": "float16"}   # how the test models are stored
-SHARDS = {"untied": {"max_shard_size": "100KB"}}                                                 # and which of them in pieces
+SOURCE = {
+    "gqa": "bfloat16",
+    "untied": "float32",
+    "head_dim": "float32",
+    "linear": "float16",
+}  # how the test models are stored
+SHARDS = {"untied": {"max_shard_size": "100KB"}}  # and which of them in pieces
 
 
 @pytest.fixture(scope="module")
-def room(tmp_path_factory): return tmp_path_factory.mktemp("export")
+def room(tmp_path_factory):
+    return tmp_path_factory.mktemp("export")
 
 
 def export_one(shape, room):
@@ -80,7 +156,8 @@ def export_one(shape, room):
 
 
 @pytest.fixture(scope="module")
-def gqa(room): return export_one("gqa", room)
+def gqa(room):
+    return export_one("gqa", room)
 
 
 @pytest.fixture(scope="module", params=SHAPES)
@@ -94,7 +171,10 @@ def test_same_as_llama_cpps_converter_and_quantiser(exported, room):
     shape, folder, _, f32 = exported
     reference = json.loads(REFERENCE.read_text())[shape]
     for dtype in DTYPES:
-        got, want = digest(f32 if dtype == "f32" else to_gguf(folder, room / f"{shape}-{dtype}.gguf", dtype, verify=False)), reference[dtype]
+        got, want = (
+            digest(f32 if dtype == "f32" else to_gguf(folder, room / f"{shape}-{dtype}.gguf", dtype, verify=False)),
+            reference[dtype],
+        )
         assert got["types"] == want["types"] and got["tensors"] == want["tensors"], dtype
         assert {k: got["kv"].get(k) for k in want["kv"]} == want["kv"], dtype
     for kind in KINDS:
@@ -106,7 +186,10 @@ def test_same_as_llama_cpps_converter_and_quantiser(exported, room):
 def test_llama_cpp_computes_what_transformers_computes(exported):
     shape, folder, model, f32 = exported
     from transformers import AutoTokenizer
-    found = parity(f32, model, AutoTokenizer.from_pretrained(folder), ["What is 47 plus 38?", "x"] + CHATS[:2], max_new_tokens=12)
+
+    found = parity(
+        f32, model, AutoTokenizer.from_pretrained(folder), ["What is 47 plus 38?", "x"] + CHATS[:2], max_new_tokens=12
+    )
     assert found["same"] == found["prompts"] == 4 and found["tokens"] > 20
     assert found["gap"] < 1e-4, found
 
@@ -116,6 +199,7 @@ def test_wrong_weights_do_not_pass(exported, room):
     shape, folder, model, f32 = exported
     from transformers import AutoTokenizer
     import llmcourse.converter as converter
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(converter, "permute", lambda w, n: w)
         bad = to_gguf(folder, room / f"{shape}-bad.gguf")
@@ -124,57 +208,81 @@ def test_wrong_weights_do_not_pass(exported, room):
 
 # --- tokenizers ------------------------------------------------------------------------------------------------------
 
+
 def steps_of(name):
     from tokenizers import pre_tokenizers as pre
-    return {"gpt-2": [pre.ByteLevel(add_prefix_space=False)], "smollm": [pre.Digits(individual_digits=True), pre.ByteLevel(add_prefix_space=False)]}[name]
+
+    return {
+        "gpt-2": [pre.ByteLevel(add_prefix_space=False)],
+        "smollm": [pre.Digits(individual_digits=True), pre.ByteLevel(add_prefix_space=False)],
+    }[name]
 
 
-LONG = ("a b", "b c", "a bc")   # "abc" is a token that its merges do not lead to
+LONG = ("a b", "b c", "a bc")  # "abc" is a token that its merges do not lead to
 
 
-@pytest.mark.parametrize("name, options", {
-    "llama-bpe": {}, "qwen2": dict(split=QWEN2, ignore_merges=False, bos=False), "gpt-2": dict(steps="gpt-2", ignore_merges=False, bos=False),
-    "smollm": dict(steps="smollm", ignore_merges=False, bos=False), "smaug-bpe": dict(ignore_merges=False, merges=LONG),
-}.items())
+@pytest.mark.parametrize(
+    "name, options",
+    {
+        "llama-bpe": {},
+        "qwen2": dict(split=QWEN2, ignore_merges=False, bos=False),
+        "gpt-2": dict(steps="gpt-2", ignore_merges=False, bos=False),
+        "smollm": dict(steps="smollm", ignore_merges=False, bos=False),
+        "smaug-bpe": dict(ignore_merges=False, merges=LONG),
+    }.items(),
+)
 def test_each_pre_tokenizer_reads_as_transformers_does(name, options, tmp_path):
     "`to_gguf` itself compares token ids; here we see that the name is the one we mean, and that llama.cpp accepts it."
     options = dict(options)
-    if "steps" in options: options["steps"] = steps_of(options["steps"])
+    if "steps" in options:
+        options["steps"] = steps_of(options["steps"])
     tok = make_tokenizer(**options)
     assert pre_tokenizer(tok) == name
     make_model(tmp_path / "m", tokenizer=tok, num_hidden_layers=1)
-    assert check_tokens(to_gguf(tmp_path / "m", tmp_path / "m.gguf", "q8_0"), tok) == len(TEXTS) + len(tok.added_tokens_decoder) + len(CHATS)
+    assert check_tokens(to_gguf(tmp_path / "m", tmp_path / "m.gguf", "q8_0"), tok) == len(TEXTS) + len(
+        tok.added_tokens_decoder
+    ) + len(CHATS)
 
 
 def test_ignore_merges_is_noticed_only_where_it_matters():
-    assert pre_tokenizer(make_tokenizer(ignore_merges=False)) == "llama-bpe"          # every token is reached by its merges
+    assert pre_tokenizer(make_tokenizer(ignore_merges=False)) == "llama-bpe"  # every token is reached by its merges
     assert pre_tokenizer(make_tokenizer(ignore_merges=False, merges=LONG)) == "smaug-bpe"
-    with pytest.raises(UserError, match="ignore_merges"): pre_tokenizer(make_tokenizer(split=QWEN2, merges=LONG))
+    with pytest.raises(UserError, match="ignore_merges"):
+        pre_tokenizer(make_tokenizer(split=QWEN2, merges=LONG))
 
 
 def test_tokenizers_that_we_cannot_prove_are_refused(tmp_path):
     from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers as pre
+
     byte = pre.ByteLevel(add_prefix_space=False, use_regex=False)
-    cases = {"pre-tokenizer": dict(split=r"\p{L}+|\s+"), "normalises": dict(normalizer=normalizers.NFC()),
-             "pre-tokenizer cuts": dict(steps=[pre.ByteLevel(add_prefix_space=True)]),
-             "cuts by": dict(steps=[pre.Split(Regex(LLAMA3), "removed"), byte])}
+    cases = {
+        "pre-tokenizer": dict(split=r"\p{L}+|\s+"),
+        "normalises": dict(normalizer=normalizers.NFC()),
+        "pre-tokenizer cuts": dict(steps=[pre.ByteLevel(add_prefix_space=True)]),
+        "cuts by": dict(steps=[pre.Split(Regex(LLAMA3), "removed"), byte]),
+    }
     for message, options in cases.items():
-        with pytest.raises(UserError, match=message): pre_tokenizer(make_tokenizer(**options))
+        with pytest.raises(UserError, match=message):
+            pre_tokenizer(make_tokenizer(**options))
     tok = make_tokenizer()
     tok.add_tokens([AddedToken("<tail>", rstrip=True)])
-    with pytest.raises(UserError, match="spaces beside"): pre_tokenizer(tok)
+    with pytest.raises(UserError, match="spaces beside"):
+        pre_tokenizer(tok)
     make_model(tmp_path / "m", tokenizer=make_tokenizer(split=r"\p{L}+|\s+"), num_hidden_layers=1)
-    with pytest.raises(UserError, match="pre-tokenizer"): to_gguf(tmp_path / "m", tmp_path / "m.gguf")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["m"]      # nothing half-written
+    with pytest.raises(UserError, match="pre-tokenizer"):
+        to_gguf(tmp_path / "m", tmp_path / "m.gguf")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m"]  # nothing half-written
 
 
 @pytest.mark.parametrize("wrong", ["default", "gpt-2", "qwen2"])
 def test_wrong_pre_tokenizer_is_caught(wrong, tmp_path, monkeypatch):
     "Planted fault: llama.cpp loads the file without a word, and reads digits and spaces differently."
     import llmcourse.converter as converter
+
     make_model(tmp_path / "m", tokenizer=make_tokenizer(merges=("1 2", "Ġ 1", "Ġ (")), num_hidden_layers=1)
     monkeypatch.setattr(converter, "pre_tokenizer", lambda tokenizer: wrong)
-    with pytest.raises(UserError, match="they part at token"): to_gguf(tmp_path / "m", tmp_path / "m.gguf")
+    with pytest.raises(UserError, match="they part at token"):
+        to_gguf(tmp_path / "m", tmp_path / "m.gguf")
     assert not (tmp_path / "m.gguf").exists()
 
 
@@ -182,7 +290,8 @@ def test_a_template_without_the_bos_that_the_tokenizer_adds_is_caught(tmp_path):
     "Trained without BOS, served with BOS: llama.cpp puts it in front of every conversation."
     tok = make_tokenizer(template=TEMPLATE.replace("{{ bos_token }}", ""))
     make_model(tmp_path / "m", tokenizer=tok, num_hidden_layers=1)
-    with pytest.raises(UserError, match="both add BOS"): to_gguf(tmp_path / "m", tmp_path / "m.gguf")
+    with pytest.raises(UserError, match="both add BOS"):
+        to_gguf(tmp_path / "m", tmp_path / "m.gguf")
 
 
 def test_base_model_without_chat_template(tmp_path):
@@ -196,10 +305,11 @@ def test_token_types(gqa):
     tok = make_tokenizer()
     kinds = {t.content: gguf.TokenType(types[i]).name for i, t in tok.added_tokens_decoder.items()}
     assert kinds == dict.fromkeys(SPECIAL, "CONTROL") | {"<tool>": "USER_DEFINED"}
-    assert set(types[:256]) == {gguf.TokenType.NORMAL} and set(types[len(tok):]) <= {gguf.TokenType.UNUSED}
+    assert set(types[:256]) == {gguf.TokenType.NORMAL} and set(types[len(tok) :]) <= {gguf.TokenType.UNUSED}
 
 
 # --- what cannot be exported -----------------------------------------------------------------------------------------
+
 
 def test_models_that_we_cannot_export_are_refused(tmp_path):
     def edit(name, **changes):
@@ -207,17 +317,29 @@ def test_models_that_we_cannot_export_are_refused(tmp_path):
         path = tmp_path / name / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | changes))
         return tmp_path / name
-    cases = {"MistralForCausalLM": dict(architectures=["MistralForCausalLM"]), "rope scaling": dict(rope_parameters=dict(rope_type="dynamic", factor=2.0, rope_theta=1e4)),
-             "gelu": dict(hidden_act="gelu"), "has shape": dict(intermediate_size=128), "is missing": dict(num_hidden_layers=2), "not part of": dict(num_hidden_layers=0)}
+
+    cases = {
+        "MistralForCausalLM": dict(architectures=["MistralForCausalLM"]),
+        "rope scaling": dict(rope_parameters=dict(rope_type="dynamic", factor=2.0, rope_theta=1e4)),
+        "gelu": dict(hidden_act="gelu"),
+        "has shape": dict(intermediate_size=128),
+        "is missing": dict(num_hidden_layers=2),
+        "not part of": dict(num_hidden_layers=0),
+    }
     for i, (message, changes) in enumerate(cases.items()):
-        with pytest.raises(UserError, match=message): to_gguf(edit(f"m{i}", **changes), tmp_path / "out.gguf")
-    with pytest.raises(UserError, match="did you mean 'f16'"): to_gguf(tmp_path / "m0", tmp_path / "out.gguf", "fp16")
+        with pytest.raises(UserError, match=message):
+            to_gguf(edit(f"m{i}", **changes), tmp_path / "out.gguf")
+    with pytest.raises(UserError, match="did you mean 'f16'"):
+        to_gguf(tmp_path / "m0", tmp_path / "out.gguf", "fp16")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="config.json"): to_gguf(tmp_path / "empty", tmp_path / "out.gguf")
+    with pytest.raises(UserError, match="config.json"):
+        to_gguf(tmp_path / "empty", tmp_path / "out.gguf")
     (tmp_path / "m3" / "model.safetensors").unlink()
-    with pytest.raises(UserError, match="no model.safetensors"): to_gguf(tmp_path / "m3", tmp_path / "out.gguf")
+    with pytest.raises(UserError, match="no model.safetensors"):
+        to_gguf(tmp_path / "m3", tmp_path / "out.gguf")
     edit("heads", num_attention_heads=7)
-    with pytest.raises(UserError, match="heads: no config.json that .* not a multiple"): to_gguf(tmp_path / "heads", tmp_path / "out.gguf")
+    with pytest.raises(UserError, match="heads: no config.json that .* not a multiple"):
+        to_gguf(tmp_path / "heads", tmp_path / "out.gguf")
     assert not (tmp_path / "out.gguf").exists() and not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 
@@ -227,13 +349,16 @@ def test_broken_weights_are_named(tmp_path):
     whole = file.read_bytes()
     for broken in (b"", b"xx", whole[:100], whole[:-100]):
         file.write_bytes(broken)
-        with pytest.raises(UserError, match="model.safetensors: not a whole safetensors file"): to_gguf(tmp_path / "m", tmp_path / "out.gguf")
+        with pytest.raises(UserError, match="model.safetensors: not a whole safetensors file"):
+            to_gguf(tmp_path / "m", tmp_path / "out.gguf")
     file.write_bytes(whole)
     for text in ('{"weight_map":', "[]", '{"weights": {}}'):
         index.write_text(text)
-        with pytest.raises(UserError, match="no index of weights"): to_gguf(tmp_path / "m", tmp_path / "out.gguf")
+        with pytest.raises(UserError, match="no index of weights"):
+            to_gguf(tmp_path / "m", tmp_path / "out.gguf")
     index.write_text('{"weight_map": {"a": "model-1.safetensors"}}')
-    with pytest.raises(UserError, match="model-1.safetensors is missing"): to_gguf(tmp_path / "m", tmp_path / "out.gguf")
+    with pytest.raises(UserError, match="model-1.safetensors is missing"):
+        to_gguf(tmp_path / "m", tmp_path / "out.gguf")
     with pytest.raises(UserError, match="not on the Hub"), pytest.MonkeyPatch.context() as patch:
         patch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: (_ for _ in ()).throw(OSError("no network")))
         to_gguf("nobody/nothing", tmp_path / "out.gguf")
@@ -242,16 +367,21 @@ def test_broken_weights_are_named(tmp_path):
 
 def test_another_architecture_is_not_quantised(tmp_path):
     from llmcourse.gguf_file import write_gguf
+
     w = np.zeros((32, 32), np.float32)
     write_gguf(tmp_path / "other.gguf", lambda writer: None, {"w.weight": ("F32", w.shape)}, [w])
-    with pytest.raises(UserError, match="other.gguf: no llama.block_count"): quantize(tmp_path / "other.gguf", tmp_path / "q.gguf")
+    with pytest.raises(UserError, match="other.gguf: no llama.block_count"):
+        quantize(tmp_path / "other.gguf", tmp_path / "q.gguf")
 
 
 def test_no_room_on_the_disk(gqa, tmp_path, monkeypatch):
     import shutil
+
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 1000))
-    with pytest.raises(UserError, match="MB free"): to_gguf(gqa[1], tmp_path / "out.gguf")
-    with pytest.raises(UserError, match="MB free"): quantize(gqa[3], tmp_path / "out.gguf")
+    with pytest.raises(UserError, match="MB free"):
+        to_gguf(gqa[1], tmp_path / "out.gguf")
+    with pytest.raises(UserError, match="MB free"):
+        quantize(gqa[3], tmp_path / "out.gguf")
     assert not list(tmp_path.iterdir())
 
 
@@ -259,11 +389,13 @@ def test_an_adapter_is_merged_first(room, tmp_path):
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoTokenizer
+
     base = tmp_path / "base"
     net = get_peft_model(make_model(base, "gqa", num_hidden_layers=2), LoraConfig(r=4, target_modules="all-linear"))
     with torch.no_grad():
         for name, p in net.named_parameters():
-            if "lora_B" in name: p.copy_(torch.linspace(-.05, .05, p.numel()).reshape(p.shape))
+            if "lora_B" in name:
+                p.copy_(torch.linspace(-0.05, 0.05, p.numel()).reshape(p.shape))
     net.peft_config["default"].base_model_name_or_path = str(base)
     net.save_pretrained(tmp_path / "adapter")
     f32 = to_gguf(tmp_path / "adapter", tmp_path / "merged.gguf")
@@ -273,18 +405,22 @@ def test_an_adapter_is_merged_first(room, tmp_path):
 
 # --- quantising ------------------------------------------------------------------------------------------------------
 
+
 def test_sizes_are_known_beforehand(gqa, tmp_path):
     for kind in ("Q8_0", "Q4_K_M", "Q2_K"):
         plan = plan_types(gqa[3], kind)
         path = quantize(gqa[3], tmp_path / "q.gguf", kind, threads=2)
         tensors = gguf.GGUFReader(path).tensors
-        assert {t.name: (t.tensor_type.name, t.n_bytes) for t in tensors} == {n: (k, size) for n, (k, _, size) in plan.items()}
-        assert path.stat().st_size - sum(size for *_, size in plan.values()) < 60_000      # header, vocabulary, padding
+        assert {t.name: (t.tensor_type.name, t.n_bytes) for t in tensors} == {
+            n: (k, size) for n, (k, _, size) in plan.items()
+        }
+        assert path.stat().st_size - sum(size for *_, size in plan.values()) < 60_000  # header, vocabulary, padding
 
 
 def test_quantised_files_run_and_stay_close(gqa, tmp_path):
     shape, _, _, f32 = gqa
-    with Engine(f32) as engine: ids = engine.tokenize("What is 47 plus 38? Ones: 7 + 8 = 15, carry the one.")
+    with Engine(f32) as engine:
+        ids = engine.tokenize("What is 47 plus 38? Ones: 7 + 8 = 15, carry the one.")
     contexts = [ids[:n] for n in range(2, len(ids), 3)]
     p = next_logprobs(f32, contexts)
     assert p.shape[0] == len(contexts) and np.allclose(np.exp(p).sum(1), 1, atol=1e-4)
@@ -297,37 +433,56 @@ def test_quantised_files_run_and_stay_close(gqa, tmp_path):
 
 def test_only_float_files_are_quantised(gqa, tmp_path):
     q8 = quantize(gqa[3], tmp_path / "q8.gguf", "Q8_0")
-    with pytest.raises(UserError, match="Q8_0 already"): quantize(q8, tmp_path / "q4.gguf")
-    with pytest.raises(UserError, match="did you mean 'Q4_K_M'"): quantize(gqa[3], tmp_path / "q4.gguf", "Q4_KM")
-    with pytest.raises(UserError, match="no such file"): quantize(tmp_path / "none.gguf", tmp_path / "q4.gguf")
+    with pytest.raises(UserError, match="Q8_0 already"):
+        quantize(q8, tmp_path / "q4.gguf")
+    with pytest.raises(UserError, match="did you mean 'Q4_K_M'"):
+        quantize(gqa[3], tmp_path / "q4.gguf", "Q4_KM")
+    with pytest.raises(UserError, match="no such file"):
+        quantize(tmp_path / "none.gguf", tmp_path / "q4.gguf")
     (tmp_path / "bad.gguf").write_bytes(b"GGUF and no more")
-    with pytest.raises(UserError, match="not a whole GGUF"): quantize(tmp_path / "bad.gguf", tmp_path / "q4.gguf")
+    with pytest.raises(UserError, match="not a whole GGUF"):
+        quantize(tmp_path / "bad.gguf", tmp_path / "q4.gguf")
     assert not (tmp_path / "q4.gguf").exists()
 
 
 def test_a_library_that_does_something_else_is_refused(monkeypatch):
     import llmcourse.quantizers as quantizers
+
     monkeypatch.setattr(quantizers, "quantize_rows", lambda rows, kind, lib: np.zeros(1, np.uint8))
     quantizers.ggml.cache_clear()
-    with pytest.raises(UserError, match="xllamacpp=="): quantizers.ggml()
-    class Bare: pass
+    with pytest.raises(UserError, match="xllamacpp=="):
+        quantizers.ggml()
+
+    class Bare:
+        pass
+
     monkeypatch.setattr(quantizers.ctypes, "CDLL", lambda path: Bare())
-    with pytest.raises(UserError, match="no ggml_quantize_chunk"): quantizers.ggml()
+    with pytest.raises(UserError, match="no ggml_quantize_chunk"):
+        quantizers.ggml()
     quantizers.ggml.cache_clear()
 
 
-@pytest.mark.parametrize("broken, why", [(lambda b: b"", "failed to read magic"), (lambda b: b"GGUF and no more, nothing that loads", "version"),
-                                         (lambda b: b[:5000], "failed to read key-value pairs"), (lambda b: b[:2_000_000], "corrupted or incomplete"),
-                                         (lambda b: b.replace(b"llama", b"zebra"), "unknown model architecture: 'zebra'")],
-                         ids=["empty", "no header", "half a header", "half a file", "another architecture"])
+@pytest.mark.parametrize(
+    "broken, why",
+    [
+        (lambda b: b"", "failed to read magic"),
+        (lambda b: b"GGUF and no more, nothing that loads", "version"),
+        (lambda b: b[:5000], "failed to read key-value pairs"),
+        (lambda b: b[:2_000_000], "corrupted or incomplete"),
+        (lambda b: b.replace(b"llama", b"zebra"), "unknown model architecture: 'zebra'"),
+    ],
+    ids=["empty", "no header", "half a header", "half a file", "another architecture"],
+)
 def test_engine_says_why_a_file_does_not_load(gqa, tmp_path, broken, why):
     (tmp_path / "bad.gguf").write_bytes(broken(gqa[3].read_bytes()))
     engine = Engine(tmp_path / "bad.gguf")
-    with pytest.raises(UserError, match=f"bad.gguf: llama.cpp cannot load it: .*{why}") as e, engine: pass
+    with pytest.raises(UserError, match=f"bad.gguf: llama.cpp cannot load it: .*{why}") as e, engine:
+        pass
     assert "\n" not in str(e.value) and not engine.child.alive and not engine.child.folder.exists()
 
 
 # --- small parts -----------------------------------------------------------------------------------------------------
+
 
 def test_permute_pairs_the_halves_of_each_head():
     assert permute(np.arange(8), 1).tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
@@ -342,41 +497,64 @@ def test_rope_factors_stretch_only_long_waves():
 
 # --- Modelfile -------------------------------------------------------------------------------------------------------
 
+
 def go(template, messages):
     "The little of Go's text/template that our Modelfiles use. (Go 1.27's own engine gave the same texts when this was written.)"
     import re
-    parts = re.split(r"\{\{ (.*?) \}\}", template)          # text, action, text, action, …
+
+    parts = re.split(r"\{\{ (.*?) \}\}", template)  # text, action, text, action, …
     system = any(m["role"] == "system" for m in messages)
+
     def block(i, dot):
         "Run from part i to the end of the block; give the text and where it ended."
         out = parts[i]
         while i + 1 < len(parts):
             action, i = parts[i + 1], i + 2
-            if action == "end" or action.startswith("else if"): return out, i - 1
-            if action == ".Content": out += dot["content"]
+            if action == "end" or action.startswith("else if"):
+                return out, i - 1
+            if action == ".Content":
+                out += dot["content"]
             elif action == "range .Messages":
-                for m in messages: text, at = block(i, m); out += text
+                for m in messages:
+                    text, at = block(i, m)
+                    out += text
                 i = at + 1
             elif action.startswith("if"):
                 done = False
                 while True:
-                    yes = not system if action == "if not .System" else re.search(r'eq .Role "(\w+)"', action)[1] == (dot or {}).get("role")
+                    yes = (
+                        not system
+                        if action == "if not .System"
+                        else re.search(r'eq .Role "(\w+)"', action)[1] == (dot or {}).get("role")
+                    )
                     text, at = block(i, dot)
-                    if yes and not done: out, done = out + text, True
+                    if yes and not done:
+                        out, done = out + text, True
                     action, i = parts[at], at + 1
-                    if action == "end": break
+                    if action == "end":
+                        break
             out += parts[i]
         return out, i
+
     return block(0, None)[0]
 
 
-CHATML = ("{% for m in messages %}{% if loop.first and m['role'] != 'system' %}{{ '<|im_start|>system\nBe nice.<|im_end|>\n' }}{% endif %}"
-          "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
-DATED = ("{{ bos_token }}{{ '<|start_header_id|>system<|end_header_id|>\n\nToday: ' + date_string|default('1 Jan 2024') + '\n\n' }}"
-         "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content']|trim }}{% set messages = messages[1:] %}{% endif %}{{ '<|eot_id|>' }}" + TEMPLATE.replace("{{ bos_token }}", ""))
+CHATML = (
+    "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}{{ '<|im_start|>system\nBe nice.<|im_end|>\n' }}{% endif %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+DATED = (
+    "{{ bos_token }}{{ '<|start_header_id|>system<|end_header_id|>\n\nToday: ' + date_string|default('1 Jan 2024') + '\n\n' }}"
+    "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content']|trim }}{% set messages = messages[1:] %}{% endif %}{{ '<|eot_id|>' }}"
+    + TEMPLATE.replace("{{ bos_token }}", "")
+)
 
 
-@pytest.mark.parametrize("template, bos", [(TEMPLATE, True), (CHATML, False), (DATED, True)], ids=["llama3", "chatml with a default system", "llama3.1 with a date"])
+@pytest.mark.parametrize(
+    "template, bos",
+    [(TEMPLATE, True), (CHATML, False), (DATED, True)],
+    ids=["llama3", "chatml with a default system", "llama3.1 with a date"],
+)
 def test_modelfile_says_what_the_chat_template_says(template, bos, gqa, tmp_path):
     tok = make_tokenizer(template=template, bos=bos)
     text = modelfile(gqa[3], tok, tmp_path / "Modelfile").read_text()
@@ -393,14 +571,28 @@ def test_modelfile_has_all_it_needs(gqa, tmp_path):
     assert stops == {"<|eot_id|>", "<|end_of_text|>"} and "PARAMETER num_ctx 256" in lines
     source = next(line for line in lines if line.startswith("FROM ")).removeprefix("FROM ")
     assert (tmp_path / source).resolve() == Path(gqa[3]).resolve()
-    assert "<|begin_of_text|>" not in "".join(lines)                    # the engine adds it
-    with pytest.raises(UserError, match="made for 512"): modelfile(gqa[3], tok, tmp_path / "Modelfile", num_ctx=1000)
+    assert "<|begin_of_text|>" not in "".join(lines)  # the engine adds it
+    with pytest.raises(UserError, match="made for 512"):
+        modelfile(gqa[3], tok, tmp_path / "Modelfile", num_ctx=1000)
 
 
-@pytest.mark.parametrize("template, message", [
-    (TEMPLATE.replace("'<|eot_id|>'", "('' if loop.index == 3 else '<|eot_id|>')"), "more than"),      # counts the turns
-    ("{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}{{ m['content'] }}{% endfor %}", "refuses"),
-    (TEMPLATE.replace("\n\n", " {{ ", 1), "cannot"), (TEMPLATE.replace("\n\n", "\u200b", 1), "cannot"), (None, "no chat template")])
+@pytest.mark.parametrize(
+    "template, message",
+    [
+        (
+            TEMPLATE.replace("'<|eot_id|>'", "('' if loop.index == 3 else '<|eot_id|>')"),
+            "more than",
+        ),  # counts the turns
+        (
+            "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}{{ m['content'] }}{% endfor %}",
+            "refuses",
+        ),
+        (TEMPLATE.replace("\n\n", " {{ ", 1), "cannot"),
+        (TEMPLATE.replace("\n\n", "\u200b", 1), "cannot"),
+        (None, "no chat template"),
+    ],
+)
 def test_templates_that_a_modelfile_cannot_say_are_refused(template, message, gqa, tmp_path):
-    with pytest.raises(UserError, match=message): modelfile(gqa[3], make_tokenizer(template=template), tmp_path / "Modelfile")
+    with pytest.raises(UserError, match=message):
+        modelfile(gqa[3], make_tokenizer(template=template), tmp_path / "Modelfile")
     assert not list(tmp_path.iterdir())

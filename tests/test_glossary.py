@@ -1,4 +1,5 @@
 """The glossary: every link to it finds its term, every term names its chapter, and the anchors are the same everywhere."""
+
 import json
 import re
 from pathlib import Path
@@ -27,7 +28,9 @@ def test_size():
 @pytest.mark.parametrize("term", ENTRIES)
 def test_entry(term):
     "An anchor that is the same in Jupyter and on the site, two sentences at most, and a chapter."
-    assert re.fullmatch(r"[a-z][a-z0-9]*([ -][a-z0-9]+)*", term), f"{term!r}: small letters, digits, spaces and hyphens only"
+    assert re.fullmatch(r"[a-z][a-z0-9]*([ -][a-z0-9]+)*", term), (
+        f"{term!r}: small letters, digits, spaces and hyphens only"
+    )
     text = " ".join(ENTRIES[term].split())
     tag = TAG.search(text)
     assert tag, f"{term} names no chapter: {text[-60:]!r}"
@@ -35,9 +38,13 @@ def test_entry(term):
     if missing:
         assert missing not in CHAPTERS, f"{term}: chapter {missing} is written by now, link to it"
     else:
-        assert CHAPTERS.get(number) == page[3:-6] and (NBS / page).is_file() and page[:2] == number, f"{term} links to {page}"
+        assert CHAPTERS.get(number) == page[3:-6] and (NBS / page).is_file() and page[:2] == number, (
+            f"{term} links to {page}"
+        )
     said = TAG.sub("", text).strip()
-    assert said[-1] in ".\"" and len(re.findall(r"[.!?]\"?(?= [A-Z`*\d]|$)", said)) <= 2, f"{term}: more than two sentences"
+    assert said[-1] in '."' and len(re.findall(r"[.!?]\"?(?= [A-Z`*\d]|$)", said)) <= 2, (
+        f"{term}: more than two sentences"
+    )
 
 
 def test_index_of_terms():
@@ -62,5 +69,9 @@ def test_links_find_their_term(path):
 
 
 def test_a_lost_link_is_found():
-    assert links("[nats](glossary.ipynb#nats), [loss](../glossary.ipynb#loss), [x](glossary.ipynb#)") == ["nats", "loss", ""]
+    assert links("[nats](glossary.ipynb#nats), [loss](../glossary.ipynb#loss), [x](glossary.ipynb#)") == [
+        "nats",
+        "loss",
+        "",
+    ]
     assert "nats" not in map(anchor, ENTRIES) and "loss" in map(anchor, ENTRIES)

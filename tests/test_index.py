@@ -1,4 +1,5 @@
 """The map: every chapter is on it, with what it needs, and its reading times are those that it says it estimates."""
+
 import json
 import re
 from pathlib import Path
@@ -6,8 +7,15 @@ from pathlib import Path
 from llmcourse.core import CHAPTERS
 
 NBS = Path(__file__).parent.parent / "nbs"
-TEXT = "\n\n".join("".join(c["source"]) for c in json.loads((NBS / "index.ipynb").read_text())["cells"] if c["cell_type"] == "markdown")
-ROWS = {r[0]: r for r in re.findall(r"^\| (\d\d) \| \[(\w+)\]\((\S+)\) \| .+\? \| ([\d.]+) min \| (\d+) min \| (.+) \|$", TEXT, re.M)}
+TEXT = "\n\n".join(
+    "".join(c["source"]) for c in json.loads((NBS / "index.ipynb").read_text())["cells"] if c["cell_type"] == "markdown"
+)
+ROWS = {
+    r[0]: r
+    for r in re.findall(
+        r"^\| (\d\d) \| \[(\w+)\]\((\S+)\) \| .+\? \| ([\d.]+) min \| (\d+) min \| (.+) \|$", TEXT, re.M
+    )
+}
 
 
 def reading(path: Path) -> float:
@@ -27,14 +35,20 @@ def test_every_chapter_is_on_the_map():
 def test_reading_times():
     "Within eight minutes, so that a table in prose may be rounded and a chapter may be edited."
     for _, _, page, _, said, _ in ROWS.values():
-        assert abs(int(said) - reading(NBS / page)) <= 8, f"{page}: {reading(NBS / page):.0f} minutes, the map says {said}"
+        assert abs(int(said) - reading(NBS / page)) <= 8, (
+            f"{page}: {reading(NBS / page):.0f} minutes, the map says {said}"
+        )
 
 
 def test_terms_are_spelled_out_at_first_use():
-    for short, full in {"SFT": "supervised fine-tuning", "GRPO": "group relative policy optimisation", "GGUF": "llama.cpp's format",
-                        "LoRA": "low-rank adaptation"}.items():
+    for short, full in {
+        "SFT": "supervised fine-tuning",
+        "GRPO": "group relative policy optimisation",
+        "GGUF": "llama.cpp's format",
+        "LoRA": "low-rank adaptation",
+    }.items():
         at = TEXT.index(short)
-        assert full in " ".join(TEXT[at:at + 120].split()), short
+        assert full in " ".join(TEXT[at : at + 120].split()), short
     for page in ("glossary.ipynb", "01_models.ipynb", "workshop/tutor.ipynb"):
         assert f"]({page})" in TEXT
     assert "An hour? Do 01, 06, 11." in TEXT

@@ -1,4 +1,5 @@
 """A method that is not in the repository gets a card, repeats, resumes, rehearsal, drill and a command by one entry."""
+
 import json
 import sys
 
@@ -18,32 +19,63 @@ from llmcourse.tutor import problems, to_chat
 
 # --- the entry: direct preference optimisation
 
+
 def _pairs(rows: list[Row], ours: dict) -> list[dict]:
     for row in rows:
-        if "chosen" not in row.data: raise UserError(f"{row.place}: a row of the form {row.form}, and DPO takes comparisons")
+        if "chosen" not in row.data:
+            raise UserError(f"{row.place}: a row of the form {row.form}, and DPO takes comparisons")
     return [{name: row.data[name] for name in ("prompt", "chosen", "rejected")} for row in rows]
 
 
 def _defaults(dial: dict, parameters: int, adapter: bool) -> dict:
-    return dict(learning_rate=5e-4, num_train_epochs=1, per_device_train_batch_size=4, beta=0.1, bf16=False, gradient_checkpointing=False,
-                logging_steps=1, save_strategy="no", save_steps=2)
+    return dict(
+        learning_rate=5e-4,
+        num_train_epochs=1,
+        per_device_train_batch_size=4,
+        beta=0.1,
+        bf16=False,
+        gradient_checkpointing=False,
+        logging_steps=1,
+        save_strategy="no",
+        save_steps=2,
+    )
 
 
 def _trainer(work: Work):
     from datasets import Dataset
-    return upstream("DPOTrainer")(work.net, args=work.args, train_dataset=Dataset.from_list(work.data), processing_class=work.tokenizer,
-                                  peft_config=work.ours["peft_config"])
+
+    return upstream("DPOTrainer")(
+        work.net,
+        args=work.args,
+        train_dataset=Dataset.from_list(work.data),
+        processing_class=work.tokenizer,
+        peft_config=work.ours["peft_config"],
+    )
 
 
-DPO = Method(name="dpo", about="Teach what people prefer.", example="llmcourse dpo --data pairs.jsonl", title="Taught by comparisons",
-             config="DPOConfig", model="tutor/sft", take=_pairs, defaults=_defaults, trainer=_trainer)
+DPO = Method(
+    name="dpo",
+    about="Teach what people prefer.",
+    example="llmcourse dpo --data pairs.jsonl",
+    title="Taught by comparisons",
+    config="DPOConfig",
+    model="tutor/sft",
+    take=_pairs,
+    defaults=_defaults,
+    trainer=_trainer,
+)
 
 
 # --- and what it gets for that
 
+
 def pair(p: dict) -> dict:
     chat = to_chat(p)["messages"]
-    return {"prompt": chat[:-1], "chosen": chat[-1:], "rejected": [{"role": "assistant", "content": f"Answer: {p['answer']}"}]}
+    return {
+        "prompt": chat[:-1],
+        "chosen": chat[-1:],
+        "rejected": [{"role": "assistant", "content": f"Answer: {p['answer']}"}],
+    }
 
 
 PAIRS = [pair(p) for p in problems(6, 0, ("add", "sub"))]
@@ -52,7 +84,7 @@ PAIRS = [pair(p) for p in problems(6, 0, ("add", "sub"))]
 @pytest.fixture(autouse=True)
 def in_the_table(monkeypatch):
     monkeypatch.setitem(METHODS, "dpo", f"{__name__}.DPO")
-    monkeypatch.setitem(cli.COMMANDS, "dpo", cli.training)   # made from the table when the command line starts
+    monkeypatch.setitem(cli.COMMANDS, "dpo", cli.training)  # made from the table when the command line starts
 
 
 def hashes(run) -> dict:
@@ -81,8 +113,12 @@ def test_the_command_line_has_it(tmp_path, capsys):
 
 def test_names_and_numbers_are_looked_at_before_a_model_is_loaded(tmp_path, monkeypatch):
     monkeypatch.setattr("llmcourse.training.load_to_train", lambda *words: pytest.fail("a model was loaded"))
-    for options, said in (({"betta": 1}, "DPOConfig has no 'betta': did you mean 'beta'"), ({"learning_rate": 0}, "more than 0")):
-        with pytest.raises(UserError, match=said): train(method("dpo"), PAIRS, tmp_path / "run", **options)
+    for options, said in (
+        ({"betta": 1}, "DPOConfig has no 'betta': did you mean 'beta'"),
+        ({"learning_rate": 0}, "more than 0"),
+    ):
+        with pytest.raises(UserError, match=said):
+            train(method("dpo"), PAIRS, tmp_path / "run", **options)
 
 
 def test_its_schedule_is_rehearsed(tmp_path):
@@ -108,7 +144,8 @@ def test_every_entry_of_the_table_is_whole():
         entry = method(name)
         assert entry.name == name and entry.about.endswith(".") and f"llmcourse {name}" in entry.example
         assert upstream(entry.config).__dataclass_fields__
-    with pytest.raises(UserError, match="did you mean 'grpo'"): method("gpro")
+    with pytest.raises(UserError, match="did you mean 'grpo'"):
+        method("gpro")
 
 
 def test_a_card_from_before_settings_still_opens():

@@ -1,4 +1,5 @@
 """A guess comes before the measurement, and the score shows only guesses that did."""
+
 import json
 import math
 import os
@@ -29,24 +30,27 @@ def test_an_open_guess_is_a_reminder(capsys):
     assert said(capsys, calibration, "06") == ["chapter 06: 0 of 3 questions answered before the measurement"]
 
 
-@pytest.mark.parametrize("guess,value,verdict", [
-    ((60, 80), 96, "you said 60 to 80, it is 96: above your range"),
-    ([60, 80], 12, "you said 60 to 80, it is 12: below your range"),
-    ((60, 80), 60, "you said 60 to 80, it is 60: inside your range"),
-    ((60, 80), 80.0, "you said 60 to 80, it is 80: inside your range"),
-    ((5, 5), 5, "you said 5 to 5, it is 5: inside your range"),
-    (96, 96, "you said 96, it is 96: exactly right"),
-    (90, 96, "you said 90, it is 96: close"),
-    (192, 96, "you said 192, it is 96: too high, by a factor of 2"),
-    (-2, -4, "you said -2, it is -4: too high, by a factor of 2"),
-    (0, 3, "you said 0, it is 3: too low by 3"),
-    (3, 0, "you said 3, it is 0: too high by 3"),
-    (0, 0.0, "you said 0, it is 0: exactly right"),
-    (1, -1, "you said 1, it is -1: too high by 2"),
-    (1_000_000, 123456.7, "you said 1,000,000, it is 123,457: too high, by a factor of 8.1"),
-    (np.float32(0.5), torch.tensor(0.25), "you said 0.5, it is 0.25: too high, by a factor of 2"),
-    ((np.int64(1), torch.tensor(3)), np.array(2), "you said 1 to 3, it is 2: inside your range"),
-])
+@pytest.mark.parametrize(
+    "guess,value,verdict",
+    [
+        ((60, 80), 96, "you said 60 to 80, it is 96: above your range"),
+        ([60, 80], 12, "you said 60 to 80, it is 12: below your range"),
+        ((60, 80), 60, "you said 60 to 80, it is 60: inside your range"),
+        ((60, 80), 80.0, "you said 60 to 80, it is 80: inside your range"),
+        ((5, 5), 5, "you said 5 to 5, it is 5: inside your range"),
+        (96, 96, "you said 96, it is 96: exactly right"),
+        (90, 96, "you said 90, it is 96: close"),
+        (192, 96, "you said 192, it is 96: too high, by a factor of 2"),
+        (-2, -4, "you said -2, it is -4: too high, by a factor of 2"),
+        (0, 3, "you said 0, it is 3: too low by 3"),
+        (3, 0, "you said 3, it is 0: too high by 3"),
+        (0, 0.0, "you said 0, it is 0: exactly right"),
+        (1, -1, "you said 1, it is -1: too high by 2"),
+        (1_000_000, 123456.7, "you said 1,000,000, it is 123,457: too high, by a factor of 8.1"),
+        (np.float32(0.5), torch.tensor(0.25), "you said 0.5, it is 0.25: too high, by a factor of 2"),
+        ((np.int64(1), torch.tensor(3)), np.array(2), "you said 1 to 3, it is 2: inside your range"),
+    ],
+)
 def test_a_measurement_is_compared(capsys, guess, value, verdict):
     said(capsys, predict, "06.a", guess)
     assert said(capsys, measured, "06.a", value) == [f"06.a: {verdict}"]
@@ -59,9 +63,32 @@ def test_choices_are_compared_as_text(capsys):
     assert said(capsys, measured, "06.b", 64) == ["06.b: you said 8, it is 64: not what you said"]
 
 
-@pytest.mark.parametrize("guess", [
-    None, "60", "sixty", True, math.nan, math.inf, 10**400, (80, 60), (60,), (1, 2, 3), (60, "80"), (60, ...),
-    (1, math.nan), {60, 80}, {}, 1j, np.array([1, 2]), torch.ones(3), [[1, 2], [3, 4]], range(2)], ids=str)
+@pytest.mark.parametrize(
+    "guess",
+    [
+        None,
+        "60",
+        "sixty",
+        True,
+        math.nan,
+        math.inf,
+        10**400,
+        (80, 60),
+        (60,),
+        (1, 2, 3),
+        (60, "80"),
+        (60, ...),
+        (1, math.nan),
+        {60, 80},
+        {},
+        1j,
+        np.array([1, 2]),
+        torch.ones(3),
+        [[1, 2], [3, 4]],
+        range(2),
+    ],
+    ids=str,
+)
 def test_what_is_no_guess_is_refused(guess, capsys):
     with pytest.raises(UserError, match=r"^06\.a: .*Give a number, or a range \(low, high\)"):
         predict("06.a", guess)
@@ -93,8 +120,11 @@ def test_wrong_choices_are_refused_even_without_a_guess(choices):
         predict("06.a", ..., choices=choices)
 
 
-@pytest.mark.parametrize("value", [None, math.nan, math.inf, True, [1, 2], np.ones(2), torch.ones(2), {}, object()],
-                         ids=lambda x: type(x).__name__)
+@pytest.mark.parametrize(
+    "value",
+    [None, math.nan, math.inf, True, [1, 2], np.ones(2), torch.ones(2), {}, object()],
+    ids=lambda x: type(x).__name__,
+)
 def test_a_measurement_is_one_number(value):
     predict("06.a", 3)
     with pytest.raises(UserError, match="06.a: measured"):
@@ -123,7 +153,7 @@ def test_a_guess_after_the_measurement_is_taken_but_not_scored(capsys):
     assert "seen the answer already" in said(capsys, predict, "06.a", (60, 80))[-1]
     assert said(capsys, measured, "06.a", 70)[-1].endswith("inside your range")
     assert "  ranges: 0 of 1 held; 80 % sure means 4 in 5" in said(capsys, calibration, "06")
-    assert len(said(capsys, predict, "06.a", (1, 2))) == 1      # the first one again: that was honest
+    assert len(said(capsys, predict, "06.a", (1, 2))) == 1  # the first one again: that was honest
 
 
 def test_who_ran_the_notebook_first_knows_the_answer(capsys):
@@ -140,6 +170,7 @@ def test_running_a_chapter_again_changes_nothing(capsys):
         measured("06.a", 96)
         measured("06.b", "rises")
         calibration("06")
+
     chapter()
     first = capsys.readouterr().out
     chapter()
@@ -164,10 +195,13 @@ def test_the_score_has_six_lines_at_most(capsys):
     predict("04.a", (0, 1))
     measured("04.a", 0.5)
     lines = said(capsys, calibration, "06")
-    assert lines == ["chapter 06: 10 of 10 questions answered before the measurement",
-                     "  ranges: 4 of 8 held; 80 % sure means 4 in 5", "  choices: 0 of 1 right",
-                     "  numbers: off by a factor of inf (median of 1)",
-                     "  all chapters: 5 of 9 ranges held, your ranges are too narrow"]
+    assert lines == [
+        "chapter 06: 10 of 10 questions answered before the measurement",
+        "  ranges: 4 of 8 held; 80 % sure means 4 in 5",
+        "  choices: 0 of 1 right",
+        "  numbers: off by a factor of inf (median of 1)",
+        "  all chapters: 5 of 9 ranges held, your ranges are too narrow",
+    ]
     assert len(lines) <= 6
 
 
@@ -190,7 +224,10 @@ def test_a_broken_file_is_named(text):
 def test_notes_are_written_aside(monkeypatch):
     predict("06.a", 1)
     before = (home() / "predictions.json").read_text()
-    def full(*words): raise OSError("No space left on device")
+
+    def full(*words):
+        raise OSError("No space left on device")
+
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError):
         predict("06.b", 2)

@@ -1,13 +1,12 @@
 """Servers: the contract that an OpenAI client relies on, the door, bad input, and no process left behind."""
+
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 from pathlib import Path
 
 import openai
@@ -71,6 +70,7 @@ def leftovers() -> set:
 
 # ---- the contract, on both servers
 
+
 def test_models_list(server):
     assert [m.id for m in server.client().models.list().data] == [server.name]
 
@@ -117,6 +117,7 @@ def test_a_key_that_no_header_can_carry(gguf, key):
 
 def test_no_header_no_entry(server):
     import urllib.request
+
     for path in ("/v1/models", "/v1/chat/completions"):
         with pytest.raises(urllib.error.HTTPError) as e:
             urllib.request.urlopen(urllib.request.Request(server.root + path, b"{}" if "chat" in path else None))
@@ -125,40 +126,58 @@ def test_no_header_no_entry(server):
 
 def test_health_needs_no_key(server):
     import urllib.request
+
     assert json.loads(urllib.request.urlopen(server.root + "/health").read())["status"] == "ok"
 
 
 def test_no_foreign_page_may_ask(server):
     import urllib.request
-    ask = urllib.request.Request(server.root + "/v1/models", headers={"Authorization": "Bearer s3cret", "Origin": "http://elsewhere.example"})
+
+    ask = urllib.request.Request(
+        server.root + "/v1/models", headers={"Authorization": "Bearer s3cret", "Origin": "http://elsewhere.example"}
+    )
     assert urllib.request.urlopen(ask).headers.get("Access-Control-Allow-Origin", "") == ""
 
 
 def test_bench(server):
     out = bench(server.url, [r["messages"] for r in ROWS[:4]], clients=2, key="s3cret", max_tokens=8)
     assert out["requests"] == 4 and out["tokens"] == 32 and out["clients"] == 2
-    assert out["tokens_per_second"] == pytest.approx(32 / out["seconds"], rel=0.2) and 0 < out["ttft_ms"] < 1000 * out["seconds"]
+    assert (
+        out["tokens_per_second"] == pytest.approx(32 / out["seconds"], rel=0.2)
+        and 0 < out["ttft_ms"] < 1000 * out["seconds"]
+    )
 
 
 def test_both_servers_give_the_tokens_of_transformers(llama, hf):
     own = Local(*load("tutor/sft"), max_new_tokens=100).batch([r["messages"] for r in ROWS])
     for s in (llama, hf):
         assert [remote(s.url, key="s3cret", max_tokens=100)(r["messages"]) for r in ROWS] == own
-    counts = [s.client().chat.completions.create(model=s.name, messages=CHAT, temperature=0, max_tokens=50).usage for s in (llama, hf)]
-    assert counts[0].prompt_tokens == counts[1].prompt_tokens and counts[0].completion_tokens == counts[1].completion_tokens
+    counts = [
+        s.client().chat.completions.create(model=s.name, messages=CHAT, temperature=0, max_tokens=50).usage
+        for s in (llama, hf)
+    ]
+    assert (
+        counts[0].prompt_tokens == counts[1].prompt_tokens
+        and counts[0].completion_tokens == counts[1].completion_tokens
+    )
 
 
 # ---- llama.cpp's own
 
+
 def test_too_long_a_prompt(llama):
-    with pytest.raises(UserError, match=r"400: request \(\d+ tokens\) exceeds the available context size \(512 tokens\)") as e:
+    with pytest.raises(
+        UserError, match=r"400: request \(\d+ tokens\) exceeds the available context size \(512 tokens\)"
+    ) as e:
         remote(llama.url, key="s3cret")([{"role": "user", "content": "7 + " * 1000}])
     assert "\n" not in str(e.value)
 
 
 def test_json_schema_and_metrics(llama):
     schema = {"type": "object", "properties": {"answer": {"type": "integer"}}, "required": ["answer"]}
-    ask = remote(llama.url, key="s3cret", response_format={"type": "json_schema", "json_schema": {"name": "a", "schema": schema}})
+    ask = remote(
+        llama.url, key="s3cret", response_format={"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+    )
     assert isinstance(json.loads(ask(CHAT))["answer"], int)
     assert "llamacpp:tokens_predicted_total" in llama.get("/metrics")
 
@@ -172,6 +191,7 @@ def test_template_of_the_file_is_used(llama):
 def test_adapter_is_merged_first(tmp_path):
     import torch
     from peft import LoraConfig, get_peft_model
+
     model, tokenizer = load("tutor/base")
     tuned = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     for name, p in tuned.named_parameters():
@@ -185,6 +205,7 @@ def test_adapter_is_merged_first(tmp_path):
 
 
 # ---- bad input: one line that names the place and the way out, and nothing started
+
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.0.7", "example.org"])
 def test_an_open_door_needs_a_key(gguf, host):
@@ -208,7 +229,11 @@ def test_open_host_with_a_key_answers(gguf):
 def test_port_in_use(llama, gguf):
     port = int(llama.url.rsplit(":", 1)[1].split("/")[0])
     before = leftovers()
-    for ask in (lambda: serve(gguf, port=port), lambda: serve("tutor/sft", port=port), lambda: check_address("127.0.0.1", port, None)):
+    for ask in (
+        lambda: serve(gguf, port=port),
+        lambda: serve("tutor/sft", port=port),
+        lambda: check_address("127.0.0.1", port, None),
+    ):
         with pytest.raises(UserError, match=rf"port {port} on 127.0.0.1: .*in use.*port 0"):
             ask()
     assert leftovers() == before
@@ -222,20 +247,32 @@ def test_a_port_is_free_again_after_its_server(gguf):
             assert server.url == f"http://127.0.0.1:{port}/v1" and remote(server.url, max_tokens=2)(CHAT)
 
 
-@pytest.mark.parametrize("port,host", [(70000, "127.0.0.1"), (-1, "127.0.0.1"), (0, "203.0.113.1"), (0, "no.such.host.invalid")])
+@pytest.mark.parametrize(
+    "port,host", [(70000, "127.0.0.1"), (-1, "127.0.0.1"), (0, "203.0.113.1"), (0, "no.such.host.invalid")]
+)
 def test_a_port_or_host_that_cannot_be(port, host):
     with pytest.raises(UserError, match=f"port {port} on {host}"):
         free_port(host, port)
 
 
 def test_resolve(gguf, tmp_path):
-    assert resolve(gguf) == ("llama.cpp", str(gguf.resolve())) and resolve("tutor/base") == ("transformers", str(weights() / "base"))
+    assert resolve(gguf) == ("llama.cpp", str(gguf.resolve())) and resolve("tutor/base") == (
+        "transformers",
+        str(weights() / "base"),
+    )
     assert resolve("owner/name") == ("transformers", "owner/name")
     (tmp_path / "text.gguf").write_text("hello there")
     (tmp_path / "empty").mkdir()
-    for model, engine, says in [(gguf, "transformers", "takes a model folder"), ("tutor/base", "llama.cpp", "takes a .gguf file"), (tmp_path / "no.gguf", None, "no such file"),
-                                (tmp_path / "text.gguf", None, "not a GGUF file"), (tmp_path / "empty", None, "no config.json"), (tmp_path / "nowhere/x", None, "no such folder"),
-                                ("tutor/bsae", None, "did you mean 'tutor/base'"), (gguf, "vllm", "unknown engine")]:
+    for model, engine, says in [
+        (gguf, "transformers", "takes a model folder"),
+        ("tutor/base", "llama.cpp", "takes a .gguf file"),
+        (tmp_path / "no.gguf", None, "no such file"),
+        (tmp_path / "text.gguf", None, "not a GGUF file"),
+        (tmp_path / "empty", None, "no config.json"),
+        (tmp_path / "nowhere/x", None, "no such folder"),
+        ("tutor/bsae", None, "did you mean 'tutor/base'"),
+        (gguf, "vllm", "unknown engine"),
+    ]:
         with pytest.raises(UserError, match=says) as e:
             resolve(model, engine)
         assert "\n" not in str(e.value) and ("engine" in says or str(model) in str(e.value))
@@ -249,8 +286,15 @@ def test_half_a_file_says_why(gguf, tmp_path):
     assert leftovers() == before
 
 
-@pytest.mark.parametrize("change, why", [(lambda b: b"GGUF", "failed to read header"), (lambda b: b[:5000], "failed to read key-value pairs"),
-                                         (lambda b: b.replace(b"llama", b"zebra"), "unknown model architecture: 'zebra'")], ids=["no header", "half a header", "another architecture"])
+@pytest.mark.parametrize(
+    "change, why",
+    [
+        (lambda b: b"GGUF", "failed to read header"),
+        (lambda b: b[:5000], "failed to read key-value pairs"),
+        (lambda b: b.replace(b"llama", b"zebra"), "unknown model architecture: 'zebra'"),
+    ],
+    ids=["no header", "half a header", "another architecture"],
+)
 def test_a_broken_file_says_why(gguf, tmp_path, change, why):
     (tmp_path / "broken.gguf").write_bytes(change(gguf.read_bytes()))
     with pytest.raises(UserError, match=f"broken: the llama.cpp server died while starting: .*{why}"):
@@ -275,7 +319,10 @@ def test_get(llama, path, says):
     assert says in said
 
 
-@pytest.mark.parametrize("options,says", [({"n_paralel": 2}, "did you mean 'n_parallel'"), ({"cache_type_k": "f33"}, "unknown cache_type_k 'f33'")])
+@pytest.mark.parametrize(
+    "options,says",
+    [({"n_paralel": 2}, "did you mean 'n_parallel'"), ({"cache_type_k": "f33"}, "unknown cache_type_k 'f33'")],
+)
 def test_unknown_settings(gguf, options, says):
     with pytest.raises(UserError, match=says):
         serve(gguf, **options)
@@ -295,6 +342,7 @@ def test_the_key_of_the_environment_is_not_sent(llama, monkeypatch):
 
 
 # ---- nothing is left behind
+
 
 def test_stop(gguf):
     before = leftovers()
@@ -352,18 +400,37 @@ print(server.process.pid, server.folder, flush=True)
 """
 
 
-@pytest.mark.parametrize("end,how", [("", None), ("1/0", None), ("sys.exit(3)", None), ("server.wait()", signal.SIGINT), ("server.wait()", signal.SIGTERM),
-                                     ("server.wait()", signal.SIGKILL), ("import os; os._exit(0)", None)],
-                         ids=["end", "exception", "exit", "ctrl-c", "sigterm", "sigkill", "crash"])
+@pytest.mark.parametrize(
+    "end,how",
+    [
+        ("", None),
+        ("1/0", None),
+        ("sys.exit(3)", None),
+        ("server.wait()", signal.SIGINT),
+        ("server.wait()", signal.SIGTERM),
+        ("server.wait()", signal.SIGKILL),
+        ("import os; os._exit(0)", None),
+    ],
+    ids=["end", "exception", "exit", "ctrl-c", "sigterm", "sigkill", "crash"],
+)
 def test_no_orphan(gguf, end, how):
     "However the parent ends, its server ends with it, and takes its folder along."
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(module.__file__).parent.parent), os.environ.get("PYTHONPATH", "")])}
-    parent = subprocess.Popen([sys.executable, "-c", PARENT.format(end=end), str(gguf)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env, start_new_session=True,
-                              preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))   # a shell's background job ignores it, and hands that on
+    env = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(Path(module.__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
+    }
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT.format(end=end), str(gguf)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=env,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # a shell's background job ignores it, and hands that on
     pid, folder = parent.stdout.readline().split()
     if how is not None:
         assert alive(int(pid))
-        os.killpg(parent.pid, how)       # as a terminal does: to the whole group
+        os.killpg(parent.pid, how)  # as a terminal does: to the whole group
     parent.wait(20)
     assert gone(int(pid)), "the server outlived its parent"
     time.sleep(0.05)
@@ -371,27 +438,52 @@ def test_no_orphan(gguf, end, how):
 
 
 def test_key_is_in_no_process_list(llama):
-    line = Path(f"/proc/{llama.process.pid}/cmdline").read_bytes() + Path(f"/proc/{llama.process.pid}/environ").read_bytes()
+    line = (
+        Path(f"/proc/{llama.process.pid}/cmdline").read_bytes()
+        + Path(f"/proc/{llama.process.pid}/environ").read_bytes()
+    )
     assert b"s3cret" not in line
 
 
 @pytest.mark.parametrize("port", [-1, 65536, 99999])
 def test_a_port_that_is_none(port):
     from llmcourse.serve import check_address
-    with pytest.raises(UserError, match=f"port {port}: give a number from 0"): check_address("127.0.0.1", port, None)
+
+    with pytest.raises(UserError, match=f"port {port}: give a number from 0"):
+        check_address("127.0.0.1", port, None)
 
 
 # ---- children of any kind
 
-@pytest.mark.parametrize("log,why", [("", "its log is empty"), ("a\n\n b \n", "b"), ("0.1 I one\n0.2 E  two  words\n0.3 E three\nfour", "two words"),
-                                     ("0.00.001.719 I srv init: build_info: b0-unknown\nlast", "last"), ("x" * 400, "x" * 300)])
+
+@pytest.mark.parametrize(
+    "log,why",
+    [
+        ("", "its log is empty"),
+        ("a\n\n b \n", "b"),
+        ("0.1 I one\n0.2 E  two  words\n0.3 E three\nfour", "two words"),
+        ("0.00.001.719 I srv init: build_info: b0-unknown\nlast", "last"),
+        ("x" * 400, "x" * 300),
+    ],
+)
 def test_cause(log, why):
     assert cause(log) == why
 
 
-@pytest.mark.parametrize("target,job,why", [("json:loads", "{", "JSONDecodeError: Expecting property name"), ("no.such.module:f", 1, "No module named 'no'"),
-                                            ("builtins:exec", "print('a last word'); raise SystemExit(3)", "a last word"), ("builtins:exec", "import os; os._exit(1)", "its log is empty"),
-                                            ("builtins:exec", "from llmcourse.core import UserError; raise UserError('give a key')", "starting: give a key")])
+@pytest.mark.parametrize(
+    "target,job,why",
+    [
+        ("json:loads", "{", "JSONDecodeError: Expecting property name"),
+        ("no.such.module:f", 1, "No module named 'no'"),
+        ("builtins:exec", "print('a last word'); raise SystemExit(3)", "a last word"),
+        ("builtins:exec", "import os; os._exit(1)", "its log is empty"),
+        (
+            "builtins:exec",
+            "from llmcourse.core import UserError; raise UserError('give a key')",
+            "starting: give a key",
+        ),
+    ],
+)
 def test_a_child_says_why_it_died(target, job, why):
     with Child(target, job, "a child") as child, pytest.raises(UserError, match=why):
         child.until(lambda: False, 30)
