@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import fold
 import pytest
 import yaml
 
@@ -17,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "nbs").rglob("*.ipynb"))
 LEVEL = {"core": 0, "check": 1, "tutor": 1, "models": 1, "files": 1, "data": 2, "datacheck": 3, "llamacpp": 2, "serve": 2, "evals": 2, "runs": 2, "sft": 3, "lora": 4, "rl": 4, "export": 4, "chat": 4,
          "checkpoints": 5, "demo": 6, "cli": 7, "exercises": 7}
+FOLD_ALL = False   # True: every notebook is folded; False: only the map and workshop/check
 HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "gradio", "openai", "gguf", "xllamacpp", "matplotlib", "pandas", "numpy", "fastapi"}
 
 
@@ -152,3 +154,40 @@ def test_workflows_call_make():
 def test_readme_names_the_two_commands_first():
     text = (ROOT / "README.md").read_text()
     assert text.index("make demo") < text.index("make test") < 1500
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebooks_are_folded(path, tmp_path):
+    "Imports, hidden cells and solutions are folded, and answers too; folding keeps everything else."
+    if not (FOLD_ALL or path.name in ("index.ipynb", "check.ipynb")):
+        pytest.skip("not folded yet")
+    copy = Path(shutil.copy(path, tmp_path))
+    assert not fold.fold(copy), f"{path.name}: run make fold"
+
+
+def test_folding(tmp_path):
+    "What is folded, that a reader's own folding goes, and that cleaning keeps it."
+    def cell(source, **more):
+        return {"cell_type": "code", "id": "a", "metadata": {}, "source": source.splitlines(keepends=True), "outputs": []} | more
+    closed, seen = {"source_hidden": True}, {"outputs_hidden": True}
+    cases = {'import os\nfrom pathlib import Path': closed, '#| export\nimport os': closed, '#| hide\nx = 1': closed, 'import os\nx = 1': {},
+             'def f(): ...\ncheck("06.1", f, strict=True)': closed, 'check("06.1", f)': {}, 'check("06.1", f, strict=False)': {},
+             'def check(id, strict=True): ...': {}, 'score = 3\nmeasured("06.a", score)': seen, 'measured(rows)': {}, '': {}, '#| default_exp x': {},
+             '%matplotlib inline': {}, 'predict("06.a", ...)': {}, '#| hide_input\nx = 1': {}}
+    cells = [cell(source, metadata={"tags": ["a"], "jupyter": {"source_hidden": False}, "collapsed": True}) for source in cases]
+    cells.append({"cell_type": "markdown", "id": "b", "metadata": {}, "source": ["import os"]})
+    path = tmp_path / "06_x.ipynb"
+    path.write_text(json.dumps({"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}))
+    assert fold.fold(path) and not fold.fold(path)
+    (tmp_path / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text())
+    assert run(Path(sys.executable).parent / "nbdev-clean", "--fname", path, cwd=tmp_path).returncode == 0
+    after = json.loads(path.read_text())["cells"]
+    for source, cell in zip(cases, after, strict=False):
+        assert cell["metadata"] == {"tags": ["a"]} | ({"jupyter": cases[source]} if cases[source] else {}), source
+    assert after[-1]["metadata"] == {} and not fold.fold(path)
+
+
+def test_a_folded_solution_says_what_it_is():
+    lines = ["#| code-fold: true\n", '#| code-summary: "Solution"\n', "x = 1\n"]
+    assert fold.summary_first(lines) == [lines[1], lines[0], lines[2]]
+    assert fold.summary_first(lines[2:]) == lines[2:]
