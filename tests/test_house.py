@@ -16,7 +16,7 @@ import yaml
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "nbs").rglob("*.ipynb"))
-LEVEL = {"core": 0, "check": 1, "tutor": 1, "models": 1, "files": 1, "data": 2, "datacheck": 3, "llamacpp": 2, "serve": 2, "evals": 2, "runs": 2, "sft": 3, "lora": 4, "rl": 4, "export": 4, "chat": 4,
+LEVEL = {"core": 0, "check": 1, "tutor": 1, "pretrained": 0.5, "batches": 0.5, "configs": 0.5, "tables": 0.5, "asking": 1.5, "models": 1, "files": 1, "data": 2, "datacheck": 3, "llamacpp": 2, "serve": 2, "evals": 2, "runs": 2, "sft": 3, "lora": 4, "rl": 4, "export": 4, "chat": 4,
          "checkpoints": 5, "demo": 6, "cli": 7, "exercises": 7}
 FOLD_ALL = False   # True: every notebook is folded; False: only the map and workshop/check
 HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "gradio", "openai", "gguf", "xllamacpp", "matplotlib", "pandas", "numpy", "fastapi"}
