@@ -13,9 +13,8 @@ from .pretrained import load, load_tokenizer, weights_hash
 __all__ = ['DATE', 'BYTES', 'render', 'encode', 'stop_ids', 'generate', 'Local', 'parameter_parts', 'parameter_count',
            'weight_bytes', 'kv_cache_bytes']
 
-# %% ../nbs/01_models.ipynb #51a2445a
+# %% ../nbs/01_models.ipynb #756a16e6
 DATE = "26 Jul 2024"   # Llama 3's templates name a day: the one that transformers takes unless told
-
 def render(
     tokenizer,
     messages: list[Message],
@@ -24,7 +23,7 @@ def render(
     "The text that the model really sees. Raises `UserError` if the tokenizer's chat template is missing or refuses."
     from jinja2 import TemplateError
     if not tokenizer.chat_template:
-        raise UserError(f"{tokenizer.name_or_path}: no chat template. Use an instruct model, or set tokenizer.chat_template")
+        raise UserError(f"{tokenizer.name_or_path}: no chat template. Take an instruct model, or set chat_template")
     try: return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
     except TemplateError as e:
         roles = ", ".join(str(m.get("role")) for m in messages)

@@ -27,7 +27,7 @@ def absent(
                          "(hf auth login). Or use an ungated copy, like those in settings.ini")
     return UserError(f"{place}: no such folder here, and not on the Hub ({text[:120]}). Check the name and the network")
 
-# %% ../nbs/workshop/pretrained.ipynb #34176c6c
+# %% ../nbs/workshop/pretrained.ipynb #1a62e0e6
 def adapter_base(
     path: Path,  # an adapter's folder, with its adapter_config.json
 ) -> str:        # a folder, a checkpoint or a Hub name
@@ -36,7 +36,7 @@ def adapter_base(
     try: base = json.loads(place.read_text(encoding="utf-8")).get("base_model_name_or_path")
     except json.JSONDecodeError: raise UserError(f"{place}: not JSON. Save the adapter again") from None
     if base: return base
-    raise UserError(f'{place}: names no base. Set "base_model_name_or_path" to the model that the adapter was trained on')
+    raise UserError(f'{place}: names no base. Set "base_model_name_or_path" to the model that it was trained on')
 
 # %% ../nbs/workshop/pretrained.ipynb #7decf578
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
