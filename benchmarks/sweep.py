@@ -18,7 +18,8 @@ from pathlib import Path
 
 from llmcourse import evals
 from llmcourse.checkpoints import sft_rows
-from llmcourse.core import read_card, read_jsonl, write_jsonl
+from llmcourse.card import read_card
+from llmcourse.core import read_jsonl, write_jsonl
 from llmcourse.lora import lora_config
 from llmcourse.models import Local, load, weight_bytes
 from llmcourse.sft import sft
@@ -132,7 +133,7 @@ def measure(seed: int, group: str, name, options: dict, each: float) -> dict:
         results, config = exam(run, options)
         losses = [round(r["loss"], 3) for r in read_jsonl(run / "metrics.jsonl") if "loss" in r]
         disk = sum(p.stat().st_size for p in run.glob("*.safetensors"))
-        seconds = read_card(run)["seconds"]
+        seconds = read_card(run).seconds
     score = evals.score(sum(r["right"] for r in results), len(results))
     trainable = sizes["trainable"]
     return dict(group=group, setting=name, seed=seed, **{k: round(v, 4) for k, v in score.items()},

@@ -4,123 +4,72 @@
 
 # %% ../nbs/04_evals.ipynb #aaead85e
 from __future__ import annotations
-import math, re, unicodedata
-from concurrent.futures import ThreadPoolExecutor
+import math, re
 from collections.abc import Callable
 from statistics import NormalDist
-from .core import Generate, Message, UserError, check_messages
-from .tutor import TASKS, chat_answer, is_right, to_chat
+from .asking import NO_REFERENCE, Completion, ask_all, conversation, judged_by, normal, place_of, reference
+from .core import Generate, Message, UserError
+from .tables import plot_scores, show
+from .tutor import TASKS, chat_answer, is_right
 
 # %% auto #0
-__all__ = ['grade_row', 'evaluate', 'wilson', 'score', 'summary', 'show', 'plot_scores', 'Completion', 'paired', 'compare',
-           'judge']
+__all__ = ['grade_row', 'evaluate', 'wilson', 'score', 'summary', 'paired', 'compare', 'judge']
 
-# %% ../nbs/04_evals.ipynb #0a406656
-def _reference(row: dict):
-    "What the reply is compared with: `answer`, else `ideal`, else the last turn if it is the assistant's."
-    for key in ("answer", "ideal"):
-        if row.get(key) is not None: return row[key]
-    last = (row.get("messages") or [{}])[-1]
-    return last.get("content") if last.get("role") == "assistant" else None
-
-def _normal(text) -> str:
-    "Case, spacing, quotes around it and a full stop at its end do not count; a sign, a unit or a bracket does."
-    text = " ".join(unicodedata.normalize("NFKC", str(text)).casefold().split())
-    return text.strip("'\"`“”‘’ ").rstrip(".!").strip("'\"`“”‘’ ")
-
+# %% ../nbs/04_evals.ipynb #6559a681
 def grade_row(
     row: dict,    # a problem of the tutor, or your own row with a reference
     reply: str,   # what the model said
 ) -> bool:        # was it right?
-    """Compare a reply with the row's reference: `answer`, `ideal` (a text or a list of them), or the last assistant turn.
-    A tutor's answer counts only in its format, `Answer: N` on the last line; any other text must be equal up to case and spacing."""
-    reference = _reference(row)
-    if reference is None:
-        raise UserError("row without a reference: give it an \"answer\", or let the last message be the assistant's")
-    if row.get("task") in TASKS and isinstance(reference, (str, int)) and str(reference).isdigit():
-        return is_right(reply, reference)
-    wanted = reference if isinstance(reference, list) else [reference]
-    return any(chat_answer(reply) == chat_answer(str(w)) if chat_answer(str(w)) else _normal(reply) == _normal(w) for w in wanted)
+    "Compare a reply with the row's `reference`; a tutor's must be in its format. Raises `UserError` if there is none."
+    wanted = reference(row)
+    if wanted is None: raise UserError(f"row without a reference: {NO_REFERENCE}")
+    if row.get("task") in TASKS and isinstance(wanted, (str, int)) and str(wanted).isdigit():
+        return is_right(reply, wanted)
+    def same(one):
+        number = chat_answer(str(one))
+        return chat_answer(reply) == number if number else normal(reply) == normal(one)
+    return any(same(one) for one in (wanted if isinstance(wanted, list) else [wanted]))
 
-# %% ../nbs/04_evals.ipynb #9c9a7658
-def _chat(row: dict, place: str) -> list[Message]:
-    "The messages that a row puts before the model: all but the last assistant turn."
-    if "question" in row and "messages" not in row:
-        return to_chat(row, answered=False)["messages"] if row.get("task") in TASKS else [{"role": "user", "content": str(row["question"])}]
-    messages = check_messages(row.get("messages", row.get("input")), place, answered=False)
-    messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-    if not messages: raise UserError(f"{place}: nothing before the assistant's turn, so there is no question")
-    return messages
-
-def _ask(generate: Generate, messages: list[Message], place: str) -> str:
-    "One reply. Raises `UserError` that names the row."
-    try: reply = generate(messages)
-    except Exception as e: raise UserError(f"{place}: no reply ({type(e).__name__}: {e}). The question was {messages[-1]['content'][:60]!r}") from e
-    if not isinstance(reply, str): raise UserError(f"{place}: the reply is a {type(reply).__name__}, not text. A Generate returns a string")
-    return reply
-
-def _ask_batch(generate, chats: list, start: int) -> list[str]:
-    "Replies to a batch. When it fails, ask one by one to find the row to name."
-    try: replies = list(generate.batch(chats))
-    except Exception as e:
-        for i, messages in enumerate(chats, start + 1): _ask(generate, messages, f"row {i}")
-        raise UserError(f"rows {start + 1}-{start + len(chats)}: no reply as a batch ({type(e).__name__}: {e}). Try a smaller batch_size") from e
-    if len(replies) != len(chats): raise UserError(f"rows {start + 1}-{start + len(chats)}: {len(replies)} replies to {len(chats)} questions")
-    return replies
-
-def _replies(generate: Generate, chats: list, workers: int, progress: bool) -> list[str]:
-    "A reply to each chat, in order: by batches, by threads, or one by one."
-    from tqdm.auto import tqdm
-    bar = tqdm(total=len(chats), desc="evaluating", disable=not progress)
-    jobs = [(generate, c, f"row {i}") for i, c in enumerate(chats, 1)]
-    replies, size = [], getattr(generate, "options", {}).get("batch_size", 64)
-    with bar, ThreadPoolExecutor(max(1, workers)) as pool:
-        if hasattr(generate, "batch"): parts = (_ask_batch(generate, chats[i:i + size], i) for i in range(0, len(chats), size))
-        elif workers > 1: parts = ([r] for r in pool.map(lambda job: _ask(*job), jobs))
-        else: parts = ([_ask(*job)] for job in jobs)
-        try:
-            for part in parts: replies += part; bar.update(len(part))
-        finally: pool.shutdown(wait=False, cancel_futures=True)
-    return replies
-
-# %% ../nbs/04_evals.ipynb #b776a866
+# %% ../nbs/04_evals.ipynb #b0a062ce
 def evaluate(
     generate: Generate,             # what to measure; its `.batch` is used when it has one
-    rows: list[dict],               # problems, chats, or evals-style {"input", "ideal"}
+    rows: list[dict],               # problems, chats, or evals-style {"input", "ideal"}; "place" names a row in errors
     grade: Callable | None = None,  # grade(row, reply) → bool; `grade_row` by default
     workers: int = 1,               # questions in flight at once, for a server
     progress: bool = True,          # show a progress bar
 ) -> list[dict]:                    # task, question, answer, reply, format, right: one for each row, in order
     "Ask every question, grade every reply. Raises `UserError` that names the row when one cannot be asked or graded."
     if not rows: raise UserError("no rows to evaluate: give at least one")
-    chats = [_chat(row, f"row {i}") for i, row in enumerate(rows, 1)]
-    if grade is None:
-        for i, row in enumerate(rows, 1):
-            if _reference(row) is None:
-                raise UserError(f"row {i}: no reference. Give it an \"answer\", or let the last message be the assistant's")
+    places = [place_of(row, i) for i, row in enumerate(rows, 1)]
+    chats = [conversation(row, place) for row, place in zip(rows, places)]
+    for row, place in zip(rows, places):
+        if grade is None and reference(row) is None:
+            raise UserError(f"{place}: no reference. {NO_REFERENCE}")
     results = []
-    for row, chat, reply in zip(rows, chats, _replies(generate, chats, workers, progress)):
+    replies = ask_all(generate, chats, places, workers, progress)
+    for row, place, chat, reply in zip(rows, places, chats, replies):
         kept = chat_answer(reply) is not None if row.get("task") in TASKS else bool(reply.strip())
-        results.append({"task": row.get("task", "all"), "question": chat[-1]["content"], "answer": _reference(row),
-                        "reply": reply, "format": kept, "right": bool((grade or grade_row)(row, reply))})
+        results.append({"task": row.get("task", "all"), "question": chat[-1]["content"], "answer": reference(row),
+                        "reply": reply, "format": kept, "right": judged_by(grade or grade_row, row, reply, place)})
     return results
 
-# %% ../nbs/04_evals.ipynb #40282e9a
+# %% ../nbs/04_evals.ipynb #c8a4644e
 def wilson(
     correct: int,         # right answers
     n: int,               # problems tried
     level: float = 0.95,  # how often the interval should hold the true rate
 ) -> tuple[float, float]: # (low, high), shares between 0 and 1
     "Wilson's score interval for a share (Wilson 1927). Raises `UserError` for counts that cannot be."
-    if not (0 <= correct <= n and n):
-        raise UserError(f"{correct} right out of {n}: give at least one problem, and no more right answers than problems")
-    if not 0 < level < 1: raise UserError(f"level {level}: give a share between 0 and 1, such as 0.95")
-    z, p = NormalDist().inv_cdf((1 + level) / 2), correct / n
-    middle, half = p + z*z/(2*n), z * math.sqrt(p*(1 - p)/n + z*z/(4*n*n))
+    if not (0 <= correct <= n and n): raise UserError(f"{correct} right out of {n}: give n ≥ 1 and 0 ≤ right ≤ n")
+    if not 0 < level < 1: raise UserError(f"level {level}: give a share between 0 and 1, e.g. 0.95")
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    p = correct / n
+    middle = p + z*z/(2*n)
+    half = z * math.sqrt(p*(1 - p)/n + z*z/(4*n*n))
     low, high = ((middle + side*half) / (1 + z*z/n) for side in (-1, 1))
     return max(0.0, min(low, p)) if correct else 0.0, min(1.0, max(high, p)) if correct < n else 1.0
 
-# %% ../nbs/04_evals.ipynb #b24d1e32
+# %% ../nbs/04_evals.ipynb #d908d9e5
 def score(correct: int, n: int, level: float = 0.95) -> dict:
     "One measurement: n, correct, accuracy and its interval, low to high."
     low, high = wilson(correct, n, level)
@@ -132,91 +81,50 @@ def summary(
     overall: bool = False, # add a last line over all tasks
 ) -> list[dict]:           # task, n, correct, accuracy, low, high
     "The score of each task, in order of first appearance."
-    tasks = dict.fromkeys(r["task"] for r in results)
-    groups = {t: [r[key] for r in results if r["task"] == t] for t in tasks}
+    groups = {t: [r[key] for r in results if r["task"] == t] for t in dict.fromkeys(r["task"] for r in results)}
     if overall: groups["all"] = [r[key] for r in results]
     return [{"task": t, **score(sum(g), len(g))} for t, g in groups.items()]
 
-# %% ../nbs/04_evals.ipynb #a41a217d
-def show(
-    rows: list[dict],  # scores, or any other rows
-):                     # a `DataFrame`
-    "A table for people: shares in per cent, the interval in one column."
-    import pandas as pd
-    shares = ("accuracy", "before", "after", "gain")
-    def tidy(row):
-        row = dict(row)
-        if {"low", "high"} <= set(row):
-            row["95 % interval"] = f"{100 * row['low']:z.0f}{' to ' if row['low'] < 0 else '–'}{100 * row.pop('high'):z.0f} %"
-            del row["low"]
-        return {k: f"{100 * v:.0f} %" if k in shares and isinstance(v, float) else v for k, v in row.items()}
-    return pd.DataFrame([tidy(r) for r in rows])
-
-def plot_scores(
-    scores: dict[str, list[dict]] | list[dict],  # rows of `summary`, or several of them by name
-    ax=None,                                     # matplotlib axes to draw on
-    label: str = "task",                         # the key of a row that names its line
-):                                               # the axes
-    "Draw accuracies as dots on lines from low to high."
-    import matplotlib.pyplot as plt
-    series = scores if isinstance(scores, dict) else {"": scores}
-    names = list(dict.fromkeys(r[label] for rows in series.values() for r in rows))
-    if ax is None: _, ax = plt.subplots(figsize=(7, 0.8 + 0.4 * len(names) * max(1, len(series) ** .5)))
-    for k, (name, rows) in enumerate(series.items()):
-        y = [names.index(r[label]) + (k - (len(series) - 1) / 2) * 0.6 / len(series) for r in rows]
-        x = [100 * r["accuracy"] for r in rows]
-        ends = [[max(0, v - 100 * r["low"]) for v, r in zip(x, rows)], [max(0, 100 * r["high"] - v) for v, r in zip(x, rows)]]
-        ax.errorbar(x, y, xerr=ends, fmt="o", capsize=3, label=name or None)
-    ax.set(yticks=range(len(names)), yticklabels=names, xlim=(-3, 103), xlabel="accuracy, % (line: 95 % interval)")
-    ax.invert_yaxis(); ax.grid(axis="x", alpha=.3)
-    if len(series) > 1: ax.legend(loc="best", frameon=False)
-    return ax
-
-# %% ../nbs/04_evals.ipynb #49961631
-class Completion:
-    "A base model as a `Generate`: the last question goes into a plain prompt, and the model goes on with it."
-    def __init__(self,
-        local,                                   # a `Local`, or anything whose `.batch` takes plain texts
-        prompt: str = "{question}\nWorking:",    # what the model continues; `{question}` is filled in
-    ): self.local, self.prompt, self.options = local, prompt, getattr(local, "options", {})
-    def batch(self, chats: list) -> list[str]:
-        return self.local.batch([self.prompt.replace("{question}", c[-1]["content"]) for c in chats])
-    def __call__(self, messages: list[Message]) -> str: return self.batch([messages])[0]
-
-# %% ../nbs/04_evals.ipynb #b05df400
+# %% ../nbs/04_evals.ipynb #4f1fdf36
 def paired(
     a: list[bool],  # was A right, problem by problem?
     b: list[bool],  # was B right on the same problems, in the same order?
-) -> dict:          # only_a, only_b: problems that only one solved; p: chance of a split this uneven if both were equally good
+) -> dict:          # only_a, only_b: solved by one alone; p: chance of a split this uneven if both were equally good
     "McNemar's exact test, two-sided (McNemar 1947). Raises `UserError` if the lists cannot be paired."
     if len(a) != len(b):
-        raise UserError(f"{len(a)} answers of A, {len(b)} of B: a paired test needs the same problems in the same order")
-    only_a, only_b = sum(bool(x) and not y for x, y in zip(a, b)), sum(bool(y) and not x for x, y in zip(a, b))
+        raise UserError(f"{len(a)} answers of A, {len(b)} of B: give the same problems in the same order")
+    only_a = sum(bool(x) and not y for x, y in zip(a, b))
+    only_b = sum(bool(y) and not x for x, y in zip(a, b))
     m = only_a + only_b
     tail = sum(math.comb(m, i) for i in range(min(only_a, only_b) + 1))
     return {"only_a": only_a, "only_b": only_b, "p": min(1.0, 2 * tail / 2**m)}
 
-# %% ../nbs/04_evals.ipynb #1dbfc4e5
+# %% ../nbs/04_evals.ipynb #e379f94b
 def compare(
     before: list[dict],  # results of A
     after: list[dict],   # results of B on the same rows
     level: float = 0.95, # of the interval
 ) -> dict:               # n, before, after, gain with its interval low to high, only_before, only_after, p
-    "Two evaluations, problem by problem; the interval is Agresti and Min's (2005). Raises `UserError` unless the questions agree."
+    """Two evaluations, problem by problem, with the interval of Agresti and Min (2005).
+    Raises `UserError` unless the questions agree."""
     if not before: raise UserError("no results to compare: evaluate both models on the same rows first")
     for i, (x, y) in enumerate(zip(before, after), 1):
         if x["question"] != y["question"]:
             raise UserError(f"row {i}: the two evaluations asked different questions. Evaluate both on the same rows")
-    a, b = [r["right"] for r in before], [r["right"] for r in after]
-    test, n, z = paired(a, b), len(a), NormalDist().inv_cdf((1 + level) / 2)
-    lost, won, m = test["only_a"] + 0.5, test["only_b"] + 0.5, n + 2
-    half = z * math.sqrt(lost + won - (won - lost)**2 / m) / m
-    gain = (won - lost) / m
+    a = [r["right"] for r in before]
+    b = [r["right"] for r in after]
+    test = paired(a, b)
+    n = len(a)
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    lost = test["only_a"] + 0.5
+    won = test["only_b"] + 0.5
+    half = z * math.sqrt(lost + won - (won - lost)**2 / (n + 2)) / (n + 2)
+    gain = (won - lost) / (n + 2)
     return {"n": n, "before": sum(a) / n, "after": sum(b) / n,
             "gain": (sum(b) - sum(a)) / n, "low": max(-1.0, gain - half), "high": min(1.0, gain + half),
             "only_before": test["only_a"], "only_after": test["only_b"], "p": test["p"]}
 
-# %% ../nbs/04_evals.ipynb #29d261a2
+# %% ../nbs/04_evals.ipynb #bc7a2790
 def judge(
     generate: Generate,  # the model that judges
     question: str,
@@ -224,7 +132,7 @@ def judge(
     top: int = 10,       # the best mark; the worst is 0
 ) -> int | None:         # the mark, or None if the judge gave none
     "Ask a model for a mark. Measure the judge itself, on answers whose worth you know, before you believe it."
-    request = (f"Question:\n{question}\n\nAnswer:\n{answer}\n\n"
-               f"Is the answer right? Reply with one line, Score: N, where N goes from 0 (wrong) to {top} (right).")
+    request = (f"Question:\n{question}\n\nAnswer:\n{answer}\n\nIs the answer right? "
+               f"Reply with one line, Score: N, where N goes from 0 (wrong) to {top} (right).")
     found = re.search(r"Score:\s*(\d+)(?![\d.])", generate([{"role": "user", "content": request}]))
     return int(found[1]) if found and int(found[1]) <= top else None

@@ -8,7 +8,8 @@ import difflib
 from pathlib import Path
 from .core import UserError, choose, is_run, model_path, need_space, write_aside
 from .card import Run, write_card
-from .models import _adapter_base, _with_adapter, load, load_tokenizer, weights_hash
+from .models import load, load_tokenizer, weights_hash
+from .pretrained import adapter_base, with_adapter
 from .progress import quiet
 from .runs import check_output
 
@@ -69,7 +70,7 @@ def _base_config(base: str | Path):
     "The config of the model under `base`, which may be an adapter itself."
     from transformers import AutoConfig
     path = Path(model_path(base))
-    if (path / "adapter_config.json").is_file(): return _base_config(_adapter_base(path))
+    if (path / "adapter_config.json").is_file(): return _base_config(adapter_base(path))
     try: return AutoConfig.from_pretrained(str(path))
     except (OSError, ValueError) as e:
         raise UserError(f"{path}: no model there ({str(e).splitlines()[0][:100]}). "
@@ -92,7 +93,7 @@ def merge(
     "Fold an adapter into its base. Raises `UserError` for a base that is quantised, or not the one that the adapter was trained on."
     import torch
     folder = _adapter(adapter)
-    base = base or _adapter_base(folder)
+    base = base or adapter_base(folder)
     config, output = _base_config(base), check_output(output, folder)
     packed = getattr(config, "quantization_config", None)
     if packed and not dequantize:
@@ -101,7 +102,7 @@ def merge(
     dtype = choose(dtype or str(config.dtype or "float32").removeprefix("torch."), ["float32", "bfloat16", "float16"], "dtype")
     with quiet(), write_aside(check_output(output, base), is_run) as aside:
         net, _ = load(base, scale)
-        net = _with_adapter(net.dequantize() if packed else net, folder, str(base), merge=True)
+        net = with_adapter(net.dequantize() if packed else net, folder, str(base), merge=True)
         net = net.to(getattr(torch, dtype))
         need_space(output.parent, sum(p.nbytes for p in net.parameters()))
         net.save_pretrained(aside, save_original_format=not packed)   # unpacked weights have no other

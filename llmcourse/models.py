@@ -4,16 +4,16 @@
 
 # %% ../nbs/01_models.ipynb #74107151
 from __future__ import annotations
-import json, logging
-from collections.abc import Callable
-from pathlib import Path
-from .core import Generate, Message, UserError, choose, file_hash, model_path, read_card, scale as read_scale
+from .batches import complete
+from .configs import LLAMAS, shape
+from .core import Message, UserError, choose
+from .pretrained import load, load_tokenizer, weights_hash
 
 # %% auto #0
-__all__ = ['DATE', 'LLAMAS', 'BYTES', 'render', 'weights_hash', 'load_tokenizer', 'load', 'stop_ids', 'encode', 'generate',
-           'Local', 'parameter_parts', 'parameter_count', 'weight_bytes', 'kv_cache_bytes']
+__all__ = ['DATE', 'BYTES', 'render', 'encode', 'stop_ids', 'generate', 'Local', 'parameter_parts', 'parameter_count',
+           'weight_bytes', 'kv_cache_bytes']
 
-# %% ../nbs/01_models.ipynb #5d76508a
+# %% ../nbs/01_models.ipynb #756a16e6
 DATE = "26 Jul 2024"   # Llama 3's templates name a day: the one that transformers takes unless told
 
 def render(
@@ -21,250 +21,100 @@ def render(
     messages: list[Message],
     add_generation_prompt: bool = True,  # open the assistant's turn
 ) -> str:
-    "The text that the model really sees. Raises `UserError` if the tokenizer has no chat template, or one that refuses."
+    "The text that the model really sees. Raises `UserError` if the tokenizer's chat template is missing or refuses."
     from jinja2 import TemplateError
-    name = tokenizer.name_or_path
     if not tokenizer.chat_template:
-        raise UserError(f"{name}: the tokenizer has no chat template. Use an instruct model, or set tokenizer.chat_template")
+        raise UserError(f"{tokenizer.name_or_path}: no chat template. Take an instruct model, or set chat_template")
     try: return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
     except TemplateError as e:
-        raise UserError(f"{name}: its chat template refuses these messages ({e}). "
-                        f"Roles: {', '.join(str(m.get('role')) for m in messages)}") from e
+        roles = ", ".join(str(m.get("role")) for m in messages)
+        raise UserError(f"{tokenizer.name_or_path}: its chat template refuses ({e}). Roles: {roles}") from e
 
-# %% ../nbs/01_models.ipynb #41927499
-def _absent(what: str, place, error: Exception) -> UserError:
-    "One line for a `from_pretrained` that failed: what is missing where, and the way out."
-    text = " ".join(str(error).split())
-    if Path(place).is_dir():
-        return UserError(f"{place}: no {what} there that can be read ({text[:120]}). Save one with {what}.save_pretrained")
-    if "gated" in text:
-        return UserError(f"{place}: its owner wants you to accept a licence on its Hub page and to log in (hf auth login). "
-                         "Or take an ungated copy, such as those in settings.ini")
-    return UserError(f"{place}: no such folder here, and not to be had from the Hub ({text[:120]}). "
-                     "Check the name and the network")
+# %% ../nbs/01_models.ipynb #4289bdc9
+def encode(
+    tokenizer,
+    prompt,         # a conversation, or a plain text
+) -> list[int]:     # token ids with exactly the BOS that belongs there
+    "A conversation goes through the template, which writes its own BOS; a plain text gets the tokenizer's."
+    if isinstance(prompt, str): return tokenizer(prompt)["input_ids"]
+    return tokenizer(render(tokenizer, prompt), add_special_tokens=False)["input_ids"]
 
-def weights_hash(
-    model: str | Path,  # `tutor/NAME`, a folder, or a Hub name
-) -> str | None:        # one hash a weight file, joined by "-"; None for a Hub name
-    "What a run card records as `model_hash`: it changes when one weight does."
-    return "-".join(file_hash(p) for p in sorted(Path(model_path(model)).glob("*.safetensors"))) or None
-
-def _device(dial: dict) -> str:
-    "The device of a scale. Raises `UserError` if this machine has none."
-    import torch
-    choose(dial["dtype"], ("float32", "bfloat16", "float16"), "dtype")
-    try: torch.empty(0, device=dial["device"])
-    except (RuntimeError, AssertionError) as e:
-        raise UserError(f"scale {dial['scale']!r} wants the device {dial['device']!r}, and torch finds none. "
-                        "Choose scale cpu, or install torch for your GPU") from e
-    return dial["device"]
-
-def _hush() -> None:
-    "A small model on a CPU loads in a blink: no progress bar, and no advice from bitsandbytes about kernels."
-    from transformers.utils import logging as hf
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    hf.disable_progress_bar()
-
-# %% ../nbs/01_models.ipynb #dec6d6a9
-def _adapter_base(path: Path) -> str:
-    "The base that an adapter folder says it belongs to."
-    place = path / "adapter_config.json"
-    try: base = json.loads(place.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except json.JSONDecodeError: raise UserError(f"{place}: not JSON. Save the adapter again") from None
-    if not base:
-        raise UserError(f'{place}: names no base. Set "base_model_name_or_path" to the model that the adapter was trained on')
-    return base
-
-def _with_adapter(net, path: Path, base: str, merge: bool):
-    "Put an adapter on its base. Raises `UserError` if it was trained on another one."
-    from peft import PeftModel, get_peft_model_state_dict
-    from safetensors import SafetensorError, safe_open
-    then, now = read_card(path).get("model_hash") if (path / "run.yaml").is_file() else None, weights_hash(base)
-    way = "Give it the base that it was trained on"
-    if then and now and then != now:
-        raise UserError(f"{path}: this adapter was trained on weights {then}, and {base} is {now}. {way}")
-    try:
-        net = PeftModel.from_pretrained(net, str(path))
-        with safe_open(path / "adapter_model.safetensors", "pt") as f: saved = {k for k in f.keys() if "lora_" in k}
-    except (RuntimeError, ValueError, OSError, SafetensorError) as e:
-        raise UserError(f"{path}: this adapter does not fit {base} ({str(e).splitlines()[0][:100]}). {way}") from e
-    if odd := saved ^ {k for k in get_peft_model_state_dict(net, save_embedding_layers=False) if "lora_" in k}:
-        raise UserError(f"{path}: this adapter does not fit {base}: "
-                        f"{len(odd)} of its matrices have no partner, e.g. {min(odd)}. {way}")
-    if not merge: return net
-    if getattr(net.base_model.model, "is_quantized", False):
-        raise UserError(f"{path}: merging into a quantised base would round the adapter away. "
-                        "Load with merge=False, or the base in 16 bits")
-    return net.merge_and_unload().requires_grad_(True)   # merging freezes it, and it may be trained on
-
-# %% ../nbs/01_models.ipynb #9c5bba56
-def load_tokenizer(
-    model: str | Path,  # `tutor/NAME`, a folder, or a Hub name
-):                      # the tokenizer, with a pad token
-    "Load a tokenizer; an adapter without one has its base's. Raises `UserError` if there is none."
-    from transformers import AutoTokenizer
-    path = Path(model_path(model))
-    if path.is_dir() and not any((path / f).exists() for f in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
-        if (path / "adapter_config.json").exists(): return load_tokenizer(_adapter_base(path))
-        raise UserError(f"{path}: a model without a tokenizer. Save one there with tokenizer.save_pretrained")
-    try: tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
-    except Exception as e: raise _absent("tokenizer", path, e) from e
-    if tokenizer.pad_token is None:
-        known = tokenizer.get_vocab()
-        tokenizer.pad_token = next((t for t in ("<|finetune_right_pad_id|>", "<|pad|>", "<pad>", "[PAD]") if t in known),
-                                   tokenizer.eos_token)
-    return tokenizer
-
-# %% ../nbs/01_models.ipynb #7ac8ea3e
-def load(
-    model: str | Path = "tutor/base",  # `tutor/NAME`, a folder (model or adapter), or a Hub name
-    scale: str = "cpu",                # a section of settings.ini: decides dtype and device
-    merge: bool = True,                # fold an adapter into its base's weights
-    **overrides,                       # for `from_pretrained`: dtype, quantization_config, …
-):                                     # (model in eval mode, tokenizer)
-    "Load a model and its tokenizer. Raises `UserError` if either is missing or an adapter fits another base."
-    from transformers import AutoModelForCausalLM
-    dial, path = read_scale(scale), Path(model_path(model))
-    device, tokenizer = _device(dial), load_tokenizer(model)
-    if device == "cpu": _hush()
-    if (path / "adapter_config.json").exists():
-        base = _adapter_base(path)
-        net, _ = load(base, scale, **overrides)
-        return _with_adapter(net, path, base, merge).eval(), tokenizer
-    kwargs = dict(dtype=dial["dtype"], trust_remote_code=False, use_safetensors=True) | overrides
-    if "quantization_config" in kwargs: kwargs.setdefault("device_map", device)
-    try: net, info = AutoModelForCausalLM.from_pretrained(str(path), output_loading_info=True, **kwargs)
-    except Exception as e: raise _absent("model", path, e) from e
-    if lost := info["missing_keys"]:
-        raise UserError(f"{path}: {len(lost)} tensors of its config.json are not in its weights, e.g. {min(lost)}. "
-                        "Save the model again")
-    return (net if "device_map" in kwargs else net.to(device)).eval(), tokenizer
-
-# %% ../nbs/01_models.ipynb #8a10232f
 def stop_ids(tokenizer) -> list[int]:
     "Every token that ends a reply: the tokenizer's EOS and, where it knows them, Llama 3's and ChatML's end tokens."
     names = [tokenizer.eos_token, "<|eot_id|>", "<|end_of_text|>", "<|im_end|>", "<|eom_id|>"]
     ids = tokenizer.convert_tokens_to_ids([n for n in names if n])
     return sorted({i for i in ids if i is not None and i != tokenizer.unk_token_id})
 
-def encode(
-    tokenizer,
-    prompt,         # a conversation, or a plain text
-) -> list[int]:     # token ids with exactly the BOS that belongs there
-    "A conversation goes through the template, which writes its own BOS; a plain text gets the tokenizer's."
-    chat = not isinstance(prompt, str)
-    return tokenizer(render(tokenizer, prompt) if chat else prompt, add_special_tokens=not chat)["input_ids"]
-
-def _reply(tokenizer, ids: list[int], ends: list[int], stop: str | None) -> str:
-    "Cut a reply at its end token or stop text; mark one that has neither."
-    end = next((j for j, t in enumerate(ids) if t in ends), None)
-    text = tokenizer.decode(ids[:end], skip_special_tokens=True)
-    if stop and stop in text: return text.split(stop)[0]
-    return text if end is not None else text + "…"
-
-# %% ../nbs/01_models.ipynb #bde9fd21
+# %% ../nbs/01_models.ipynb #7d8b38a5
 def generate(
     model, tokenizer,
     prompts: list,               # conversations (lists of messages), or plain texts to go on with
-    max_new_tokens: int = 160,
+    max_new_tokens: int = 160,   # of each reply
     temperature: float = 0.0,    # 0: greedy; 1: sample from the model as it is
     batch_size: int = 64,        # prompts at once
     stop: str | None = None,     # also stop at this text, e.g. "\n"
 ) -> list[str]:                  # the replies; one that ran out of room ends in "…"
     "Complete a batch of prompts. Raises `UserError` for a prompt that leaves no room in the model's context."
-    import torch
-    rows, replies, ends = [encode(tokenizer, p) for p in prompts], [], stop_ids(tokenizer)
-    room = model.config.max_position_embeddings - max_new_tokens
-    for i, ids in enumerate(rows):
-        if not 0 < len(ids) <= room:
-            raise UserError(f"prompts[{i}]: {len(ids)} tokens, and the model has room for 1 to {max(room, 0)} "
-                            f"beside {max_new_tokens} new ones. {'Shorten it' if ids else 'Give it some text'}")
-    plain = dict(do_sample=temperature > 0, temperature=temperature or 1.0, top_k=0 if temperature else 50, top_p=1.0,
-                 repetition_penalty=1.0, num_beams=1)
-    extra = dict(stop_strings=[stop], tokenizer=tokenizer) if stop else {}
-    for i in range(0, len(rows), batch_size):
-        batch = rows[i:i + batch_size]
-        n = max(map(len, batch))
-        ids = torch.tensor([[tokenizer.pad_token_id] * (n - len(r)) + r for r in batch], device=model.device)
-        mask = torch.tensor([[0] * (n - len(r)) + [1] * len(r) for r in batch], device=model.device)
-        with torch.inference_mode():
-            out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens,
-                                 eos_token_id=ends, pad_token_id=tokenizer.pad_token_id, **plain, **extra)
-        replies += [_reply(tokenizer, new, ends, stop) for new in out[:, n:].tolist()]
-    return replies
+    rows = [encode(tokenizer, p) for p in prompts]
+    return complete(model, tokenizer, rows, stop_ids(tokenizer), max_new_tokens, temperature, batch_size, stop)
 
-# %% ../nbs/01_models.ipynb #d99a663a
 class Local:
-    "A loaded model as a `Generate`: `Local(model, tokenizer)(messages) -> str`, and `.batch(conversations) -> list[str]`."
-    def __init__(self, model, tokenizer, **options): self.model, self.tokenizer, self.options = model, tokenizer, options
+    "A loaded model as a `Generate`: `Local(model, tokenizer)(messages) -> str`, and `.batch(conversations)`."
+    def __init__(self,
+        model, tokenizer,
+        **options,         # for `generate`: max_new_tokens, temperature, batch_size, stop
+    ):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.options = options
+
     def batch(self, prompts: list) -> list[str]: return generate(self.model, self.tokenizer, prompts, **self.options)
     def __call__(self, messages: list[Message]) -> str: return self.batch([messages])[0]
 
-# %% ../nbs/01_models.ipynb #8eb25dfb
-LLAMAS = {  # from the config.json of each model
-    "Llama 3.2 1B": dict(vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
-                         num_attention_heads=32, num_key_value_heads=8, head_dim=64,
-                         max_position_embeddings=131072, tie_word_embeddings=True),
-    "Llama 3.2 3B": dict(vocab_size=128256, hidden_size=3072, intermediate_size=8192, num_hidden_layers=28,
-                         num_attention_heads=24, num_key_value_heads=8, head_dim=128,
-                         max_position_embeddings=131072, tie_word_embeddings=True),
-    "Llama 3.1 8B": dict(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
-                         num_attention_heads=32, num_key_value_heads=8, head_dim=128,
-                         max_position_embeddings=131072, tie_word_embeddings=False),
-    "Llama 3.1 70B": dict(vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80,
-                          num_attention_heads=64, num_key_value_heads=8, head_dim=128,
-                          max_position_embeddings=131072, tie_word_embeddings=False)}
-
-# %% ../nbs/01_models.ipynb #23eb6836
-def _shape(config) -> dict:
-    "The fields of a Llama's config that decide its size, with defaults filled in."
-    c = dict(config) if isinstance(config, dict) else config.to_dict()
-    choose(c.get("model_type") or "llama", ("llama", "mistral"), "model_type for this formula:")
-    need = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    if gone := [k for k in need if not c.get(k)]:
-        raise UserError(f"config: no {', '.join(gone)}. Give model.config, or the config.json of a Llama as a dict")
-    c["num_key_value_heads"] = c.get("num_key_value_heads") or c["num_attention_heads"]
-    c["head_dim"] = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
-    return c
-
+# %% ../nbs/01_models.ipynb #13ee2e64
 def parameter_parts(
     config,              # a Llama's `model.config`, or its config.json as a dict
 ) -> dict[str, int]:     # numbers in the embeddings (with the head), attention, mlp and norms
     "Count a Llama's parameters by formula. Raises `UserError` for a config that is not a dense Llama's."
-    c = _shape(config)
-    h, f, layers, q = c["hidden_size"], c["intermediate_size"], c["num_hidden_layers"], c["num_attention_heads"] * c["head_dim"]
+    c = shape(config)
+    h = c["hidden_size"]
+    f = c["intermediate_size"]
+    layers = c["num_hidden_layers"]
+    q = c["num_attention_heads"] * c["head_dim"]
     kv = c["num_key_value_heads"] * c["head_dim"]
-    biases = layers * ((q + 2*kv + h) * bool(c.get("attention_bias")) + (2*f + h) * bool(c.get("mlp_bias")))
-    return {"embeddings": c["vocab_size"] * h * (1 if c.get("tie_word_embeddings") else 2),
-            "attention": layers * (2*h*q + 2*h*kv),
-            "mlp": layers * 3*h*f,
-            "norms": layers * 2*h + h, **({"biases": biases} if biases else {})}
+    parts = {"embeddings": c["vocab_size"] * h * (1 if c.get("tie_word_embeddings") else 2),
+             "attention": layers * (2*h*q + 2*h*kv),
+             "mlp": layers * 3*h*f,
+             "norms": layers * 2*h + h}
+    biases = (q + 2*kv + h) * bool(c.get("attention_bias")) + (2*f + h) * bool(c.get("mlp_bias"))
+    return parts | ({"biases": layers * biases} if biases else {})
 
 def parameter_count(config) -> int:
     "All parameters of a Llama, by formula."
     return sum(parameter_parts(config).values())
 
-# %% ../nbs/01_models.ipynb #b549f2b0
+# %% ../nbs/01_models.ipynb #458d9ab0
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1,   # bytes a parameter
          "nf4": 0.5 + 4/64,                                      # 4 bits, and a float32 scale for each 64 of them
-         "nf4-double": 0.5 + 1/64 + 4/(64*256)}                  # the scales themselves in 8 bits, 256 of them a block
+         "nf4-double": 0.5 + 1/64 + 4/(64*256)}                  # the scales themselves in 8 bits, in blocks of 256
 
 def weight_bytes(
     config,                   # a Llama's `model.config`, or its config.json as a dict
     dtype: str = "bfloat16",  # one of `BYTES`; the last three are for the layers, the rest then has 2 bytes
 ) -> int:                     # bytes
     "Memory of the weights. (int8's scales, one a row, are left out: less than 0.2 %.)"
-    width, parts = BYTES[choose(dtype, BYTES, "dtype")], parameter_parts(config)
+    width = BYTES[choose(dtype, BYTES, "dtype")]
+    parts = parameter_parts(config)
     layers = parts["attention"] + parts["mlp"]
     return round(layers * width + (sum(parts.values()) - layers) * max(width, 2))
 
-# %% ../nbs/01_models.ipynb #96d8af24
+# %% ../nbs/01_models.ipynb #67d2f714
 def kv_cache_bytes(
     config,                   # a Llama's `model.config`, or its config.json as a dict
     tokens: int,              # tokens kept, prompt and reply, over all conversations
     dtype: str = "bfloat16",  # of the cache: float32, bfloat16, float16 or int8
 ) -> int:                     # bytes
     "Memory of the KV cache: a key and a value for each token, layer and KV head."
-    c = _shape(config)
+    c = shape(config)
     width = BYTES[choose(dtype, ("float32", "bfloat16", "float16", "int8"), "dtype of a cache")]
     return 2 * c["num_hidden_layers"] * c["num_key_value_heads"] * c["head_dim"] * width * tokens

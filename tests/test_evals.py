@@ -199,7 +199,24 @@ def test_a_generate_that_raises_names_the_row(workers):
 
 def test_a_batch_that_raises_names_the_row():
     with pytest.raises(UserError, match="row 6: no reply .*4000 tokens"): evaluate(Batched(fail=ROWS[5]["question"]), ROWS, progress=False)
-    with pytest.raises(UserError, match="rows 1-8: 7 replies to 8 questions"): evaluate(Batched(short=True), ROWS, progress=False)
+    with pytest.raises(UserError, match="row 1 to row 8: 7 replies to 8 questions"): evaluate(Batched(short=True), ROWS, progress=False)
+
+
+def test_a_row_that_knows_its_place():
+    rows = [row | {"place": f"test.jsonl:{i}"} for i, row in enumerate(ROWS, 3)]
+    fails = lambda m: None if m[-1]["content"] == ROWS[1]["question"] else "x"
+    with pytest.raises(UserError, match="^test.jsonl:4: the reply is a NoneType"): evaluate(fails, rows, progress=False)
+    with pytest.raises(UserError, match="^test.jsonl:8: no reply .*4000 tokens"): evaluate(Batched(fail=ROWS[5]["question"]), rows, progress=False)
+    with pytest.raises(UserError, match="^test.jsonl:3 to test.jsonl:10: 7 replies"): evaluate(Batched(short=True), rows, progress=False)
+    with pytest.raises(UserError, match="^own.jsonl:9: no reference"): evaluate(solver, [{"question": "Q", "place": "own.jsonl:9"}], progress=False)
+    with pytest.raises(UserError, match="^own.jsonl:9: turn 0"): evaluate(solver, [{"messages": [{"role": "user"}], "place": "own.jsonl:9"}], progress=False)
+    assert list(evaluate(solver, rows, progress=False)[0]) == ["task", "question", "answer", "reply", "format", "right"]
+
+
+def test_a_grader_that_raises_names_the_row():
+    grade = lambda row, reply: int(reply) == 1
+    with pytest.raises(UserError, match=r"^row 2: cannot be graded \(ValueError: .*The reply was 'two'"):
+        evaluate(lambda m: "1" if m[-1]["content"] == ROWS[0]["question"] else "two", ROWS, grade=grade, progress=False)
 
 
 def test_an_error_stops_the_threads():

@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llmcourse.core import UserError, file_hash, write_card
+from llmcourse.card import Run, write_card
+from llmcourse.core import UserError, file_hash
 from llmcourse.models import (BYTES, LLAMAS, Local, encode, generate, kv_cache_bytes, load, load_tokenizer, parameter_count, parameter_parts,
                               render, stop_ids, weight_bytes, weights_hash)
 from llmcourse.tutor import train_tokenizer
@@ -63,7 +64,7 @@ def adapter(folder, tmp_path_factory):
         if "lora_B" in name: torch.nn.init.normal_(p, std=0.2)
     net.save_pretrained(path)
     point(path, folder)
-    write_card(path, method="sft", model=str(folder), model_hash=file_hash(folder / "model.safetensors"))
+    write_card(Run("sft", model=str(folder), model_hash=file_hash(folder / "model.safetensors")), path)
     return path
 
 
@@ -226,19 +227,19 @@ def test_tokenizer_config_alone_is_not_a_tokenizer(folder, tmp_path):
 def test_folder_without_model(folder, tmp_path):
     for i, gone in enumerate((("model.safetensors",), ("config.json",))):
         path = copied(folder, tmp_path / str(i), *gone)
-        with pytest.raises(UserError, match=f"{path}: no model there that can be read"): load(path)
+        with pytest.raises(UserError, match=f"{path}: no readable model in there"): load(path)
 
 
 def test_broken_files(folder, tmp_path):
     path = copied(folder, tmp_path)
     whole = (path / "model.safetensors").read_bytes()
     (path / "model.safetensors").write_bytes(whole[:len(whole) // 2])
-    with pytest.raises(UserError, match="no model there that can be read"): load(path)
+    with pytest.raises(UserError, match="no readable model in there"): load(path)
     (path / "model.safetensors").write_bytes(whole)
     (path / "config.json").write_text("{oops")
-    with pytest.raises(UserError, match="that can be read"): load(path)
+    with pytest.raises(UserError, match="no readable"): load(path)
     (path / "tokenizer.json").write_text("{oops")
-    with pytest.raises(UserError, match="no tokenizer there that can be read"): load_tokenizer(path)
+    with pytest.raises(UserError, match="no readable tokenizer in there"): load_tokenizer(path)
 
 
 def test_layers_that_are_not_in_the_file(folder, tmp_path):
@@ -247,14 +248,14 @@ def test_layers_that_are_not_in_the_file(folder, tmp_path):
     (path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 5}))
     with pytest.raises(UserError, match="18 tensors of its config.json are not in its weights, e.g. model.layers.3"): load(path)
     (path / "config.json").write_text(json.dumps(config | {"intermediate_size": 128}))
-    with pytest.raises(UserError, match="no model there that can be read"): load(path)
+    with pytest.raises(UserError, match="no readable model in there"): load(path)
 
 
 def test_unknown_names(tmp_path):
     with pytest.raises(UserError, match="unknown checkpoint 'tutor/bas': did you mean 'tutor/base'"): load("tutor/bas")
     with pytest.raises(UserError, match="no such folder"): load(tmp_path / "nowhere")
     with pytest.raises(UserError, match="unknown scale 'cpuu': did you mean 'cpu'"): load(scale="cpuu")
-    with pytest.raises(UserError, match="no such folder here, and not to be had from the Hub"): load("nobody-here/nothing-there")
+    with pytest.raises(UserError, match="no such folder here, and not on the Hub"): load("nobody-here/nothing-there")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device")

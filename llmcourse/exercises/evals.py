@@ -32,7 +32,7 @@ def _test_grader(ends_right):
 grader = Exercise("04.1", "a grader for the tutor's prose that cannot be fooled", _test_grader,
     "anchor a regular expression at the end of the reply: so, a number, a full stop, and nothing more",
     wrong={"looks for the answer anywhere": lambda reply, answer: answer in reply,
-           "takes the last number, whatever stands around it": lambda reply, answer: final_number(reply) == answer,
+           "takes the last number, whatever is around it": lambda reply, answer: final_number(reply) == answer,
            "compares the end of the text, so 185 counts as 85": lambda reply, answer: reply.endswith(f"{answer}."),
            "finds `so N.` in any step": lambda reply, answer: bool(re.search(rf"so {answer}\.", reply)),
            "lets nothing through": lambda reply, answer: False})

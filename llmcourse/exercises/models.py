@@ -17,7 +17,7 @@ def _test_pad_left(pad_left):
         n = max(len(row) for row in rows)
         for row, got, seen in zip(rows, ids, mask, strict=True):
             assert len(got) == len(seen) == n, f"rows {rows}: each row and mask should have length {n}, one has {len(got)} and {len(seen)}"
-            assert list(got[n - len(row):]) == row, f"row {row} should stand at the right end, got {list(got)}"
+            assert list(got[n - len(row):]) == row, f"row {row} should be at the right end, got {list(got)}"
             assert all(t == pad for t in got[:n - len(row)]), f"row {row} should be filled up with {pad} on the left, got {list(got)}"
             assert [int(s) for s in seen] == [int(i >= n - len(row)) for i in range(n)], f"row {row} with pad {pad}: the mask should be 0 on padding and 1 on the row, got {list(seen)}"
 
@@ -87,7 +87,7 @@ EXERCISES = [
                     "no new line between turns": lambda m: _turns(m, "<|im_end|>") + "<|im_start|>assistant\n",
                     "Llama 3's tokens": lambda m: "".join(f"<|start_header_id|>{x['role']}<|end_header_id|>\n\n{x['content']}<|eot_id|>" for x in m)}),
     Exercise("01.3", "the longest context that fits on a card", _test_longest,
-             "weight_bytes(config, dtype) is taken first. What is left, divided by kv_cache_bytes(config, 1); keep it between 0 and max_position_embeddings.",
+             "Take off weight_bytes(config, dtype) first. Divide what is left by kv_cache_bytes(config, 1), and keep it between 0 and max_position_embeddings.",
              wrong={"forgets the weights": lambda c, m, d="bfloat16": _longest(c, m, d, weights=False),
                     "keeps keys only, not values": lambda c, m, d="bfloat16": _longest(c, m, d, share=.5),
                     "a cache for every query head": lambda c, m, d="bfloat16": _longest(c, m, d, share=c["num_attention_heads"] / c["num_key_value_heads"]),
