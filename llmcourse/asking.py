@@ -11,8 +11,8 @@ from .core import Generate, Message, UserError, check_messages
 from .tutor import TASKS, to_chat
 
 # %% auto #0
-__all__ = ['NO_REFERENCE', 'place_of', 'conversation', 'reference', 'normal', 'Completion', 'ask', 'judged_by', 'ask_batch',
-           'parts', 'ask_all']
+__all__ = ['NO_REFERENCE', 'place_of', 'conversation', 'normal', 'Completion', 'ask', 'judged_by', 'ask_batch', 'parts',
+           'ask_all']
 
 # %% ../nbs/workshop/asking.ipynb #fc5d7033
 def place_of(
@@ -34,16 +34,6 @@ def conversation(
     if messages[-1]["role"] == "assistant": messages = messages[:-1]
     if messages: return messages
     raise UserError(f"{place}: nothing before the assistant's turn, so there is no question")
-
-# %% ../nbs/workshop/asking.ipynb #6a35afd5
-def reference(
-    row: dict,  # a problem, a chat, or {"input", "ideal"}
-):              # a text, a number, or a list of texts that are all right; None if the row has none
-    "What the reply is compared with: `answer`, else `ideal`, else the last turn if it is the assistant's."
-    for key in ("answer", "ideal"):
-        if row.get(key) is not None: return row[key]
-    last = (row.get("messages") or [{}])[-1]
-    return last.get("content") if last.get("role") == "assistant" else None
 
 # %% ../nbs/workshop/asking.ipynb #8ae2591f
 NO_REFERENCE = 'Give it an "answer", or let the last message be the assistant\'s'

@@ -8,11 +8,11 @@ __all__ = ['feel', 'thumbs']
 # %% ../nbs/11_chat.ipynb #6a5becf1
 import statistics
 from pathlib import Path
-from .chatdb import export_votes, newest, open_db, path_to, plain, reading, save_turn, save_vote, votes
+from .chatdb import export_votes, newest, open_db, path_to, as_text, reading, save_turn, save_vote, votes
 from .core import UserError
 from .desk import Desk, view
 from .evals import score
-from .page import build, check_options, launch
+from .page import build_page, check_options, launch
 from .replies import answer, listen, shorten, stream_reply, take_turn
 
 # %% ../nbs/11_chat.ipynb #752dafce

@@ -11,7 +11,7 @@ from .core import Message, UserError, choose, write_jsonl
 
 # %% auto #0
 __all__ = ['MIGRATIONS', 'DETAILS', 'PATH', 'open_db', 'reading', 'writing', 'save_turn', 'path_to', 'newest', 'save_vote',
-           'plain', 'votes', 'export_votes']
+           'as_text', 'votes', 'export_votes']
 
 # %% ../nbs/workshop/chatdb.ipynb #27f45838
 MIGRATIONS = ["""
@@ -184,7 +184,7 @@ def save_vote(
     return new
 
 # %% ../nbs/workshop/chatdb.ipynb #d662abfb
-def plain(
+def as_text(
     messages: list[dict],    # with any other keys
     dropped: int = 0,        # leave out so many after the system prompt
 ) -> list[Message]:          # only role and content
@@ -202,7 +202,7 @@ def votes(
     for id in ids:
         *before, reply = path_to(db, id)
         facts = {k: reply[k] for k in ("vote", "correction", "model", "status")}
-        rows.append({"prompt": plain(before, reply["dropped"]), "reply": reply["content"], **facts, "message": id})
+        rows.append({"prompt": as_text(before, reply["dropped"]), "reply": reply["content"], **facts, "message": id})
     return rows
 
 def export_votes(

@@ -14,7 +14,7 @@ from .methods import rerun
 
 # %% auto #0
 __all__ = ['PRETRAIN_RECIPE', 'LORA_RECIPE', 'SFT_RECIPE', 'GRPO_RECIPE', 'RL_RECIPE', 'ABOUT_BASE', 'BUILDERS', 'sft_rows',
-           'grpo_rows', 'score_model', 'scores', 'hashes', 'verify', 'build', 'compare', 'repeat']
+           'grpo_rows', 'score_model', 'scores', 'hashes', 'verify', 'rebuild', 'score_changes', 'repeat']
 
 # %% ../nbs/workshop/checkpoints.ipynb #f07fdbde
 PRETRAIN_RECIPE = dict(tokens=6e6, batch_size=8, seed=0)
@@ -83,8 +83,8 @@ def score_model(
 
 def scores(n: int = 300, seed: int = 1, names: list[str] | None = None, progress: bool = True) -> list[dict]:
     "Score the shipped checkpoints. Raises `UserError` for a name that is none."
-    names = [x if x.startswith("tutor/") else f"tutor/{x}" for x in names or core.checkpoints()]
-    for x in names: choose(x, core.checkpoints(), "checkpoint")
+    names = [x if x.startswith("tutor/") else f"tutor/{x}" for x in names or core.checkpoint_names()]
+    for x in names: choose(x, core.checkpoint_names(), "checkpoint")
     return [row for x in names for row in score_model(x, n, seed, progress)]
 
 # %% ../nbs/workshop/checkpoints.ipynb #97d875cb
@@ -148,7 +148,7 @@ def _build_rl(place: Path, options: dict) -> None:
 BUILDERS = {"base": _build_base, "sft": _build_sft, "grpo": lambda p: _build_rl(p, GRPO_RECIPE), "rl": lambda p: _build_rl(p, RL_RECIPE)}
 
 # %% ../nbs/workshop/checkpoints.ipynb #fac5f015
-def build(
+def rebuild(
     output: str | Path | None = None,  # folder of the checkpoints; the package's own by default
     names: list[str] | None = None,    # which of base, sft, grpo, rl; all by default, in this order
     n: int = 300,                      # held-out problems of each kind for the card's scores
@@ -164,9 +164,9 @@ def build(
         with write_aside(output / name, is_run) as place: BUILDERS[name](place)
         rows = score_model(f"tutor/{name}", n)
         write_card(replace(read_card(output / name), after=rows, files=hashes(output / name)), output / name)
-        for line in compare(old, rows): print(line)
+        for line in score_changes(old, rows): print(line)
 
-def compare(old: list[dict], new: list[dict]) -> list[str]:
+def score_changes(old: list[dict], new: list[dict]) -> list[str]:
     "One line a task; it says when the new score lies outside the old interval and the old outside the new."
     was, lines = {r["task"]: r for r in old}, []
     for r in new:
@@ -185,5 +185,5 @@ def repeat(
     place = place if place.is_dir() else place.parent
     output = Path(output or f"{place}-again")
     if method != "pretrain": return rerun(card, output)
-    build(output, ["base"])
+    rebuild(output, ["base"])
     return output / "base"

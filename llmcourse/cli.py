@@ -276,8 +276,8 @@ def checkpoints(
 
     llmcourse checkpoints --names sft,grpo --output rebuilt
     """
-    from llmcourse.checkpoints import build
-    build(output or None, [x for x in (names or "").split(",") if x] or None)
+    from llmcourse.checkpoints import rebuild
+    rebuild(output or None, [x for x in (names or "").split(",") if x] or None)
 
 # %% ../nbs/workshop/cli.ipynb #cabca18b
 COMMANDS = {f.__name__: f for f in (demo, doctor, scores, course, data, xray)}

@@ -10,10 +10,9 @@ from importlib import resources
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['Message', 'Generate', 'ROLES', 'CARD_KEYS', 'CHAPTERS', 'UserError', 'choose', 'scale', 'set_seed', 'weights',
-           'checkpoints', 'model_path', 'begins', 'is_run', 'check_free', 'write_aside', 'need_space', 'write_jsonl',
-           'json_lines', 'read_jsonl', 'check_messages', 'file_hash', 'environment', 'write_card', 'read_card',
-           'stopwatch', 'home']
+__all__ = ['Message', 'Generate', 'ROLES', 'CHAPTERS', 'UserError', 'choose', 'scale', 'set_seed', 'weights', 'checkpoint_names',
+           'model_path', 'begins', 'is_run', 'check_free', 'write_aside', 'need_space', 'write_jsonl', 'json_lines',
+           'read_jsonl', 'check_messages', 'file_hash', 'stopwatch', 'home']
 
 # %% ../nbs/workshop/core.ipynb #a71c98b3
 Message = dict[str, str]                     # {"role": "user", "content": "What is 2 + 2?"}
@@ -78,7 +77,7 @@ def weights() -> Path:
     "The folder of the checkpoints: the one that ships in the package, or `$LLMCOURSE_WEIGHTS`."
     return Path(os.environ.get("LLMCOURSE_WEIGHTS") or str(resources.files("llmcourse") / "weights"))
 
-def checkpoints() -> list[str]:
+def checkpoint_names() -> list[str]:
     "The names of the shipped checkpoints, e.g. `tutor/base`."
     return sorted(f"tutor/{p.name}" for p in weights().glob("*") if (p / "run.yaml").is_file())
 
@@ -88,10 +87,10 @@ def model_path(
     "Resolve the name of a model. Raises `UserError` for a checkpoint or a folder that does not exist."
     text = str(model)
     if text.startswith("tutor/"):
-        return str(weights() / choose(text, checkpoints(), "checkpoint").split("/")[1])
+        return str(weights() / choose(text, checkpoint_names(), "checkpoint").split("/")[1])
     if Path(text).is_dir(): return text
     if text.startswith((".", "/", "~")) or text.count("/") != 1 or Path(text).parent.is_dir():
-        raise UserError(f"{text}: no such folder. Give a model folder, a Hub name (owner/name), or one of {', '.join(checkpoints())}")
+        raise UserError(f"{text}: no such folder. Give a model folder, a Hub name (owner/name), or one of {', '.join(checkpoint_names())}")
     return text
 
 # %% ../nbs/workshop/core.ipynb #9fa2e47a
@@ -216,39 +215,6 @@ def file_hash(
         if path.is_dir(): h.update(str(f.relative_to(path)).encode())
         h.update(f.read_bytes())
     return h.hexdigest()[:16]
-
-def environment() -> dict:
-    "The versions and the hardware that a run card records."
-    import platform
-    from importlib.metadata import PackageNotFoundError, version
-    packages = {}
-    for name in ("torch", "transformers", "trl", "peft", "datasets", "llmcourse"):
-        with contextlib.suppress(PackageNotFoundError): packages[name] = version(name)
-    return {"python": platform.python_version(), "packages": packages, "hardware": {"machine": platform.machine(), "cores": os.cpu_count()}}
-
-# %% ../nbs/workshop/core.ipynb #8ca55ac4
-CARD_KEYS = ("method", "model", "model_hash", "data", "data_hash", "seed", "scale", "hyperparameters", "settings",
-             "environment", "seconds", "before", "after", "files")
-
-def write_card(folder: str | Path, **fields) -> Path:
-    "Write `run.yaml` into `folder`. The fields are those of `CARD_KEYS`; others are refused."
-    import yaml
-    for k in fields: choose(k, CARD_KEYS, "field of a run card")
-    card = {"environment": environment(), **fields}
-    with write_aside(Path(folder) / "run.yaml", begins(b"method:")) as aside:
-        aside.write_text(yaml.safe_dump({k: card[k] for k in CARD_KEYS if k in card}, sort_keys=False, allow_unicode=True))
-    return Path(folder) / "run.yaml"
-
-def read_card(path: str | Path) -> dict:
-    "Read a `run.yaml`. Raises `UserError` for a missing file, bad YAML, or an unknown field."
-    import yaml
-    path = Path(path) / "run.yaml" if Path(path).is_dir() else Path(path)
-    if not path.is_file(): raise UserError(f"{path}: no such run card. Every training run writes one: llmcourse sft --output runs/a")
-    try: card = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as e: raise UserError(f"{path}: not YAML ({str(e).splitlines()[0]})") from None
-    if not isinstance(card, dict): raise UserError(f"{path}: not a run card, it holds no fields")
-    for k in card: choose(k, CARD_KEYS, f"field in {path}:")
-    return card
 
 # %% ../nbs/workshop/core.ipynb #3808dcbd
 @contextlib.contextmanager

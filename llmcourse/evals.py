@@ -7,8 +7,9 @@ from __future__ import annotations
 import math, re
 from collections.abc import Callable
 from statistics import NormalDist
-from .asking import NO_REFERENCE, Completion, ask_all, conversation, judged_by, normal, place_of, reference
+from .asking import NO_REFERENCE, Completion, ask_all, conversation, judged_by, normal, place_of
 from .core import Generate, Message, UserError
+from .rows import reference
 from .tables import plot_scores, show
 from .tutor import TASKS, chat_answer, is_right
 

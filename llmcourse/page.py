@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOST', 'READ_ALOUD', 'QUIET', 'changes', 'looks', 'thumb', 'correct', 'layout', 'message_id', 'wire_turns',
-           'wire_rest', 'Private', 'check_options', 'check_auth', 'build', 'launch']
+           'wire_rest', 'Private', 'check_options', 'check_auth', 'build_page', 'launch']
 
 # %% ../nbs/workshop/page.ipynb #830c612d
 import os, types
@@ -213,7 +213,7 @@ def check_auth(
     return pairs
 
 # %% ../nbs/workshop/page.ipynb #b0ba30ed
-def build(
+def build_page(
     url: str,                            # an OpenAI-compatible server; ends in /v1
     db: str | Path,                      # the SQLite file for turns and votes
     model: str | None = None,            # by default the first that the server lists
@@ -246,14 +246,14 @@ def launch(
     host: str = "127.0.0.1",         # any other than loopback needs `auth`
     auth: tuple[str, str] | list[tuple[str, str]] | None = None,  # (name, password), or several
     block: bool = True,              # wait until Ctrl-C; False: go on, and stop it with `.close()`
-    **options,                       # for `build`: model, key, system, users, temperature, …
+    **options,                       # for `build_page`: model, key, system, users, temperature, …
 ):                                   # the running `gr.Blocks`; its `.local_url` is the page
     "Open the chat page, offline and private. Raises `UserError` for an open host without a password or a port in use."
     pairs = check_auth(auth, host)
     port = free_port(host, port)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     from starlette.middleware import Middleware
-    app = build(url, db or home() / "chat.db", **options)
+    app = build_page(url, db or home() / "chat.db", **options)
     app.launch(server_name=host, server_port=port, auth=pairs or None, **QUIET,
                app_kwargs={"middleware": [Middleware(Private)]})
     if block:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import queue, re, threading, time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from .chatdb import plain, save_turn
+from .chatdb import as_text, save_turn
 from .core import Message
 
 # %% auto #0
@@ -112,7 +112,7 @@ def answer(
     **options,                             # for `stream_reply`
 ) -> Iterator[dict]:                       # as `stream_reply`, with `dropped`: how many messages were not sent
     "Stream a reply; when the model has no room for the conversation, leave out its oldest turn and ask again."
-    kept = plain(messages, max((m.get("dropped") or 0 for m in messages), default=0))   # what was left out stays out
+    kept = as_text(messages, max((m.get("dropped") or 0 for m in messages), default=0))   # what was left out stays out
     while remember is not None and sum(m["role"] == "user" for m in kept) > remember + 1: kept = shorten(kept)
     while True:
         for reply in stream_reply(client, model, kept, stop, **options):

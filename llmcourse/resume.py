@@ -10,10 +10,10 @@ from .core import UserError, file_hash
 from .progress import bar, tell
 
 # %% auto #0
-__all__ = ['NEEDED', 'KEPT', 'OUT_OF_MEMORY', 'seal', 'check_checkpoint', 'last_complete', 'Paused', 'fit', 'seeded_batches']
+__all__ = ['STATE_FILES', 'KEPT', 'OUT_OF_MEMORY', 'seal', 'check_checkpoint', 'last_complete', 'Paused', 'fit', 'seeded_batches']
 
 # %% ../nbs/workshop/resume.ipynb #5f959ecf
-NEEDED = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")   # beside the weights
+STATE_FILES = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")   # beside the weights
 
 def seal(
     folder: Path,           # a checkpoint that `transformers` has written
@@ -45,7 +45,7 @@ def check_checkpoint(folder: str | Path) -> dict:   # its manifest
         raise UserError(f"{folder / 'manifest.json'}: missing or damaged, so the checkpoint was not finished. "
                         "Go on from an earlier one") from None
     weights = [name for name in files if name.endswith(".safetensors")]
-    for name in [*files, *NEEDED, *([] if weights else ["model.safetensors"])]:
+    for name in [*files, *STATE_FILES, *([] if weights else ["model.safetensors"])]:
         if not (folder / name).is_file():
             raise UserError(f"{folder / name}: missing; without it this would become another run. "
                             "Go on from an earlier checkpoint")

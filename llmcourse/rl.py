@@ -16,7 +16,7 @@ from .rows import Row, prompt, reference
 from .training import Method, Work, train, upstream
 
 # %% auto #0
-__all__ = ['LOSSES', 'GRPO', 'RLOO', 'reply_text', 'final_answer', 'exact_reward', 'advantages', 'as_batch', 'token_logps',
+__all__ = ['LOSS_TYPES', 'GRPO', 'RLOO', 'reply_text', 'final_answer', 'exact_reward', 'advantages', 'as_batch', 'token_logps',
            'grpo_loss', 'problem_rows', 'check_prompts', 'probe', 'rl_defaults', 'grpo_defaults', 'grpo']
 
 # %% ../nbs/09_rl.ipynb #601dc81c
@@ -82,7 +82,7 @@ def token_logps(model, batch: dict):
     return logits.log_softmax(-1).gather(-1, ids[:, -n:, None])[..., 0]
 
 # %% ../nbs/09_rl.ipynb #c5b70850
-LOSSES = ("dapo", "grpo", "bnpo", "dr_grpo")
+LOSS_TYPES = ("dapo", "grpo", "bnpo", "dr_grpo")
 
 def grpo_loss(
     logps,                            # log-probabilities under the model in training, (replies, tokens)
@@ -97,7 +97,7 @@ def grpo_loss(
     import torch
     ratio, a = torch.exp(logps - old_logps), torch.as_tensor(advantages, dtype=logps.dtype)[:, None]
     token_loss = -torch.min(ratio * a, ratio.clamp(1 - epsilon, 1 + epsilon) * a) * mask
-    if choose(loss_type, LOSSES, "loss type") == "grpo": return (token_loss.sum(1) / mask.sum(1)).mean()
+    if choose(loss_type, LOSS_TYPES, "loss type") == "grpo": return (token_loss.sum(1) / mask.sum(1)).mean()
     if loss_type == "dr_grpo": return token_loss.sum() / (len(logps) * max_completion_length)
     return token_loss.sum() / mask.sum()   # dapo over the whole batch, bnpo within each micro-batch: here the same
 

@@ -19,7 +19,7 @@ from .rows import Row, read
 from .runs import base_name, check_output, finish, open_run, room_for_run, rows_hash, run_folder
 
 # %% auto #0
-__all__ = ['POSITIVE', 'Work', 'Method', 'upstream', 'check_fields', 'positive', 'plain', 'alive', 'train', 'retrain']
+__all__ = ['POSITIVE', 'Work', 'Method', 'upstream', 'check_fields', 'positive', 'to_card', 'from_card', 'train', 'retrain']
 
 # %% ../nbs/workshop/training.ipynb #e215d7fc
 @dataclass
@@ -110,7 +110,7 @@ def _lora_fields(config) -> dict:
     return {k: plain(v) for k, v in config.to_dict().items()
             if k in always or plain(v) != plain(default.get(k)) and k not in left_out}
 
-def plain(name: str, value):
+def to_card(name: str, value):
     "A setting as a card holds it."
     if value is None: return None
     if name == "peft_config": return _lora_fields(value)
@@ -137,7 +137,7 @@ def _function(name: str) -> Callable:
         raise UserError(f"{name!r}: cannot be imported. "
                         "If it is a reward, hand it over: rerun(card, output, reward_funcs=…)") from None
 
-def alive(name: str, value):
+def from_card(name: str, value):
     "A setting of a card as the object that it describes."
     if not value: return value
     if name == "peft_config": return _adapter(value)
@@ -174,7 +174,7 @@ def _prepare(method: Method, work: Work, theirs: dict) -> Work:
     adapter = work.ours["peft_config"] is not None
     ours = method.defaults(work.dial, work.net.num_parameters(), adapter)
     if "save_steps" in theirs: ours["save_strategy"] = "steps"
-    settings = {name: plain(name, value) for name, value in work.ours.items()}
+    settings = {name: to_card(name, value) for name, value in work.ours.items()}
     work.run = replace(work.run, hyperparameters=positive(ours | theirs), settings=settings)
     work.args = _args(method, work)
     work.data = method.encode(work)
@@ -221,5 +221,5 @@ def retrain(
     "Repeat a run from its card. Raises `UserError` if the model or the rows are no longer what they were."
     run, data = open_run(card)
     if run.method != method.name: raise UserError(f"{card}: the card of a {run.method}, not of a {method.name}")
-    settings = {name: alive(name, value) for name, value in run.settings.items() if name not in options}
+    settings = {name: from_card(name, value) for name, value in run.settings.items() if name not in options}
     return train(method, data, output, run.model, run.scale, run.seed, **run.hyperparameters | settings | options)

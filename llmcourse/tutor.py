@@ -12,9 +12,9 @@ from .core import UserError, choose, model_path, set_seed
 # %% auto #0
 __all__ = ['TASKS', 'Step', 'NAMES', 'THINGS', 'GAINS', 'LOSSES', 'SUM_STORIES', 'DIFFERENCE_STORIES', 'ASK', 'SYSTEM', 'FACTS',
            'SMALL_TALK', 'THANKS', 'LESSONS', 'BRIDGES', 'MIXTURE', 'SPLIT', 'SPECIAL', 'TEMPLATE', 'held_out', 'work',
-           'result', 'draw_steps', 'tell', 'problem', 'problems', 'final_number', 'chat_answer', 'is_right', 'to_chat',
-           'small_talk', 'document', 'train_tokenizer', 'new_model', 'token_stream', 'optimizers', 'lr_factor',
-           'has_bf16', 'pretrain']
+           'result', 'draw_steps', 'tell_story', 'problem', 'problems', 'final_number', 'chat_answer', 'is_right',
+           'to_chat', 'small_talk', 'document', 'train_tokenizer', 'new_model', 'token_stream', 'optimizers',
+           'lr_factor', 'has_bf16', 'pretrain']
 
 # %% ../nbs/workshop/tutor.ipynb #57cdc383
 TASKS = ("add", "sub", "story1", "story2", "story3")
@@ -89,7 +89,7 @@ def _two_people(n: str, m: str, t: str, steps: list[Step], rng: random.Random) -
     return f"{n} has {a} {t}. {m} has {b} fewer. Then {m} {_event(op2, c, rng)}. How many {t} does {m} have now?"
 
 # %% ../nbs/workshop/tutor.ipynb #f906de87
-def tell(steps: list[Step], rng: random.Random) -> str:
+def tell_story(steps: list[Step], rng: random.Random) -> str:
     "A story that needs just these steps."
     n, m = rng.sample(list(NAMES), 2)
     t, (a, op, b) = rng.choice(THINGS), steps[0]
@@ -114,7 +114,7 @@ def problem(
     ops = {"add": "+", "sub": "-"}.get(task) or "".join(rng.choice("+-") for _ in range(n_steps))
     steps = draw_steps(ops, rng, split)
     a, op, b = steps[0]
-    question = tell(steps, rng) if task.startswith("story") else rng.choice(ASK).format(a=a, b=b, op=op, word="plus" if op == "+" else "minus")
+    question = tell_story(steps, rng) if task.startswith("story") else rng.choice(ASK).format(a=a, b=b, op=op, word="plus" if op == "+" else "minus")
     return {"task": task, "question": question, "working": " ".join(work(*s) for s in steps), "answer": str(result(steps[-1]))}
 
 def problems(

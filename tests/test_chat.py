@@ -20,11 +20,11 @@ from pathlib import Path
 import pytest
 
 from llmcourse.chat import feel, thumbs
-from llmcourse.chatdb import MIGRATIONS, export_votes, newest, open_db, path_to, plain, save_turn, save_vote, votes
+from llmcourse.chatdb import MIGRATIONS, export_votes, newest, open_db, path_to, as_text, save_turn, save_vote, votes
 from llmcourse.cli import main
 from llmcourse.core import UserError, read_jsonl, weights
 from llmcourse.desk import FLAG, TUTOR_QUESTIONS, Desk, view, welcome
-from llmcourse.page import READ_ALOUD, build, launch
+from llmcourse.page import READ_ALOUD, build_page, launch
 from llmcourse.replies import shorten, stream_reply, take_turn
 from llmcourse.serve import connect
 from llmcourse.tutor import SYSTEM
@@ -192,7 +192,7 @@ def test_files_that_are_not_ours_are_refused_and_left_alone(tmp_path):
             open_db(path)
         assert not path.is_file() or path.read_bytes() == before
     with pytest.raises(UserError):
-        build("http://127.0.0.1:9/v1", other)
+        build_page("http://127.0.0.1:9/v1", other)
 
 
 def test_twelve_threads_make_one_database(tmp_path):
@@ -236,7 +236,7 @@ def test_a_conversation_is_a_tree(db):
         db, first[:1] + [{"role": "user", "content": "other"}, {"role": "assistant", "content": "three"}]
     )
     for path in (first, second, edited):
-        assert plain(path_to(db, path[-1]["id"])) == plain(path)
+        assert as_text(path_to(db, path[-1]["id"])) == as_text(path)
     assert sql(db, "SELECT count(*), count(DISTINCT conversation) FROM messages") == [(6, 1)]
     assert save_turn(db, first) == first
     assert path_to(db, None) == path_to(db, 99) == []
@@ -473,7 +473,7 @@ def test_retry_edit_and_dead_branches(fake, db):
     assert [m["content"] for m in fake.requests[-1]["messages"]] == ["sys", "second", REPLY, "fourth"]
     assert [*desk.ask("  ", None, "sys", "tab")] == [*desk.retry(None, "tab")] == []
     (restored,) = desk.restore(path_to(db, alive[-1]["id"])[0]["token"])
-    assert plain(restored) == plain(alive) and [*desk.restore("guess")] == [*desk.restore(None)] == [[]]
+    assert as_text(restored) == as_text(alive) and [*desk.restore("guess")] == [*desk.restore(None)] == [[]]
 
 
 def test_only_messages_of_this_page_are_mine(fake, db):

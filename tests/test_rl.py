@@ -13,7 +13,7 @@ from llmcourse import rl
 from llmcourse.card import read_card
 from llmcourse.core import UserError, read_jsonl, set_seed
 from llmcourse.models import load, load_tokenizer
-from llmcourse.rl import (GRPO, LOSSES, RLOO, advantages, as_batch, exact_reward, final_answer, grpo, grpo_loss, probe, problem_rows, rl_defaults,
+from llmcourse.rl import (GRPO, LOSS_TYPES, RLOO, advantages, as_batch, exact_reward, final_answer, grpo, grpo_loss, probe, problem_rows, rl_defaults,
                           token_logps)
 from llmcourse.methods import rerun
 from llmcourse.rows import read
@@ -144,7 +144,7 @@ def by_the_book(now, old, gains, mask, loss_type, epsilon=0.2, longest=160):
     return total / (len(rows) * longest if loss_type == "dr_grpo" else sum(map(len, rows)))
 
 
-@pytest.mark.parametrize("loss_type", LOSSES)
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_loss_equals_the_book_and_trl(parts, tmp_path, loss_type):
     model, tokenizer, batch, now, old = parts
     gains, mask = advantages([1, 0, 0, 1], 4), batch["completion_mask"]

@@ -16,7 +16,7 @@ from llmcourse.card import Run, read_card, write_card
 from llmcourse.core import UserError
 from llmcourse.drill import drill
 from llmcourse.rehearsal import rehearse
-from llmcourse.resume import NEEDED, check_checkpoint, last_complete, seal
+from llmcourse.resume import STATE_FILES, check_checkpoint, last_complete, seal
 from llmcourse.runs import run_folder
 from llmcourse.training import positive
 from llmcourse.sft import sft
@@ -55,7 +55,7 @@ def files(folder, *names):
 
 
 def sealed(place, step):
-    return seal(files(place / "writing", "model.safetensors", *NEEDED), place / "checkpoints" / f"step-{step:06d}")
+    return seal(files(place / "writing", "model.safetensors", *STATE_FILES), place / "checkpoints" / f"step-{step:06d}")
 
 
 def weights(folder):
@@ -70,7 +70,7 @@ def test_a_whole_checkpoint_is_found(tmp_path):
     assert last_complete(tmp_path / "none") is None
 
 
-@pytest.mark.parametrize("name", [*NEEDED, "model.safetensors", "manifest.json"])
+@pytest.mark.parametrize("name", [*STATE_FILES, "model.safetensors", "manifest.json"])
 @pytest.mark.parametrize("fault", ["gone", "changed", "empty"])
 def test_a_broken_one_is_named_and_skipped(tmp_path, name, fault):
     sealed(tmp_path, 5)
@@ -83,17 +83,17 @@ def test_a_broken_one_is_named_and_skipped(tmp_path, name, fault):
     with pytest.warns(UserWarning), pytest.raises(UserError, match="none of its 1 checkpoints is whole"): last_complete(tmp_path / "checkpoints")
 
 
-@pytest.mark.parametrize("name", NEEDED)
+@pytest.mark.parametrize("name", STATE_FILES)
 def test_a_checkpoint_that_never_had_it_is_refused(tmp_path, name):
     "As `save_only_model=True` leaves it: the manifest is right, and the run would go on as another run."
-    place = seal(files(tmp_path / "w", "model.safetensors", *(n for n in NEEDED if n != name)), tmp_path / "checkpoints/step-000001")
+    place = seal(files(tmp_path / "w", "model.safetensors", *(n for n in STATE_FILES if n != name)), tmp_path / "checkpoints/step-000001")
     with pytest.raises(UserError, match=f"{name}: missing"): check_checkpoint(place)
 
 
 def test_a_kill_while_writing_leaves_no_checkpoint(tmp_path):
     "Whatever was in the folder when the power went: without the last step, the renaming, it is not there."
     sealed(tmp_path, 5)
-    files(tmp_path / "run/checkpoint-10", "model.safetensors", *NEEDED[:2])
+    files(tmp_path / "run/checkpoint-10", "model.safetensors", *STATE_FILES[:2])
     assert last_complete(tmp_path / "checkpoints").name == "step-000005"
 
 
