@@ -1,7 +1,10 @@
 """Every test runs offline, with its own home, on the threads of this machine. At the end: what was not tested."""
+import atexit
 import logging
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 if "PYTEST_XDIST_WORKER" in os.environ:     # side by side: one thread each, before torch is loaded
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="llmcourse-tests-")   # its own
+    atexit.register(shutil.rmtree, tempfile.tempdir, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)
@@ -22,6 +27,7 @@ def own_home(tmp_path, monkeypatch):
     monkeypatch.setattr(logging, "raiseExceptions", False)   # a library may hold a stream that pytest has closed
 
 
+@pytest.hookimpl(tryfirst=True)   # xdist reads the groups in its own hook
 def pytest_collection_modifyitems(config, items):
     "Fast tests first, whole notebooks last. Side by side, a file stays together, but each notebook goes alone."
     late = ("test_notebooks", "test_demo", "test_checkpoints")
