@@ -13,7 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 from llmcourse.tutor import FACTS, LESSONS, NAMES, SMALL_TALK, SYSTEM, THANKS, THINGS
-from llmcourse.tutor import draw_steps, problems, result, small_talk, tell, to_chat, work
+from llmcourse.tutor import draw_steps, problems, result, small_talk, tell_story, to_chat, work
 
 HERE = Path(__file__).parent
 KINDS = ("add", "sub", "story1", "story2")
@@ -113,13 +113,13 @@ def dolly() -> list[dict]:
         )
         add("open_qa", question, "", answer)
         (step,) = draw_steps("+-"[i % 2], rng)
-        story = tell([step], rng)
+        story = tell_story([step], rng)
         add("information_extraction", "Which numbers are in this story?", story, f"{step[0]} and {step[2]}.")
         (step,) = draw_steps("+-"[i % 2], rng)
         kind = "Adding." if step[1] == "+" else "Taking away."
-        add("classification", "Is this about adding or about taking away?", tell([step], rng), kind)
+        add("classification", "Is this about adding or about taking away?", tell_story([step], rng), kind)
         (step,) = draw_steps("+-"[i % 2], rng)
-        add("creative_writing", f"Write a story problem for {step[0]}{step[1]}{step[2]}.", "", tell([step], rng))
+        add("creative_writing", f"Write a story problem for {step[0]}{step[1]}{step[2]}.", "", tell_story([step], rng))
     return rows
 
 
