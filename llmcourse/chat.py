@@ -8,12 +8,10 @@ __all__ = ['feel', 'thumbs']
 # %% ../nbs/11_chat.ipynb #6a5becf1
 import statistics
 from pathlib import Path
-from .chatdb import export_votes, newest, open_db, path_to, as_text, reading, save_turn, save_vote, votes
+from .chatdb import reading, votes
 from .core import UserError
-from .desk import Desk, view
 from .evals import score
-from .page import build_page, check_options, launch
-from .replies import answer, listen, shorten, stream_reply, take_turn
+from .page import launch as launch
 
 # %% ../nbs/11_chat.ipynb #752dafce
 def feel(

@@ -8,8 +8,9 @@ import contextlib, statistics, time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from .core import Generate, Message, UserError
-from .servers import (ENGINES, Server, check_address, check_key, connect, free_port, is_loopback, resolve,
-                               serve)
+from .servers import (
+    Server as Server, check_address as check_address, connect, free_port as free_port, is_loopback as is_loopback,
+    resolve as resolve, serve as serve)
 
 # %% auto #0
 __all__ = ['Remote', 'remote', 'bench']
