@@ -15,7 +15,7 @@ from llmcourse.rl import grpo
 
 SMALL = "--small" in sys.argv     # does it run at all?
 TEST = tutor.problems(6 if SMALL else 300, 20261, ("story3",), split="test")
-SETTINGS = GRPO_RECIPE | ({"max_steps": 1} if SMALL else {})
+SETTINGS = GRPO_RECIPE | ({"max_steps": 1, "warmup_steps": 0} if SMALL else {})
 
 
 def answers(model, temperature: float) -> list[dict]:
