@@ -7,14 +7,14 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 from pathlib import Path
-from . import core, evals, tutor
+from . import core, evals, pretraining, tutor
 from .card import Run, read_card, write_card
 from .core import UserError, choose, file_hash, is_run, set_seed, stopwatch, weights, write_aside
 from .methods import rerun
 
 # %% auto #0
 __all__ = ['PRETRAIN_RECIPE', 'LORA_RECIPE', 'SFT_RECIPE', 'GRPO_RECIPE', 'RL_RECIPE', 'ABOUT_BASE', 'BUILDERS', 'sft_rows',
-           'grpo_rows', 'score_model', 'scores', 'hashes', 'verify', 'rebuild', 'score_changes', 'repeat']
+           'grpo_rows', 'score_model', 'scores', 'hashes', 'verify', 'score_changes', 'rebuild', 'repeat']
 
 # %% ../nbs/workshop/checkpoints.ipynb #f07fdbde
 PRETRAIN_RECIPE = dict(tokens=6e6, batch_size=8, seed=0)
@@ -48,7 +48,7 @@ def grpo_rows(
 # %% ../nbs/workshop/checkpoints.ipynb #985ae42a
 def _row(name: str, task: str, results: list[dict], key: str = "right") -> dict:
     s = evals.score(sum(r[key] for r in results), len(results))
-    return {"checkpoint": name, "task": task, "n": s["n"], "correct": s["correct"], "low": s["low"], "high": s["high"]}
+    return {"checkpoint": name, "task": task} | {key: s[key] for key in ("n", "correct", "low", "high")}
 
 def _by_task(name: str, results: list[dict], suffix: str = "") -> list[dict]:
     tasks = dict.fromkeys(r["task"] for r in results)
@@ -60,9 +60,11 @@ def _score_base(local, problems: list[dict], progress: bool) -> list[dict]:
     ask = lambda rows, prompt: evals.evaluate(evals.Completion(local, prompt), rows, grade=ends, progress=progress)
     local.options["stop"] = "\n"
     rows = _by_task("tutor/base", ask(problems, "{question}\nWorking:"))
-    rows += _by_task("tutor/base", ask([p for p in problems if p["task"] in ("add", "sub")], "{question}\nAt once:"), " at once")
+    plain = [p for p in problems if p["task"] in ("add", "sub")]
+    rows += _by_task("tutor/base", ask(plain, "{question}\nAt once:"), " at once")
     local.options["stop"] = None
-    return rows + [_row("tutor/base", "chat format", evals.evaluate(local, problems, progress=progress), "format")]
+    as_chats = evals.evaluate(local, problems, progress=progress)
+    return rows + [_row("tutor/base", "chat format", as_chats, "format")]
 
 # %% ../nbs/workshop/checkpoints.ipynb #98dbecf5
 def score_model(
@@ -73,12 +75,15 @@ def score_model(
 ) -> list[dict]:           # {checkpoint, task, n, correct, low, high}
     "Score one checkpoint on fresh held-out problems."
     from llmcourse.models import Local, load
-    local, problems = Local(*load(name), max_new_tokens=160, batch_size=100), tutor.problems(n, seed, split="test")
+    local = Local(*load(name), max_new_tokens=160, batch_size=100)
+    problems = tutor.problems(n, seed, split="test")
     if str(name) == "tutor/base": return _score_base(local, problems, progress)
     results = evals.evaluate(local, problems, progress=progress)
     rows = _by_task(str(name), results) + [_row(str(name), "chat format", results, "format")]
-    set_seed(seed); local.options["temperature"] = 1.0
-    sampled = evals.evaluate(local, [p for p in problems if p["task"] in ("story2", "story3")], progress=progress)
+    set_seed(seed)
+    local.options["temperature"] = 1.0
+    stories = [p for p in problems if p["task"] in ("story2", "story3")]
+    sampled = evals.evaluate(local, stories, progress=progress)
     return rows + _by_task(str(name), sampled, " sampled")
 
 def scores(n: int = 300, seed: int = 1, names: list[str] | None = None, progress: bool = True) -> list[dict]:
@@ -90,7 +95,8 @@ def scores(n: int = 300, seed: int = 1, names: list[str] | None = None, progress
 # %% ../nbs/workshop/checkpoints.ipynb #97d875cb
 def hashes(folder: str | Path) -> dict[str, str]:
     "File name → hash, for everything in a folder but its cards."
-    return {p.name: file_hash(p) for p in sorted(Path(folder).iterdir()) if p.is_file() and p.name not in ("run.yaml", "README.md")}
+    files = [p for p in sorted(Path(folder).iterdir()) if p.is_file() and p.name not in ("run.yaml", "README.md")]
+    return {p.name: file_hash(p) for p in files}
 
 def verify(folder: str | Path | None = None) -> list[str]:
     "The checkpoints, after comparing every file with its run card. Raises `UserError` naming the first that differs."
@@ -99,7 +105,9 @@ def verify(folder: str | Path | None = None) -> list[str]:
         place = Path(folder or weights()) / name
         said, found = read_card(place).files, hashes(place)
         bad = sorted(f for f in said.keys() | found.keys() if said.get(f) != found.get(f))
-        if bad: raise UserError(f"{place / bad[0]}: not the file that the run card describes. Reinstall the package, or run: llmcourse checkpoints")
+        if bad:
+            raise UserError(f"{place / bad[0]}: not the file that the run card describes. "
+                            "Reinstall the package, or run: llmcourse checkpoints")
     return names
 
 # %% ../nbs/workshop/checkpoints.ipynb #7bf22096
@@ -112,24 +120,29 @@ tags: [llama, llmcourse]
 
 # The tutor's base
 
-A Llama of 2.6 million parameters, pre-trained from nothing by the llmcourse package on generated sums, differences and word problems;
-`run.yaml` says how, with its scores, and repeats it. It goes on with texts such as `What is 12 plus 34?\\nWorking:`. It is no chat model: `tutor/sft`
-is. Its world ends at numbers of two digits; for anything outside of the course it is of no use.
+A Llama of 2.6 million parameters, pre-trained from nothing by the llmcourse package on generated sums, differences and
+word problems; `run.yaml` says how, with its scores, and repeats it. It continues texts such as
+`What is 12 plus 34?\\nWorking:`. It is not a chat model: `tutor/sft` is. Its world ends at numbers of two digits;
+for anything outside the course it is of no use.
 """
 
+# %% ../nbs/workshop/checkpoints.ipynb #2d22d960
 def _build_base(place: Path) -> None:
     import torch
     set_seed(PRETRAIN_RECIPE["seed"])
-    tokenizer = tutor.train_tokenizer()
-    model = tutor.new_model(tokenizer)
-    with stopwatch() as took: losses = tutor.pretrain(model, tokenizer, **PRETRAIN_RECIPE)
-    model.to(torch.bfloat16).save_pretrained(place); tokenizer.save_pretrained(place)
+    tokenizer = pretraining.train_tokenizer()
+    model = pretraining.new_model(tokenizer)
+    with stopwatch() as took: losses = pretraining.pretrain(model, tokenizer, **PRETRAIN_RECIPE)
+    model.to(torch.bfloat16).save_pretrained(place)
+    tokenizer.save_pretrained(place)
     (place / "README.md").write_text(ABOUT_BASE, encoding="utf-8")
-    core.write_jsonl(place / "metrics.jsonl", [{"step": i, "loss": round(x, 4)} for i, x in enumerate(losses) if i % 20 == 0 or i == len(losses) - 1])
+    kept = sorted({*range(0, len(losses), 20), len(losses) - 1})
+    core.write_jsonl(place / "metrics.jsonl", [{"step": i, "loss": round(losses[i], 4)} for i in kept])
     chosen = PRETRAIN_RECIPE | {"muon_lr": 0.02, "adam_lr": 2e-3, "mixture": tutor.MIXTURE}
     run = Run("pretrain", model="LlamaForCausalLM", seed=PRETRAIN_RECIPE["seed"], scale="cpu", hyperparameters=chosen)
     write_card(replace(run, seconds=took["seconds"]), place)
 
+# %% ../nbs/workshop/checkpoints.ipynb #5a8aacae
 def _build_sft(place: Path) -> None:
     from llmcourse.lora import lora_config
     from llmcourse.sft import sft
@@ -145,9 +158,25 @@ def _build_rl(place: Path, options: dict) -> None:
     model.to(torch.bfloat16).save_pretrained(place)
 
 # %% ../nbs/workshop/checkpoints.ipynb #9ed2e3fb
-BUILDERS = {"base": _build_base, "sft": _build_sft, "grpo": lambda p: _build_rl(p, GRPO_RECIPE), "rl": lambda p: _build_rl(p, RL_RECIPE)}
+BUILDERS = {"base": _build_base, "sft": _build_sft,
+            "grpo": lambda place: _build_rl(place, GRPO_RECIPE), "rl": lambda place: _build_rl(place, RL_RECIPE)}
 
 # %% ../nbs/workshop/checkpoints.ipynb #fac5f015
+def _right(score: dict) -> str:
+    return f"{score['correct']}/{score['n']}"
+
+def score_changes(old: list[dict], new: list[dict]) -> list[str]:
+    "One line a task; it says when the new score is outside the old interval and the old one outside the new."
+    was, lines = {r["task"]: r for r in old}, []
+    for r in new:
+        text = f"{r['checkpoint']} {r['task']}: {_right(r)} ({r['low']:.0%}–{r['high']:.0%})"
+        if before := was.get(r["task"]):
+            overlap = r["low"] <= before["high"] and before["low"] <= r["high"]
+            text += f", was {_right(before)}" + ("" if overlap else "  ← apart")
+        lines.append(text)
+    return lines
+
+# %% ../nbs/workshop/checkpoints.ipynb #e063b567
 def rebuild(
     output: str | Path | None = None,  # folder of the checkpoints; the package's own by default
     names: list[str] | None = None,    # which of base, sft, grpo, rl; all by default, in this order
@@ -165,15 +194,6 @@ def rebuild(
         rows = score_model(f"tutor/{name}", n)
         write_card(replace(read_card(output / name), after=rows, files=hashes(output / name)), output / name)
         for line in score_changes(old, rows): print(line)
-
-def score_changes(old: list[dict], new: list[dict]) -> list[str]:
-    "One line a task; it says when the new score lies outside the old interval and the old outside the new."
-    was, lines = {r["task"]: r for r in old}, []
-    for r in new:
-        o, text = was.get(r["task"]), f"{r['checkpoint']} {r['task']}: {r['correct']}/{r['n']} ({r['low']:.0%}–{r['high']:.0%})"
-        if o: text += f", was {o['correct']}/{o['n']}" + ("" if r["low"] <= o["high"] and o["low"] <= r["high"] else "  ← apart")
-        lines.append(text)
-    return lines
 
 # %% ../nbs/workshop/checkpoints.ipynb #564923ca
 def repeat(

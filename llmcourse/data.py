@@ -11,7 +11,7 @@ from pathlib import Path
 from .core import Generate, Message, UserError, choose
 from .models import stop_ids
 from .rows import Fault, conversations, walk
-from .tutor import TEMPLATE
+from .pretraining import TEMPLATE
 
 # %% auto #0
 __all__ = ['GALLERY', 'DATE', 'SECRETS', 'dress', 'tokenize', 'XRay', 'end_ids', 'xray', 'xray_file', 'NearDuplicates',

@@ -16,7 +16,7 @@ from .training import train
 # %% auto #0
 __all__ = ['drill']
 
-# %% ../nbs/workshop/drill.ipynb #d95a117d
+# %% ../nbs/workshop/drill.ipynb #bbe8729b
 def _train_quietly(place: str, options: dict, log: Path) -> None:
     "What a process of the drill does; what it says goes into a file."
     sys.stderr = open(log, "w", encoding="utf-8")
@@ -27,21 +27,12 @@ def _last_line(log: Path) -> str:
     lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     return lines[-1] if lines else "it said nothing"
 
-def _weights(folder: Path) -> dict[str, str]:
-    "File name → hash, of a run's weights."
-    return {k: v for k, v in read_card(folder).files.items() if k.endswith(".safetensors")}
-
-def _remove_earlier(output: Path) -> None:
-    "Remove what an earlier drill left in `output`: its runs, finished or not."
-    for name in ("imports*", "straight*", "shot-*"):
-        for old in output.glob(name):
-            if is_run(old): shutil.rmtree(old)
-
+# %% ../nbs/workshop/drill.ipynb #66955323
 def _starter(name: str, output: Path, options: dict) -> Callable:
     "A function that starts a training into a folder of `output`, in a process that has imported the libraries already."
     context = multiprocessing.get_context("forkserver")
     libraries = ["trl.trainer.sft_trainer", "trl.trainer.grpo_trainer", "peft"]
-    context.set_forkserver_preload([__name__, *libraries, method(name).take.__module__])
+    context.set_forkserver_preload([__name__, *libraries, method(name).trainer.__module__])
     def start(folder: str):
         job = (METHODS[name], options | {"output": output / folder}, output / "log.txt")
         process = context.Process(target=_train_quietly, args=job, daemon=True)
@@ -49,6 +40,7 @@ def _starter(name: str, output: Path, options: dict) -> Callable:
         return process
     return start
 
+# %% ../nbs/workshop/drill.ipynb #f281de22
 def _shoot(start, place: Path, how: signal.Signals, second: float) -> dict:
     "Start a training, shoot it after `second` seconds, let it go on. Returns what happened."
     shot = start(place.name)
@@ -62,7 +54,31 @@ def _shoot(start, place: Path, how: signal.Signals, second: float) -> dict:
     step = int(last.name[5:]) if last else 0
     return dict(signal=how.name, second=round(second, 1), exit=shot.exitcode, went_on_from=step)
 
-# %% ../nbs/workshop/drill.ipynb #777b6690
+# %% ../nbs/workshop/drill.ipynb #850a8484
+def _weights(folder: Path) -> dict[str, str]:
+    "File name → hash, of a run's weights."
+    return {k: v for k, v in read_card(folder).files.items() if k.endswith(".safetensors")}
+
+def _remove_earlier(output: Path) -> None:
+    "Remove what an earlier drill left in `output`: its runs, finished or not."
+    for name in ("imports*", "straight*", "shot-*"):
+        for old in output.glob(name):
+            if is_run(old): shutil.rmtree(old)
+
+# %% ../nbs/workshop/drill.ipynb #51eb6345
+def _whole(start: Callable, output: Path) -> float:
+    "Train without interruption. Returns its seconds. Raises `UserError` if it fails."
+    for folder in ("imports", "straight"):   # twice: the first start also pays for the imports
+        begun = time.perf_counter()
+        process = start(folder)
+        process.join()
+        seconds = time.perf_counter() - begun
+        if process.exitcode:
+            raise UserError(f"the uninterrupted run failed with exit code {process.exitcode}: "
+                            f"{_last_line(output / 'log.txt')}")
+    return seconds
+
+# %% ../nbs/workshop/drill.ipynb #42c675be
 def drill(
     name: str,             # a method: "sft", "grpo" …
     output: str | Path,    # a folder for the runs
@@ -76,14 +92,7 @@ def drill(
     _remove_earlier(output)
     output.mkdir(parents=True, exist_ok=True)
     start = _starter(name, output, options)
-    for folder in ("imports", "straight"):   # twice: the first start also pays for the imports
-        begun = time.perf_counter()
-        whole = start(folder)
-        whole.join()
-        seconds = time.perf_counter() - begun
-        if whole.exitcode:
-            raise UserError(f"the uninterrupted run failed with exit code {whole.exitcode}: "
-                            f"{_last_line(output / 'log.txt')}")
+    seconds = _whole(start, output)
     results = []
     for i in tqdm(range(kills), desc="kills", file=sys.stdout, ncols=90):
         place = output / f"shot-{i:02d}"

@@ -4,10 +4,13 @@
 
 # %% ../nbs/workshop/progress.ipynb #2b02b287
 from __future__ import annotations
-import contextlib, sys, time, warnings
+import contextlib, logging, sys, time, warnings
 
 # %% auto #0
 __all__ = ['quiet', 'stream', 'tell', 'bar', 'live_plot']
+
+# %% ../nbs/workshop/progress.ipynb #ad0b5d0e
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)   # or it recommends kernels as it is imported
 
 # %% ../nbs/workshop/progress.ipynb #656dba19
 @contextlib.contextmanager

@@ -53,6 +53,7 @@ def check_checkpoint(folder: str | Path) -> dict:   # its manifest
             raise UserError(f"{folder / name}: not what the manifest says. Go on from an earlier checkpoint")
     return manifest
 
+# %% ../nbs/workshop/resume.ipynb #255cb6e1
 def last_complete(
     folder: str | Path,   # holds checkpoints `step-000020`, …
 ) -> Path | None:         # the newest whole one; None if there is none at all
@@ -117,6 +118,7 @@ def _train(trainer, keeper, last: Path | None, checkpoints: Path) -> None:
         tell(f"paused at step {trainer.state.global_step} of {trainer.state.max_steps}; the same command goes on")
         raise Paused(75)
 
+# %% ../nbs/workshop/resume.ipynb #e51f6b33
 def fit(
     trainer,              # of transformers or TRL
     folder: Path,         # from `runs.run_folder`

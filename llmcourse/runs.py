@@ -66,6 +66,7 @@ def _unfinished(place: Path, run: Run) -> None:
         raise UserError(f"{place}: an unfinished run with other settings ({'; '.join(changed[:3])}). "
                         "Repeat those, or delete the folder")
 
+# %% ../nbs/workshop/runs.ipynb #095e8590
 @contextlib.contextmanager
 def run_folder(
     output: Path,   # where the finished run is to be

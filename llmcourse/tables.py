@@ -20,8 +20,10 @@ def per_cent(
         low = row.pop("low")
         high = row.pop("high")
         row["95 % interval"] = f"{100 * low:z.0f}{' to ' if low < 0 else '–'}{100 * high:z.0f} %"
+    if isinstance(row.get("p"), float): row["p"] = "< 0.0001" if row["p"] < 1e-4 else round(row["p"], 4)
     return {k: f"{100 * v:.0f} %" if k in SHARES and isinstance(v, float) else v for k, v in row.items()}
 
+# %% ../nbs/workshop/tables.ipynb #d8eaf966
 def show(
     rows: list[dict],  # scores, or any other rows
 ):                     # a `DataFrame`

@@ -19,26 +19,9 @@ from .rows import read
 from .runs import base_name, check_output, finish, open_run, room_for_run, rows_hash, run_folder
 
 # %% auto #0
-__all__ = ['POSITIVE', 'Work', 'Method', 'upstream', 'check_fields', 'positive', 'to_card', 'from_card', 'train', 'retrain']
+__all__ = ['POSITIVE', 'Method', 'Work', 'upstream', 'check_fields', 'positive', 'to_card', 'from_card', 'train', 'retrain']
 
-# %% ../nbs/workshop/training.ipynb #e215d7fc
-@dataclass
-class Work:
-    "What one training has in its hands; each step adds to it."
-    run: Run                    # its card so far
-    dial: dict                  # from `core.scale`
-    places: list[str]           # where each row came from, for errors
-    rows: list[dict]            # as `Method.take` made them; they are kept as train.jsonl
-    ours: dict                  # settings: `loading.SETTINGS` and `Method.settings`, as objects
-    net: object = None          # the model
-    tokenizer: object = None
-    data: list[dict] = None     # the rows as the trainer takes them
-    args: object = None         # TRL's config
-    folder: Path = None         # where the run is written
-
-    @property
-    def hyper(self) -> dict: return self.run.hyperparameters
-
+# %% ../nbs/workshop/training.ipynb #8d4ca6b1
 @dataclass(frozen=True)
 class Method:
     "One way to train."
@@ -64,11 +47,30 @@ class Method:
         if not self.own: raise UserError(f"{self.name}: the tutor has no rows of its own for it. Give some with --data")
         return _function(self.own)(seed)
 
+# %% ../nbs/workshop/training.ipynb #e215d7fc
+@dataclass
+class Work:
+    "What one training has in its hands; each step adds to it."
+    run: Run                    # its card so far
+    dial: dict                  # from `core.scale`
+    places: list[str]           # where each row came from, for errors
+    rows: list[dict]            # as `Method.take` made them; they are kept as train.jsonl
+    ours: dict                  # settings: `loading.SETTINGS` and `Method.settings`, as objects
+    net: object = None          # the model
+    tokenizer: object = None
+    data: list[dict] = None     # the rows as the trainer takes them
+    args: object = None         # TRL's config
+    folder: Path = None         # where the run is written
+
+    @property
+    def hyper(self) -> dict: return self.run.hyperparameters
+
 # %% ../nbs/workshop/training.ipynb #868ae724
 def upstream(name: str):
     "A class of TRL, by its name."
     return getattr(importlib.import_module("trl"), name)
 
+# %% ../nbs/workshop/training.ipynb #91791c5c
 def check_fields(
     names,     # of options
     config,    # the class of upstream that should have them
@@ -160,6 +162,7 @@ def _begin(method: Method, rows, model, scale: str, seed: int, options: dict) ->
     run = Run(method.name, base_name(model), weights_hash(model), rows_hash(rows), seed, scale)
     return Work(run, read_scale(scale), [row.place for row in found], rows, ours), theirs
 
+# %% ../nbs/workshop/training.ipynb #239ddf2e
 def _args(method: Method, work: Work):
     "TRL's config. Raises `UserError` for settings that do not go together."
     config, seed = upstream(method.config), work.run.seed

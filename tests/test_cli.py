@@ -105,7 +105,7 @@ def test_model_without_tokenizer_or_template(capsys, tmp_path):
 def test_adapter_of_another_base(capsys, tmp_path):
     import shutil
     from llmcourse.core import weights
-    from llmcourse.tutor import new_model
+    from llmcourse.pretraining import new_model
     from llmcourse.models import load_tokenizer
 
     other, tokenizer = tmp_path / "other", load_tokenizer("tutor/base")

@@ -101,7 +101,7 @@ def test_modelfile():
 
 
 def test_shipped_modelfile_is_the_exported_one(tmp_path):
-    from llmcourse.demo import export_folder
+    from llmcourse.shipping import export_folder
 
     written = export_folder("tutor/sft", tmp_path, "Q8_0")[1]
     assert written.read_text() == (DEPLOY / "ollama/Modelfile").read_text()

@@ -117,14 +117,14 @@ def test_upstream_has(module, path, words):
 @pytest.mark.parametrize("scale", ["cpu", "t4", "l4", "a100", "h100"])
 @pytest.mark.parametrize("method", ["sft", "grpo", "rloo"])
 def test_every_default_is_a_field_of_the_config(scale, method):
-    from llmcourse import rl, sft
     from llmcourse.core import scale as read_scale
-    import trl
+    from llmcourse.methods import method as find
+    from llmcourse.training import upstream
 
-    config = {"sft": trl.SFTConfig, "grpo": trl.GRPOConfig, "rloo": trl.RLOOConfig}[method]
-    defaults = {"sft": sft.sft_defaults, "grpo": rl.grpo_defaults, "rloo": rl.rl_defaults}[method]
+    entry = find(method)
+    config = upstream(entry.config)
     for lora in (False, True):
-        ours = defaults(read_scale(scale), 10**9, lora)
+        ours = entry.defaults(read_scale(scale), 10**9, lora)
         assert set(ours) <= set(config.__dataclass_fields__)
         assert not {k: v for k, v in ours.items() if config.__dataclass_fields__[k].metadata.get("deprecated")}
 

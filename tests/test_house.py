@@ -20,14 +20,15 @@ LEVEL = {
     "core": 0, "progress": 0, "tables": 0,
     "batches": 1, "card": 1, "chatdb": 1, "check": 1, "children": 1, "configs": 1, "figures": 1, "files": 1,
     "gguf_file": 1, "options": 1, "resume": 1, "tutor": 1,
-    "asking": 2, "forms": 2, "pretrained": 2, "quantizers": 2, "rehearsal": 2, "replies": 2,
+    "asking": 2, "forms": 2, "pretrained": 2, "pretraining": 2, "quantizers": 2, "rehearsal": 2, "replies": 2,
     "models": 3, "rows": 3,
-    "data": 4, "engine": 4, "evals": 4, "loading": 4, "runs": 4, "servers": 4,
+    "data": 4, "engine": 4, "evals": 4, "loading": 4, "questions": 4, "runs": 4, "servers": 4,
     "datacheck": 5, "gguf_tokens": 5, "lora": 5, "serve": 5, "training": 5,
-    "converter": 6, "desk": 6, "methods": 6, "modelfile": 6, "rl": 6, "sft": 6,
-    "checkpoints": 7, "drill": 7, "exercises": 7, "export": 7, "page": 7,
-    "chat": 8, "demo": 8,
-    "cli": 9,
+    "chats": 6, "converter": 6, "desk": 6, "exam": 6, "kl": 6, "methods": 6, "modelfile": 6, "probe": 6,
+    "drill": 7, "exercises": 7, "export": 7, "page": 7, "rl": 7, "sft": 7,
+    "chat": 8, "checkpoints": 8, "shipping": 8,
+    "demo": 9, "doctor": 9,
+    "cli": 10,
 }
 # What does not go down yet, and who breaks which rule of tests/rules.py: these may only become fewer.
 NOT_DOWN_YET = set()
@@ -49,18 +50,8 @@ NOT_YET = {
         "nbs/workshop/pretrained.ipynb", "nbs/workshop/rehearsal.ipynb", "nbs/workshop/replies.ipynb",
         "nbs/workshop/resume.ipynb", "nbs/workshop/rows.ipynb", "nbs/workshop/runs.ipynb",
         "nbs/workshop/servers.ipynb", "nbs/workshop/training.ipynb", "nbs/workshop/tutor.ipynb"},
-    "at most 2 code cells are over 15 lines": {
-        "nbs/01_models.ipynb", "nbs/05_data.ipynb", "nbs/06_sft.ipynb", "nbs/07_lora.ipynb",
-        "nbs/09_rl.ipynb", "nbs/workshop/chatdb.ipynb", "nbs/workshop/checkpoints.ipynb",
-        "nbs/workshop/cli.ipynb", "nbs/workshop/core.ipynb", "nbs/workshop/datacheck.ipynb",
-        "nbs/workshop/demo.ipynb", "nbs/workshop/desk.ipynb", "nbs/workshop/exercises/chat.ipynb",
-        "nbs/workshop/exercises/data.ipynb", "nbs/workshop/exercises/evals.ipynb",
-        "nbs/workshop/exercises/lora.ipynb", "nbs/workshop/exercises/models.ipynb",
-        "nbs/workshop/exercises/serve.ipynb", "nbs/workshop/figures.ipynb", "nbs/workshop/files.ipynb",
-        "nbs/workshop/forms.ipynb", "nbs/workshop/loading.ipynb", "nbs/workshop/page.ipynb",
-        "nbs/workshop/pretrained.ipynb", "nbs/workshop/progress.ipynb", "nbs/workshop/replies.ipynb",
-        "nbs/workshop/resume.ipynb", "nbs/workshop/rows.ipynb", "nbs/workshop/runs.ipynb",
-        "nbs/workshop/servers.ipynb", "nbs/workshop/training.ipynb", "nbs/workshop/tutor.ipynb"},
+    "at most 2 code cells of a chapter are over 15 lines": {
+        "nbs/01_models.ipynb", "nbs/05_data.ipynb", "nbs/07_lora.ipynb"},
     "imports are alone in their cell": {
         "nbs/06_sft.ipynb", "nbs/07_lora.ipynb", "nbs/09_rl.ipynb"},
     "a line has at most 120 characters": {

@@ -18,7 +18,8 @@ from llmcourse.evals import wilson
 from llmcourse.lora import linear_shapes, lora_config, lora_parameters, merge
 from llmcourse.models import load, weights_hash
 from llmcourse.sft import sft
-from llmcourse.tutor import problems, to_chat, train_tokenizer
+from llmcourse.pretraining import train_tokenizer
+from llmcourse.tutor import problems, to_chat
 
 PLAIN = dict(
     hidden_size=64,

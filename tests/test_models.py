@@ -26,7 +26,7 @@ from llmcourse.models import (
     weight_bytes,
     weights_hash,
 )
-from llmcourse.tutor import train_tokenizer
+from llmcourse.pretraining import train_tokenizer
 
 NOTEBOOK = Path(__file__).parent.parent / "nbs" / "01_models.ipynb"
 ROPE = dict(

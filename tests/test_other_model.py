@@ -136,7 +136,7 @@ def test_grpo_refuses_a_hopeless_start(place, capsys):
 
 
 def test_export_serve_ask(tuned, place, capsys):
-    from llmcourse.demo import served
+    from llmcourse.shipping import served
 
     assert main(["export", "--model", str(tuned), "--output", str(place / "gguf"), "--quant", "Q8_0"]) == 0
     assert (place / "gguf" / "Modelfile").read_text().count("\nFROM ./") == 1

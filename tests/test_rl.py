@@ -11,29 +11,17 @@ import torch
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
-from llmcourse import rl
 from llmcourse.card import read_card
 from llmcourse.core import UserError, read_jsonl, set_seed
 from llmcourse.models import load, load_tokenizer
-from llmcourse.rl import (
-    GRPO,
-    LOSS_TYPES,
-    RLOO,
-    advantages,
-    as_batch,
-    exact_reward,
-    final_answer,
-    grpo,
-    grpo_loss,
-    probe,
-    problem_rows,
-    rl_defaults,
-    token_logps,
-)
+from llmcourse.probe import probe
+from llmcourse.questions import as_batch, final_answer, problem_rows, reply_text
+from llmcourse.rl import GRPO, LOSS_TYPES, RLOO, advantages, exact_reward, grpo, grpo_loss, rl_defaults, token_logps
 from llmcourse.methods import rerun
 from llmcourse.rows import read
 from llmcourse.core import scale as read_scale
-from llmcourse.tutor import is_right, new_model, problems, to_chat
+from llmcourse.pretraining import new_model
+from llmcourse.tutor import is_right, problems, to_chat
 
 TINY = dict(
     max_steps=2,
@@ -53,7 +41,7 @@ def taken(rows, rewards):
 
 
 def vowels(completions, **columns):
-    return [sum(c in "aeiou15" for c in rl.reply_text(x)) / 7 for x in completions]
+    return [sum(c in "aeiou15" for c in reply_text(x)) / 7 for x in completions]
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,10 @@ from llmcourse.models import load, load_tokenizer, stop_ids
 from llmcourse.data import tokenize, xray
 from llmcourse.methods import rerun
 from llmcourse.rows import read
-from llmcourse.sft import SFT, check_labels, sft, sft_defaults
-from llmcourse.tutor import has_bf16, problems, small_talk, to_chat
+from llmcourse.chats import check_labels
+from llmcourse.sft import SFT, sft, sft_defaults
+from llmcourse.pretraining import has_bf16
+from llmcourse.tutor import problems, small_talk, to_chat
 
 ROWS = [{"messages": to_chat(p)["messages"]} for p in problems(4, 0, ("add", "sub", "story1", "story2"))]
 CHATML = (

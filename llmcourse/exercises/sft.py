@@ -7,73 +7,103 @@ from __future__ import annotations
 from ..check import Exercise
 
 # %% auto #0
-__all__ = ['labels', 'accumulated', 'collate', 'EXERCISES']
+__all__ = ['labels', 'run_length', 'pack', 'EXERCISES']
 
-# %% ../../nbs/workshop/exercises/sft.ipynb #39ef6df3
-_ROWS = [([5, 6, 7, 8, 9, 10, 11, 12, 13, 14], [(3, 5), (8, 10)], [-100, -100, -100, 8, 9, -100, -100, -100, 13, 14]),
-         ([5, 6, 7], [(0, 3)], [5, 6, 7]), ([5, 6, 7], [], [-100, -100, -100]), ([4, 4, 4, 4], [(1, 2), (2, 3)], [-100, 4, 4, -100])]
-
-def _test_labels(labels):
-    for ids, spans, want in _ROWS:
-        got = list(labels(list(ids), list(spans)))
-        assert len(got) == len(ids), f"{len(ids)} tokens need {len(ids)} labels, not {len(got)}"
-        assert got == want, f"ids {ids} with the assistant at {spans} give {want}, not {got}"
+# %% ../../nbs/workshop/exercises/sft.ipynb #c2468a23
+_ROWS = [([5, 6, 7, 8, 9, 10, 11, 12, 13, 14], [(3, 5), (8, 10)]),
+         ([5, 6, 7], [(0, 3)]),
+         ([5, 6, 7], []),
+         ([4, 4, 4, 4], [(1, 2), (2, 3)])]
 
 def _fill(ids, spans, ends=0, shift=0):
     keep = {i - shift for a, b in spans for i in range(a, b + ends)}
     return [t if i in keep else -100 for i, t in enumerate(ids)]
 
-labels = Exercise("06.1", "labels of a row with several assistant turns", _test_labels,
+def _test_labels(labels):
+    for ids, spans in _ROWS:
+        got, want = list(labels(list(ids), list(spans))), _fill(ids, spans)
+        assert len(got) == len(ids), f"{len(ids)} tokens need {len(ids)} labels, not {len(got)}"
+        assert got == want, f"ids {ids} with the assistant at {spans} give {want}, not {got}"
+
+# %% ../../nbs/workshop/exercises/sft.ipynb #fc5b0bdd
+def _questions(ids, spans):
+    answers = _fill(ids, spans)
+    return [-100 if label != -100 else t for t, label in zip(ids, answers)]
+
+labels = Exercise(
+    "06.1", "labels of a row with several assistant turns", _test_labels,
     "start from a list of -100 and copy the tokens of each span; do not shift, the loss does that",
     wrong={"trains everything": lambda ids, spans: list(ids),
-           "masks the answers and trains the questions": lambda ids, spans: [-100 if l != -100 else t for t, l in zip(ids, _fill(ids, spans))],
+           "masks the answers and trains the questions": _questions,
            "only the last turn": lambda ids, spans: _fill(ids, spans[-1:]),
            "leaves out the end token": lambda ids, spans: _fill(ids, spans, ends=-1),
            "shifts, and the loss will shift again": lambda ids, spans: _fill(ids, spans, shift=1)})
 
-# %% ../../nbs/workshop/exercises/sft.ipynb #7d0af449
-_BATCHES = [([[1.0, 2.0, 3.0], [5.0]], 2.75), ([[0.5] * 9, [4.5]], 0.9), ([[2.0], [4.0]], 3.0), ([[1.0, 1.0], [], [4.0]], 2.0)]
+# %% ../../nbs/workshop/exercises/sft.ipynb #02c5e085
+_RUNS = [((24, 8, 1, 1), 3), ((24, 1, 8, 1), 3), ((1300, 16, 1, 1), 82), ((10, 4, 2, 3), 6), ((7, 2, 4, 2), 2),
+         ((9, 2, 2, 2), 6), ((1, 8, 4, 5), 5)]
 
-def _test_accumulated(accumulated):
-    for batches, want in _BATCHES:
-        got = accumulated([list(b) for b in batches])
-        assert abs(got - want) < 1e-9, f"token losses {batches} are one batch of mean {want}, not {got}"
+def _test_run_length(run_length):
+    for (rows, batch, accumulate, epochs), want in _RUNS:
+        got = run_length(rows, batch, accumulate, epochs)
+        assert got == want, (f"{rows} rows in batches of {batch}, a step every {accumulate} batches, {epochs} epochs: "
+                             f"{want} steps, not {got}")
 
-_mean = lambda xs: sum(xs) / len(xs)
-accumulated = Exercise("06.2", "the loss of accumulated micro-batches", _test_accumulated,
-    "a long answer counts more than a short one: divide once, by the number of all trained tokens",
-    wrong={"the mean of the means": lambda batches: _mean([_mean(b) for b in batches if b]),
-           "the sum of the means": lambda batches: sum(_mean(b) for b in batches if b),
-           "divides by the number of micro-batches": lambda batches: sum(map(sum, batches)) / len(batches),
-           "only the last micro-batch": lambda batches: _mean(batches[-1])})
+# %% ../../nbs/workshop/exercises/sft.ipynb #640dedfb
+def _over_the_run(rows, batch, accumulate, epochs):
+    return -(-rows * epochs // (batch * accumulate))
 
-# %% ../../nbs/workshop/exercises/sft.ipynb #90184392
-_PADDED = [{"input_ids": [1, 7, 8, 2], "labels": [-100, -100, 8, 2]}, {"input_ids": [1, 7, 2, 9, 9, 2], "labels": [-100, -100, 2, 9, 9, 2]}, {"input_ids": [1, 2], "labels": [-100, 2]}]
+run_length = Exercise(
+    "06.2", "the number of optimizer steps of a run", _test_run_length,
+    "round up twice within one epoch, batches and then steps, and multiply by the epochs",
+    wrong={"rounds down": lambda rows, batch, accumulate, epochs: rows // (batch * accumulate) * epochs,
+           "counts batches, not steps": lambda rows, batch, accumulate, epochs: -(-rows // batch) * epochs,
+           "rounds up once, over the whole run": _over_the_run,
+           "forgets the epochs": lambda rows, batch, accumulate, epochs: -(-rows // (batch * accumulate))})
 
-def _test_collate(collate):
-    batch = collate([{k: list(v) for k, v in r.items()} for r in _PADDED], 2)
-    for key in ("input_ids", "labels", "attention_mask"): assert key in batch, f"the batch has no {key!r}"
-    for i, row in enumerate(_PADDED):
-        ids, labels, mask = (list(batch[k][i]) for k in ("input_ids", "labels", "attention_mask"))
-        n, pad = len(row["input_ids"]), 6 - len(row["input_ids"])
-        assert len(ids) == len(labels) == len(mask) == 6, f"row {i}: all rows must be as long as the longest, 6, not {len(ids)}, {len(labels)}, {len(mask)}"
-        assert ids == row["input_ids"] + [2] * pad, f"row {i}: input_ids are {ids}; pad on the right with the pad token"
-        assert labels[:n] == row["labels"], f"row {i}: labels {row['labels']} became {labels[:n]}: the end token must stay trained"
-        assert labels[n:] == [-100] * pad, f"row {i}: padding must not be trained, its labels are {labels[n:]}"
-        assert mask == [1] * n + [0] * pad, f"row {i}: the attention mask is {mask}; it marks places, not token values"
+# %% ../../nbs/workshop/exercises/sft.ipynb #85858aab
+_SHORT = [[5, 6, 7], [8, 9], [5, 5, 5, 5], [6], [7, 8, 9, 10, 11, 12], [5, 6]]
 
-def _pad(rows, pad, label=lambda r, n: r["labels"] + [-100] * n, mask=lambda r, n: [1] * len(r["labels"]) + [0] * n):
-    gaps = [max(len(x["labels"]) for x in rows) - len(r["labels"]) for r in rows]
-    return {"input_ids": [r["input_ids"] + [pad] * n for r, n in zip(rows, gaps)], "labels": [label(r, n) for r, n in zip(rows, gaps)],
-            "attention_mask": [mask(r, n) for r, n in zip(rows, gaps)]}
+def _row(ids):
+    return {"input_ids": list(ids), "labels": list(ids)}   # every token trained: so a border that teaches is seen
 
-collate = Exercise("06.3", "a collator for a tokenizer whose pad token is its end token", _test_collate,
-    "go by place, not by value: how many tokens did you add to this row?",
-    wrong={"masks every label that equals the pad token": lambda rows, pad: _pad(rows, pad, label=lambda r, n: [-100 if l == pad else l for l in r["labels"]] + [-100] * n),
-           "trains the padding": lambda rows, pad: _pad(rows, pad, label=lambda r, n: r["labels"] + [pad] * n),
-           "hides every pad token from attention": lambda rows, pad: _pad(rows, pad, mask=lambda r, n: [int(t != pad) for t in r["input_ids"]] + [0] * n),
-           "pads the labels on the left": lambda rows, pad: _pad(rows, pad, label=lambda r, n: [-100] * n + r["labels"]),
-           "does not pad at all": lambda rows, pad: {k: [r[k] for r in rows] for k in ("input_ids", "labels")} | {"attention_mask": [[1] * len(r["labels"]) for r in rows]}})
+def _pack(rows, length, first=lambda label: -100, restart=True):
+    packs = []
+    for row in rows:
+        n = len(row["input_ids"])
+        if not packs or len(packs[-1]["input_ids"]) + n > length:
+            packs.append({"input_ids": [], "labels": [], "position_ids": []})
+        start = 0 if restart else len(packs[-1]["input_ids"])
+        packs[-1]["position_ids"] += range(start, start + n)
+        packs[-1]["input_ids"] += row["input_ids"]
+        packs[-1]["labels"] += [first(row["labels"][0])] + row["labels"][1:]
+    return packs
 
-# %% ../../nbs/workshop/exercises/sft.ipynb #425ff913
-EXERCISES = [labels, accumulated, collate]
+# %% ../../nbs/workshop/exercises/sft.ipynb #588a367a
+def _test_pack(pack):
+    for length in (6, 8):
+        want = _pack([_row(ids) for ids in _SHORT], length)
+        got = [{k: list(v) for k, v in p.items()} for p in pack([_row(ids) for ids in _SHORT], length)]
+        sizes = [[len(p["input_ids"]) for p in packs] for packs in (got, want)]
+        assert sizes[0] == sizes[1], f"length {length}: the packs have {sizes[1]} tokens, not {sizes[0]}"
+        for i, (a, b) in enumerate(zip(got, want)):
+            for key in ("input_ids", "position_ids", "labels"):
+                assert a.get(key) == b[key], f"length {length}, pack {i}: {key} are {b[key]}, not {a.get(key)}"
+
+# %% ../../nbs/workshop/exercises/sft.ipynb #4db9bb97
+def _cut(rows, length):
+    ids = [t for row in rows for t in row["input_ids"]]
+    return _pack([_row(ids[i:i + length]) for i in range(0, len(ids), length)], length)
+
+pack = Exercise(
+    "06.3", "pack rows so that none teaches another", _test_pack,
+    "the label of a row's first token is what the token before it learns: set it to -100",
+    wrong={"cuts rows to fill the packs": _cut,
+           "trains across the border": lambda rows, length: _pack(rows, length, first=lambda label: label),
+           "positions run on": lambda rows, length: _pack(rows, length, restart=False),
+           "one row a pack": lambda rows, length: _pack(rows, 0),
+           "loses the last pack": lambda rows, length: _pack(rows, length)[:-1],
+           "longest rows first": lambda rows, length: _pack(sorted(rows, key=lambda r: -len(r["labels"])), length)})
+
+# %% ../../nbs/workshop/exercises/sft.ipynb #20908236
+EXERCISES = [labels, run_length, pack]
