@@ -7,10 +7,11 @@ from __future__ import annotations
 import math, re
 from collections.abc import Callable
 from statistics import NormalDist
-from .asking import NO_REFERENCE, Completion, ask_all, conversation, judged_by, normal, place_of
-from .core import Generate, Message, UserError
+from .asking import NO_REFERENCE, ask_all, conversation, judged_by, normal, place_of
+from .asking import Completion as Completion     # with `as`: others may import it from here
+from .core import Generate, UserError
 from .rows import reference
-from .tables import plot_scores, show
+from .tables import plot_scores as plot_scores, show as show
 from .tutor import TASKS, chat_answer, is_right
 
 # %% auto #0
