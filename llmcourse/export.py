@@ -5,13 +5,13 @@
 # %% ../nbs/10_export.ipynb #cd26d012
 from __future__ import annotations
 from pathlib import Path
-from .converter import DTYPES, gguf_name, permute, rope_factors, to_gguf
 from .engine import Engine
 from .gguf_file import contents, read_gguf
-from .gguf_tokens import CHATS, GPT2, LLAMA3, QWEN2, TEXTS, check_tokens, pre_tokenizer
-from .modelfile import chat_pieces, go_template, modelfile
 from .models import encode, stop_ids
-from .quantizers import KINDS, plan_types, quantize
+# with `as`: others may import these from here
+from .converter import to_gguf as to_gguf
+from .modelfile import modelfile as modelfile
+from .quantizers import KINDS as KINDS, quantize as quantize
 
 # %% auto #0
 __all__ = ['greedy', 'parity', 'next_logprobs']

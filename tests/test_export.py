@@ -7,24 +7,11 @@ import numpy as np
 import pytest
 from llmcourse.core import UserError
 from llmcourse.engine import Engine
-from llmcourse.export import (
-    CHATS,
-    DTYPES,
-    KINDS,
-    LLAMA3,
-    QWEN2,
-    TEXTS,
-    check_tokens,
-    modelfile,
-    next_logprobs,
-    parity,
-    permute,
-    plan_types,
-    pre_tokenizer,
-    quantize,
-    rope_factors,
-    to_gguf,
-)
+from llmcourse.converter import DTYPES, permute, rope_factors, to_gguf
+from llmcourse.export import next_logprobs, parity
+from llmcourse.gguf_tokens import CHATS, LLAMA3, QWEN2, TEXTS, check_tokens, pre_tokenizer
+from llmcourse.modelfile import modelfile
+from llmcourse.quantizers import KINDS, plan_types, quantize
 
 gguf = pytest.importorskip("gguf")
 REFERENCE = Path(__file__).parent / "data" / "gguf_reference.json"
