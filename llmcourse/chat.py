@@ -8,18 +8,16 @@ __all__ = ['feel', 'thumbs']
 # %% ../nbs/11_chat.ipynb #6a5becf1
 import statistics
 from pathlib import Path
-from .chatdb import export_votes, newest, open_db, path_to, as_text, reading, save_turn, save_vote, votes
+from .chatdb import reading, votes
 from .core import UserError
-from .desk import Desk, view
 from .evals import score
-from .page import build_page, check_options, launch
-from .replies import answer, listen, shorten, stream_reply, take_turn
+from .page import check_options as check_options, launch as launch   # others may import them from here
 
 # %% ../nbs/11_chat.ipynb #752dafce
 def feel(
     db: str | Path,   # a chat's SQLite file
 ) -> dict:            # replies, conversations, first_ms and whole_ms (medians, milliseconds), unfinished (share)
-    "How a chat felt to those who used it, from what was saved. Raises `UserError` if nobody has chatted yet."
+    "How a chat felt to the people who used it, from what was saved. Raises `UserError` if nobody has chatted yet."
     sql = "SELECT conversation, status, ttft, seconds FROM messages WHERE role = 'assistant' AND seconds IS NOT NULL"
     with reading(db) as con: rows = [dict(row) for row in con.execute(sql)]
     if not rows: raise UserError(f"{db}: no replies yet. Chat first: llmcourse chat --db {db}")
@@ -32,6 +30,6 @@ def feel(
 def thumbs(
     db: str | Path,   # a chat's SQLite file
 ) -> dict:            # n (votes), correct (thumbs up), accuracy (their share), low, high (95 % interval)
-    "The share of thumbs up among the votes. It is no accuracy: it depends on who cares to vote."
+    "The share of thumbs up among the votes. It is not an accuracy: it depends on who cares to vote."
     given = [row["vote"] for row in votes(db) if row["vote"]]
     return score(given.count(1), len(given))
