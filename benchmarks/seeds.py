@@ -8,14 +8,14 @@ import sys
 import tempfile
 
 from llmcourse import evals, tutor
-from llmcourse.checkpoints import GRPO, grpo_rows
+from llmcourse.checkpoints import GRPO_RECIPE, grpo_rows
 from llmcourse.core import set_seed
 from llmcourse.models import Local, load
 from llmcourse.rl import grpo
 
 SMALL = "--small" in sys.argv     # does it run at all?
 TEST = tutor.problems(6 if SMALL else 300, 20261, ("story3",), split="test")
-SETTINGS = GRPO | ({"max_steps": 1} if SMALL else {})
+SETTINGS = GRPO_RECIPE | ({"max_steps": 1, "warmup_steps": 0} if SMALL else {})
 
 
 def answers(model, temperature: float) -> list[dict]:

@@ -11,7 +11,8 @@ from pathlib import Path
 from .chatdb import reading, votes
 from .core import UserError
 from .evals import score
-from .page import check_options as check_options, launch as launch   # others may import them from here
+# `X as X`: others may import it from here too
+from .page import launch as launch
 
 # %% ../nbs/11_chat.ipynb #752dafce
 def feel(

@@ -4,7 +4,7 @@
 
 # %% ../nbs/workshop/cli.ipynb #ede7e3c4
 from __future__ import annotations
-import contextlib, functools, inspect, json, logging, os, signal, sys
+import contextlib, functools, inspect, logging, os, signal, sys
 from pathlib import Path
 from . import __version__
 from .core import CHAPTERS, UserError, choose
@@ -162,7 +162,6 @@ def train(
 # %% ../nbs/workshop/cli.ipynb #a8276c08
 def _exam(data: str, model: str | None) -> list[dict]:
     "The rows to be examined on: none of the split train, and none that the model was trained on."
-    from llmcourse.core import read_jsonl
     from llmcourse.progress import tell
     from llmcourse.rows import prompt, question, read, reference
     from llmcourse.runs import trained_rows
@@ -258,7 +257,7 @@ def chat(
     llmcourse chat --model runs/sft
     llmcourse chat --url http://127.0.0.1:8080/v1 --system "You are a patient teacher."
     """
-    from llmcourse.chat import check_options, launch
+    from llmcourse.page import check_options, launch
     from llmcourse.demo import served
     from llmcourse.serve import free_port
     check_options(temperature=temperature, max_tokens=max_tokens)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib, os, platform, shutil, sys, tempfile
 from pathlib import Path
 from . import core, evals, tutor
-from .core import UserError, begins, check_free, choose, stopwatch, write_aside
+from .core import UserError, begins, check_free, choose, stopwatch
 
 # %% auto #0
 __all__ = ['export_folder', 'served', 'rung', 'show_ladder', 'draw_ladder', 'run', 'examine']
@@ -93,7 +93,7 @@ def _quote(result: dict):
 def _train(output: Path, seed: int, steps: int, problems: list[dict], base: list[dict]) -> list[dict]:
     "The rungs that are made by training: SFT on the base, GRPO on the SFT."
     from llmcourse.checkpoints import GRPO_RECIPE, LORA_RECIPE, SFT_RECIPE, grpo_rows, sft_rows
-    from llmcourse.lora import lora_config, merge
+    from llmcourse.lora import lora_config
     from llmcourse.rl import grpo
     from llmcourse.sft import sft
     rungs = [rung("base, asked as a chat", base, 0, core.weights() / "base")]

@@ -7,8 +7,8 @@ from __future__ import annotations
 import math, re
 from collections.abc import Callable
 from statistics import NormalDist
-from .asking import NO_REFERENCE, ask_all, conversation, judged_by, normal, place_of
-from .asking import Completion as Completion     # with `as`: others may import it from here
+# `X as X`: others may import it from here too
+from .asking import NO_REFERENCE, Completion as Completion, ask_all, conversation, judged_by, normal, place_of
 from .core import Generate, UserError
 from .rows import reference
 from .tables import plot_scores as plot_scores, show as show

@@ -5,12 +5,12 @@
 # %% ../nbs/10_export.ipynb #cd26d012
 from __future__ import annotations
 from pathlib import Path
+# `X as X`: others may import it from here too
+from .converter import to_gguf as to_gguf
 from .engine import Engine
 from .gguf_file import contents, read_gguf
-from .models import encode, stop_ids
-# with `as`: others may import these from here
-from .converter import to_gguf as to_gguf
 from .modelfile import modelfile as modelfile
+from .models import encode, stop_ids
 from .quantizers import KINDS as KINDS, quantize as quantize
 
 # %% auto #0

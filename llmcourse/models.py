@@ -5,9 +5,9 @@
 # %% ../nbs/01_models.ipynb #74107151
 from __future__ import annotations
 from .batches import complete
-from .configs import LLAMAS, shape
+from .configs import LLAMAS as LLAMAS, shape
 from .core import Message, UserError, choose
-from .pretrained import load, load_tokenizer, weights_hash
+from .pretrained import load as load, load_tokenizer as load_tokenizer, weights_hash as weights_hash
 
 # %% auto #0
 __all__ = ['DATE', 'BYTES', 'render', 'encode', 'stop_ids', 'generate', 'Local', 'parameter_parts', 'parameter_count',

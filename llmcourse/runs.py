@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from filelock import FileLock, Timeout
 from .card import Run, differences, model_card, read_card, write_card
-from .core import UserError, choose, file_hash, is_run, model_path, need_space, write_aside, write_jsonl
+from .core import UserError, file_hash, is_run, model_path, need_space, write_aside, write_jsonl
 from .models import weights_hash
 
 # %% auto #0

@@ -8,10 +8,10 @@ import contextlib, statistics, time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from .core import Generate, Message, UserError
-from .servers import connect
-from .servers import Server as Server, serve as serve      # with `as`: others may import it from here
-from .servers import check_address as check_address, free_port as free_port
-from .servers import is_loopback as is_loopback, resolve as resolve
+# `X as X`: others may import it from here too
+from .servers import (
+    Server as Server, check_address as check_address, connect, free_port as free_port, is_loopback as is_loopback,
+    resolve as resolve, serve as serve)
 
 # %% auto #0
 __all__ = ['Remote', 'remote', 'bench']

@@ -15,7 +15,7 @@ from .models import weights_hash
 from .progress import quiet
 from .rehearsal import rehearse
 from .resume import fit
-from .rows import Row, read
+from .rows import read
 from .runs import base_name, check_output, finish, open_run, room_for_run, rows_hash, run_folder
 
 # %% auto #0

@@ -6,8 +6,7 @@
 from __future__ import annotations
 import random, re, zlib
 from collections.abc import Iterator
-from pathlib import Path
-from .core import UserError, choose, model_path, set_seed
+from .core import UserError, choose
 
 # %% auto #0
 __all__ = ['TASKS', 'Step', 'NAMES', 'THINGS', 'GAINS', 'LOSSES', 'SUM_STORIES', 'DIFFERENCE_STORIES', 'ASK', 'SYSTEM', 'FACTS',

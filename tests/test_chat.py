@@ -93,9 +93,8 @@ class Fake:
         to.send_response(200)
         to.send_header("Content-Type", "text/event-stream")
         to.end_headers()
-        event = lambda **more: to.wfile.write(
-            f"data: {json.dumps({'id': 'x', 'object': 'chat.completion.chunk', 'created': 0, 'model': 'fake', 'choices': []} | more)}\n\n".encode()
-        )
+        chunk = {"id": "x", "object": "chat.completion.chunk", "created": 0, "model": "fake", "choices": []}
+        event = lambda **more: to.wfile.write(f"data: {json.dumps(chunk | more)}\n\n".encode())
         delta = lambda content, end=None: event(
             choices=[{"index": 0, "delta": {"content": content}, "finish_reason": end}]
         )
@@ -153,7 +152,8 @@ def test_an_old_database_is_upgraded_and_keeps_its_rows(db, version):
         con.executescript(step)
     con.executescript(
         f"PRAGMA user_version = {version}; INSERT INTO conversations (id, token) VALUES (1, 't');"
-        "INSERT INTO messages (conversation, role, content) VALUES (1, 'user', 'q'), (1, 'assistant', 'a'); INSERT INTO votes (message, vote) VALUES (2, 1)"
+        "INSERT INTO messages (conversation, role, content) VALUES (1, 'user', 'q'), (1, 'assistant', 'a'); INSERT "
+        "INTO votes (message, vote) VALUES (2, 1)"
     )
     con.close()
     assert sql(db, "PRAGMA user_version") == [(len(MIGRATIONS),)]
@@ -718,7 +718,10 @@ def chromium(playwright) -> str:
     return find() or pytest.skip("no Chromium here; install one to run the browser tests: apt-get install chromium")
 
 
-FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync".split()
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+).split()
 
 
 @pytest.fixture
@@ -976,9 +979,17 @@ def test_browser_loads_nothing_from_elsewhere_and_speaks_with_a_local_voice(page
     spy.shutdown()
     page.evaluate("""() => {
         window.spoken = [];
-        const voices = [{name: "cloud", lang: "en-US", localService: false}, {name: "here", lang: "en-GB", localService: true}];
+        const voices = [
+            {name: "cloud", lang: "en-US", localService: false},
+            {name: "here", lang: "en-GB", localService: true},
+        ];
         window.SpeechSynthesisUtterance = function (text) { this.text = text; };
-        const fake = {speaking: false, getVoices: () => voices, speak: say => { window.spoken.push([say.text, say.voice.name]); fake.speaking = true; }, cancel: () => { fake.speaking = false; }};
+        const fake = {
+            speaking: false,
+            getVoices: () => voices,
+            speak: say => { window.spoken.push([say.text, say.voice.name]); fake.speaking = true; },
+            cancel: () => { fake.speaking = false; },
+        };
         Object.defineProperty(window, "speechSynthesis", {value: fake, configurable: true});
     }""")
     for _ in range(2):

@@ -122,12 +122,9 @@ def test_every_default_is_a_field_of_the_config(scale, method):
     import trl
 
     config = {"sft": trl.SFTConfig, "grpo": trl.GRPOConfig, "rloo": trl.RLOOConfig}[method]
+    defaults = {"sft": sft.sft_defaults, "grpo": rl.grpo_defaults, "rloo": rl.rl_defaults}[method]
     for lora in (False, True):
-        ours = (
-            sft.hyperparameters(read_scale(scale), 10**9, lora)
-            if method == "sft"
-            else rl.defaults(read_scale(scale), 10**9, lora, method)
-        )
+        ours = defaults(read_scale(scale), 10**9, lora)
         assert set(ours) <= set(config.__dataclass_fields__)
         assert not {k: v for k, v in ours.items() if config.__dataclass_fields__[k].metadata.get("deprecated")}
 

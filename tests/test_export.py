@@ -7,17 +7,17 @@ import numpy as np
 import pytest
 from llmcourse.core import UserError
 from llmcourse.engine import Engine
-from llmcourse.converter import DTYPES, permute, rope_factors, to_gguf
-from llmcourse.export import next_logprobs, parity
+from llmcourse.converter import DTYPES, permute, rope_factors
+from llmcourse.export import KINDS, modelfile, next_logprobs, parity, quantize, to_gguf
 from llmcourse.gguf_tokens import CHATS, LLAMA3, QWEN2, TEXTS, check_tokens, pre_tokenizer
-from llmcourse.modelfile import modelfile
-from llmcourse.quantizers import KINDS, plan_types, quantize
+from llmcourse.quantizers import plan_types
 
 gguf = pytest.importorskip("gguf")
 REFERENCE = Path(__file__).parent / "data" / "gguf_reference.json"
 SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|pad|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' }}"
+    "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + "
+    "m['content'] | trim + '<|eot_id|>' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
 ROPE = dict(
@@ -154,7 +154,8 @@ def exported(request, room, gqa):
 
 
 def test_same_as_llama_cpps_converter_and_quantiser(exported, room):
-    "The reference was written by convert_hf_to_gguf.py and llama_model_quantize of the llama.cpp inside xllamacpp 2026.10.11549."
+    """The reference was written by convert_hf_to_gguf.py and llama_model_quantize of the llama.cpp inside xllamacpp
+    2026.10.11549."""
     shape, folder, _, f32 = exported
     reference = json.loads(REFERENCE.read_text())[shape]
     for dtype in DTYPES:
@@ -486,7 +487,8 @@ def test_rope_factors_stretch_only_long_waves():
 
 
 def go(template, messages):
-    "The little of Go's text/template that our Modelfiles use. (Go 1.27's own engine gave the same texts when this was written.)"
+    """The little of Go's text/template that our Modelfiles use. (Go 1.27's own engine gave the same texts when this
+    was written.)"""
     import re
 
     parts = re.split(r"\{\{ (.*?) \}\}", template)  # text, action, text, action, …
@@ -527,13 +529,16 @@ def go(template, messages):
 
 
 CHATML = (
-    "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}{{ '<|im_start|>system\nBe nice.<|im_end|>\n' }}{% endif %}"
-    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}{{ '<|im_start|>system\nBe "
+    "nice.<|im_end|>\n' }}{% endif %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}{% if "
+    "add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 DATED = (
-    "{{ bos_token }}{{ '<|start_header_id|>system<|end_header_id|>\n\nToday: ' + date_string|default('1 Jan 2024') + '\n\n' }}"
-    "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content']|trim }}{% set messages = messages[1:] %}{% endif %}{{ '<|eot_id|>' }}"
-    + TEMPLATE.replace("{{ bos_token }}", "")
+    "{{ bos_token }}{{ '<|start_header_id|>system<|end_header_id|>\n\nToday: ' + date_string|default('1 Jan 2024') "
+    "+ '\n\n' }}"
+    "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content']|trim }}{% set messages = messages[1:] %}{% "
+    "endif %}{{ '<|eot_id|>' }}" + TEMPLATE.replace("{{ bos_token }}", "")
 )
 
 
@@ -571,7 +576,8 @@ def test_modelfile_has_all_it_needs(gqa, tmp_path):
             "more than",
         ),  # counts the turns
         (
-            "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}{{ m['content'] }}{% endfor %}",
+            "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}{{ "
+            "m['content'] }}{% endfor %}",
             "refuses",
         ),
         (TEMPLATE.replace("\n\n", " {{ ", 1), "cannot"),

@@ -1,4 +1,5 @@
-"""The glossary: every link to it finds its term, every term names its chapter, and the anchors are the same everywhere."""
+"""The glossary: every link to it finds its term, every term names its chapter, and the anchors are the same
+everywhere."""
 
 import json
 import re

@@ -18,7 +18,8 @@ from rules import NOTEBOOKS, ROOT
 # Who may import whom: only what is on a lower level. `make levels` draws it.
 LEVEL = {
     "core": 0, "progress": 0, "tables": 0,
-    "batches": 1, "card": 1, "chatdb": 1, "check": 1, "children": 1, "configs": 1, "figures": 1, "files": 1, "gguf_file": 1, "options": 1, "resume": 1, "tutor": 1,
+    "batches": 1, "card": 1, "chatdb": 1, "check": 1, "children": 1, "configs": 1, "figures": 1, "files": 1,
+    "gguf_file": 1, "options": 1, "resume": 1, "tutor": 1,
     "asking": 2, "forms": 2, "pretrained": 2, "quantizers": 2, "rehearsal": 2, "replies": 2,
     "models": 3, "rows": 3,
     "data": 4, "engine": 4, "evals": 4, "loading": 4, "runs": 4, "servers": 4,

@@ -73,7 +73,8 @@ def tuned(place):
 
 
 def test_sft_then_eval(tuned, place, capsys):
-    "It has learnt its rows by heart; the command refuses to call that a measurement, and takes rows that it has not seen."
+    """It has learnt its rows by heart; the command refuses to call that a measurement, and takes rows that it has not
+    seen."""
     assert read_card(tuned).model == str(place / "model")
     exam = ["eval", "--model", str(tuned), "--json", "--output", str(place / "predictions.jsonl"), "--data"]
     assert main([*exam, str(place / "chats.jsonl")]) == 2

@@ -1,4 +1,5 @@
 """Checkpoints that are whole or do not count, runs that go on to the bit, and folders that nobody spoils."""
+
 import json
 import os
 import shutil
@@ -6,13 +7,11 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import pytest
 
-from llmcourse.card import Run, read_card, write_card
+from llmcourse.card import Run, read_card
 from llmcourse.core import UserError
 from llmcourse.drill import drill
 from llmcourse.rehearsal import rehearse
@@ -31,9 +30,20 @@ def small(tmp_path_factory):
     "A Llama so small that a run takes a second."
     from transformers import LlamaConfig, LlamaForCausalLM
     from llmcourse.models import load_tokenizer
+
     folder, tokenizer = tmp_path_factory.mktemp("small") / "model", load_tokenizer("tutor/base")
-    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, attention_dropout=0.1)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        attention_dropout=0.1,
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -41,16 +51,23 @@ def small(tmp_path_factory):
 
 def lora():
     from peft import LoraConfig
+
     return LoraConfig(r=4, lora_alpha=8, lora_dropout=0.2, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 def options(small, **more):
-    return dict(rows=ROWS, model=small, learning_rate=1e-2, per_device_train_batch_size=4, num_train_epochs=2, save_steps=3) | more
+    return (
+        dict(
+            rows=ROWS, model=small, learning_rate=1e-2, per_device_train_batch_size=4, num_train_epochs=2, save_steps=3
+        )
+        | more
+    )
 
 
 def files(folder, *names):
     folder.mkdir(parents=True)
-    for name in names: (folder / name).write_text(name)
+    for name in names:
+        (folder / name).write_text(name)
     return folder
 
 
@@ -64,8 +81,10 @@ def weights(folder):
 
 # checkpoints
 
+
 def test_a_whole_checkpoint_is_found(tmp_path):
-    for step in (5, 10, 100): sealed(tmp_path, step)
+    for step in (5, 10, 100):
+        sealed(tmp_path, step)
     assert last_complete(tmp_path / "checkpoints").name == "step-000100"
     assert last_complete(tmp_path / "none") is None
 
@@ -75,19 +94,28 @@ def test_a_whole_checkpoint_is_found(tmp_path):
 def test_a_broken_one_is_named_and_skipped(tmp_path, name, fault):
     sealed(tmp_path, 5)
     broken = sealed(tmp_path, 10) / name
-    if fault == "gone": broken.unlink()
-    else: broken.write_text("" if fault == "empty" else "{}")
-    with pytest.raises(UserError, match=name): check_checkpoint(broken.parent)
-    with pytest.warns(UserWarning, match=name): assert last_complete(tmp_path / "checkpoints").name == "step-000005"
+    if fault == "gone":
+        broken.unlink()
+    else:
+        broken.write_text("" if fault == "empty" else "{}")
+    with pytest.raises(UserError, match=name):
+        check_checkpoint(broken.parent)
+    with pytest.warns(UserWarning, match=name):
+        assert last_complete(tmp_path / "checkpoints").name == "step-000005"
     shutil.rmtree(tmp_path / "checkpoints/step-000005")
-    with pytest.warns(UserWarning), pytest.raises(UserError, match="none of its 1 checkpoints is whole"): last_complete(tmp_path / "checkpoints")
+    with pytest.warns(UserWarning), pytest.raises(UserError, match="none of its 1 checkpoints is whole"):
+        last_complete(tmp_path / "checkpoints")
 
 
 @pytest.mark.parametrize("name", STATE_FILES)
 def test_a_checkpoint_that_never_had_it_is_refused(tmp_path, name):
     "As `save_only_model=True` leaves it: the manifest is right, and the run would go on as another run."
-    place = seal(files(tmp_path / "w", "model.safetensors", *(n for n in STATE_FILES if n != name)), tmp_path / "checkpoints/step-000001")
-    with pytest.raises(UserError, match=f"{name}: missing"): check_checkpoint(place)
+    place = seal(
+        files(tmp_path / "w", "model.safetensors", *(n for n in STATE_FILES if n != name)),
+        tmp_path / "checkpoints/step-000001",
+    )
+    with pytest.raises(UserError, match=f"{name}: missing"):
+        check_checkpoint(place)
 
 
 def test_a_kill_while_writing_leaves_no_checkpoint(tmp_path):
@@ -98,6 +126,7 @@ def test_a_kill_while_writing_leaves_no_checkpoint(tmp_path):
 
 
 # folders
+
 
 def test_without_checkpoints_an_interruption_leaves_nothing(tmp_path):
     with pytest.raises(KeyboardInterrupt), run_folder(tmp_path / "run", CARD, keep=False) as folder:
@@ -112,32 +141,57 @@ def test_with_checkpoints_the_work_stays_and_then_moves(tmp_path):
             with run_folder(tmp_path / "run", CARD, keep=True) as folder:
                 sealed(folder.parent, 5)
                 files(folder / "more", "x")
-                if not last: raise KeyboardInterrupt
-        except KeyboardInterrupt: assert (tmp_path / "run.unfinished/checkpoints/step-000005").is_dir() and not (tmp_path / "run").exists()
+                if not last:
+                    raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            assert (tmp_path / "run.unfinished/checkpoints/step-000005").is_dir() and not (tmp_path / "run").exists()
     assert [p.name for p in tmp_path.iterdir()] == ["run"] and (tmp_path / "run/more/x").is_file()
 
 
 def test_a_run_that_never_saved_leaves_nothing(tmp_path):
-    with pytest.raises(ValueError), run_folder(tmp_path / "run", CARD, keep=True): raise ValueError
+    with pytest.raises(ValueError), run_folder(tmp_path / "run", CARD, keep=True):
+        raise ValueError
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("change", [dict(seed=2), dict(model_hash="c"), dict(data_hash="c"), dict(scale="t4"), dict(hyperparameters=dict(learning_rate=2e-3)),
-                                    dict(hyperparameters=dict(learning_rate=1e-3, max_steps=5)), dict(hyperparameters={})])
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(seed=2),
+        dict(model_hash="c"),
+        dict(data_hash="c"),
+        dict(scale="t4"),
+        dict(hyperparameters=dict(learning_rate=2e-3)),
+        dict(hyperparameters=dict(learning_rate=1e-3, max_steps=5)),
+        dict(hyperparameters={}),
+    ],
+)
 def test_another_run_does_not_go_on_with_this_one(tmp_path, change):
     with pytest.raises(KeyboardInterrupt), run_folder(tmp_path / "run", CARD, keep=True) as folder:
         sealed(folder.parent, 5)
         raise KeyboardInterrupt
-    field = next(iter(change["hyperparameters"].keys() - {"learning_rate"} or ["learning_rate"])) if "hyperparameters" in change else next(iter(change))
-    with pytest.raises(UserError, match=f"run.unfinished: an unfinished run with other settings .*{field}"), run_folder(tmp_path / "run", replace(CARD, **change), keep=True): pass
-    with run_folder(tmp_path / "run", CARD, keep=True) as folder: assert last_complete(folder.parent / "checkpoints")
+    field = (
+        next(iter(change["hyperparameters"].keys() - {"learning_rate"} or ["learning_rate"]))
+        if "hyperparameters" in change
+        else next(iter(change))
+    )
+    with (
+        pytest.raises(UserError, match=f"run.unfinished: an unfinished run with other settings .*{field}"),
+        run_folder(tmp_path / "run", replace(CARD, **change), keep=True),
+    ):
+        pass
+    with run_folder(tmp_path / "run", CARD, keep=True) as folder:
+        assert last_complete(folder.parent / "checkpoints")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="locks by fcntl")
 def test_two_processes_do_not_write_one_run(tmp_path):
     with run_folder(tmp_path / "run", CARD, keep=True) as folder:
         sealed(folder.parent, 5)
-        code = f"from llmcourse.card import Run; from llmcourse.runs import run_folder; from pathlib import Path\nwith run_folder(Path({str(tmp_path / 'run')!r}), {CARD!r}, True): pass"
+        code = (
+            f"from llmcourse.card import Run; from llmcourse.runs import run_folder; from pathlib import "
+            f"Path\nwith run_folder(Path({str(tmp_path / 'run')!r}), {CARD!r}, True): pass"
+        )
         other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert other.returncode and "another process is training there" in other.stderr
         assert last_complete(folder.parent / "checkpoints")
@@ -145,10 +199,12 @@ def test_two_processes_do_not_write_one_run(tmp_path):
 
 # training
 
+
 def test_drill_to_the_bit(small, tmp_path):
-    "Full training and an adapter with dropout, killed and paused at random moments, end in the weights of an uninterrupted run."
+    """Full training and an adapter with dropout, killed and paused at random moments, end in the weights of an
+    uninterrupted run."""
     for config in (None, lora()):
-        place = tmp_path / "drill"      # the second drill finds what the first one left
+        place = tmp_path / "drill"  # the second drill finds what the first one left
         results = drill("sft", place, kills=4, moments=time.time_ns(), **options(small, peft_config=config))
         assert all(r["same"] for r in results), results
         assert all(r["exit"] in (-9, -15, 0, 75) for r in results)
@@ -156,44 +212,60 @@ def test_drill_to_the_bit(small, tmp_path):
 
 def test_saving_changes_nothing(small, tmp_path):
     kept = sft(output=tmp_path / "kept", **options(small, peft_config=lora()))
-    plain = sft(output=tmp_path / "plain", **{k: v for k, v in options(small, peft_config=lora()).items() if k != "save_steps"})
+    plain = sft(
+        output=tmp_path / "plain", **{k: v for k, v in options(small, peft_config=lora()).items() if k != "save_steps"}
+    )
     assert weights(kept) == weights(plain) and len({p.name for p in tmp_path.iterdir()}) == 2
 
 
 def test_going_on_after_ctrl_c_keeps_the_whole_log(small, tmp_path, monkeypatch):
     from transformers import TrainerCallback
     from llmcourse import resume
+
     made = resume.bar
 
     def bar(*words):
         class Stop(TrainerCallback):
             def on_step_begin(self, args, state, control, **kw):
-                if state.global_step == 7: raise KeyboardInterrupt
+                if state.global_step == 7:
+                    raise KeyboardInterrupt
+
         bar = made(*words)
         monkeypatch.setattr(type(bar), "on_step_begin", Stop.on_step_begin)
         return bar
 
     monkeypatch.setattr(resume, "bar", bar)
-    with pytest.raises(KeyboardInterrupt): sft(output=tmp_path / "run", **options(small, logging_steps=1))
+    with pytest.raises(KeyboardInterrupt):
+        sft(output=tmp_path / "run", **options(small, logging_steps=1))
     assert last_complete(tmp_path / "run.unfinished/checkpoints").name == "step-000006"
     monkeypatch.setattr(resume, "bar", made)
     sft(output=tmp_path / "run", **options(small, logging_steps=1))
-    steps = [json.loads(x)["step"] for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines() if "loss" in json.loads(x)]
+    steps = [
+        json.loads(x)["step"]
+        for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+        if "loss" in json.loads(x)
+    ]
     assert steps == list(range(1, 21))
     straight = sft(output=tmp_path / "straight", **options(small, logging_steps=1))
-    assert weights(straight) == weights(tmp_path / "run") and [p.name for p in sorted(tmp_path.iterdir())] == ["run", "straight"]
+    assert weights(straight) == weights(tmp_path / "run") and [p.name for p in sorted(tmp_path.iterdir())] == [
+        "run",
+        "straight",
+    ]
 
 
 def test_a_full_disk_loses_no_earlier_checkpoint(small, tmp_path, monkeypatch):
     from llmcourse import resume
+
     sealing = resume.seal
 
     def seal(folder, place, seconds=0):
-        if place.name == "step-000009": raise OSError(28, "No space left on device")
+        if place.name == "step-000009":
+            raise OSError(28, "No space left on device")
         return sealing(folder, place, seconds)
 
     monkeypatch.setattr(resume, "seal", seal)
-    with pytest.raises(OSError): sft(output=tmp_path / "run", **options(small))
+    with pytest.raises(OSError):
+        sft(output=tmp_path / "run", **options(small))
     assert last_complete(tmp_path / "run.unfinished/checkpoints").name == "step-000006"
     monkeypatch.setattr(resume, "seal", sealing)
     assert sft(output=tmp_path / "run", **options(small)).is_dir() and not (tmp_path / "run.unfinished").exists()
@@ -202,9 +274,26 @@ def test_a_full_disk_loses_no_earlier_checkpoint(small, tmp_path, monkeypatch):
 def test_the_command_pauses_with_code_75_and_goes_on(small, tmp_path):
     data = tmp_path / "chats.jsonl"
     data.write_text("".join(json.dumps(r) + "\n" for r in ROWS))
-    words = [sys.executable, "-c", "from llmcourse.cli import cli; cli()", "sft", "--model", small, "--data", data, "--output", tmp_path / "run", "--full", "--epochs", "60", "--save-steps", "20"]
+    words = [
+        sys.executable,
+        "-c",
+        "from llmcourse.cli import cli; cli()",
+        "sft",
+        "--model",
+        small,
+        "--data",
+        data,
+        "--output",
+        tmp_path / "run",
+        "--full",
+        "--epochs",
+        "60",
+        "--save-steps",
+        "20",
+    ]
     shot = subprocess.Popen([str(w) for w in words], stderr=subprocess.PIPE, text=True)
-    while not list(tmp_path.glob("run.unfinished/checkpoints/step-*")) and shot.poll() is None: time.sleep(0.05)
+    while not list(tmp_path.glob("run.unfinished/checkpoints/step-*")) and shot.poll() is None:
+        time.sleep(0.05)
     shot.send_signal(signal.SIGTERM)
     said = shot.communicate(timeout=60)[1]
     assert shot.returncode == 75 and "the same command goes on" in said
@@ -214,66 +303,108 @@ def test_the_command_pauses_with_code_75_and_goes_on(small, tmp_path):
 
 # cards
 
+
 def test_a_card_with_a_misspelt_field_is_refused(small, tmp_path):
     from llmcourse.methods import rerun
+
     run = sft(output=tmp_path / "run", **options(small, peft_config=lora()) | dict(max_steps=2, save_steps=50))
     text = (run / "run.yaml").read_text()
-    for right, wrong in (("learning_rate", "learningrate"), ("lora_alpha", "lora_alfa"), ("hyperparameters:", "hyperparameter:"), ("peft_type: LORA", "peft_type: LORE")):
+    for right, wrong in (
+        ("learning_rate", "learningrate"),
+        ("lora_alpha", "lora_alfa"),
+        ("hyperparameters:", "hyperparameter:"),
+        ("peft_type: LORA", "peft_type: LORE"),
+    ):
         (run / "run.yaml").write_text(text.replace(right, wrong))
-        with pytest.raises(UserError, match=f"did you mean '{right.split(': ')[-1].strip(':')}'"): rerun(run, tmp_path / "again")
+        with pytest.raises(UserError, match=f"did you mean '{right.split(': ')[-1].strip(':')}'"):
+            rerun(run, tmp_path / "again")
     assert not (tmp_path / "again").exists()
 
 
 # the dress rehearsal: each fault is planted, and named
+
 
 def trainer(small, tmp_path, rows=ROWS, net=None, **more):
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
     from llmcourse.models import load
     from llmcourse.data import tokenize
+
     model, tokenizer = load(small)
-    settings = dict(output_dir=str(tmp_path), use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none", max_length=512) | more
+    settings = (
+        dict(
+            output_dir=str(tmp_path),
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            report_to="none",
+            max_length=512,
+        )
+        | more
+    )
     encoded = [tokenize(tokenizer, r["messages"]) for r in rows]
-    return SFTTrainer(net or model, args=SFTConfig(**settings), train_dataset=Dataset.from_list(encoded), processing_class=tokenizer)
+    return SFTTrainer(
+        net or model, args=SFTConfig(**settings), train_dataset=Dataset.from_list(encoded), processing_class=tokenizer
+    )
 
 
 def test_a_sound_trainer_passes_and_stays_as_it_was(small, tmp_path):
     import torch
+
     t = trainer(small, tmp_path)
     before, state = {k: v.clone() for k, v in t.model.state_dict().items()}, torch.get_rng_state()
     found = rehearse(t)
     assert set(found) == {"vocabulary", "schedule", "packing", "gradient"}
-    assert torch.equal(state, torch.get_rng_state()) and all(torch.equal(v, before[k]) for k, v in t.model.state_dict().items())
+    assert torch.equal(state, torch.get_rng_state()) and all(
+        torch.equal(v, before[k]) for k, v in t.model.state_dict().items()
+    )
     assert all(p.grad is None for p in t.model.parameters())
 
 
 def test_it_names_a_token_without_an_embedding(small, tmp_path):
     t = trainer(small, tmp_path)
     t.model.resize_token_embeddings(200)
-    with pytest.raises(UserError, match="vocabulary: the rows hold token .* 200 embeddings"): rehearse(t)
+    with pytest.raises(UserError, match="vocabulary: the rows hold token .* 200 embeddings"):
+        rehearse(t)
 
 
-@pytest.mark.parametrize("settings", [dict(max_steps=1, warmup_steps=1), dict(learning_rate=0.0), dict(num_train_epochs=1, per_device_train_batch_size=64, warmup_steps=0.1)])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(max_steps=1, warmup_steps=1),
+        dict(learning_rate=0.0),
+        dict(num_train_epochs=1, per_device_train_batch_size=64, warmup_steps=0.1),
+    ],
+)
 def test_it_names_a_schedule_that_never_learns(small, tmp_path, settings):
-    with pytest.raises(UserError, match="schedule: the learning rate is 0 in all"): rehearse(trainer(small, tmp_path, **settings))
-    with pytest.warns(UserWarning, match="all 3 steps are warm-up"): rehearse(trainer(small, tmp_path, max_steps=3, warmup_steps=10))
+    with pytest.raises(UserError, match="schedule: the learning rate is 0 in all"):
+        rehearse(trainer(small, tmp_path, **settings))
+    with pytest.warns(UserWarning, match="all 3 steps are warm-up"):
+        rehearse(trainer(small, tmp_path, max_steps=3, warmup_steps=10))
 
 
 def test_it_names_frozen_weights_and_a_loss_that_is_no_number(small, tmp_path):
     t = trainer(small, tmp_path)
     t.model.requires_grad_(False)
-    with pytest.raises(UserError, match="gradient: no weight gets one"): rehearse(t)
+    with pytest.raises(UserError, match="gradient: no weight gets one"):
+        rehearse(t)
     t = trainer(small, tmp_path)
     t.model.get_input_embeddings().weight.data[:] = float("nan")
-    with pytest.raises(UserError, match="the loss of the longest batch is nan"): rehearse(t)
+    with pytest.raises(UserError, match="the loss of the longest batch is nan"):
+        rehearse(t)
 
 
 def test_it_names_what_to_change_when_memory_is_short(small, tmp_path, monkeypatch):
     import torch
+
     t = trainer(small, tmp_path)
-    def full(*args, **kwargs): raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
     monkeypatch.setattr(t.model, "forward", full)
-    with pytest.raises(UserError, match="out of memory: halve per_device_train_batch_size.* 8 rows of up to"): rehearse(t)
+    with pytest.raises(UserError, match="out of memory: halve per_device_train_batch_size.* 8 rows of up to"):
+        rehearse(t)
 
 
 def test_packing_is_measured(small, tmp_path):
@@ -281,26 +412,56 @@ def test_packing_is_measured(small, tmp_path):
     t = trainer(small, tmp_path, packing=True)
     assert "logits as alone" in rehearse(t)["packing"]
     right = type(t.model).forward
-    def blind(self, *args, position_ids=None, **kwargs): return right(self, *args, **kwargs)
+
+    def blind(self, *args, position_ids=None, **kwargs):
+        return right(self, *args, **kwargs)
+
     t.model.forward = blind.__get__(t.model)
-    with pytest.raises(UserError, match="packing: rows in one batch see each other"): rehearse(t)
+    with pytest.raises(UserError, match="packing: rows in one batch see each other"):
+        rehearse(t)
 
 
 def test_tracking_is_one_word_away(small, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     run = sft(output=tmp_path / "run", **options(small, report_to="tensorboard", logging_steps=2))
-    events = EventAccumulator(str(next(run.rglob("events.out.tfevents*")).parent)); events.Reload()
+    events = EventAccumulator(str(next(run.rglob("events.out.tfevents*")).parent))
+    events.Reload()
     assert [e.step for e in events.Scalars("train/loss")] == list(range(2, 21, 2))
 
 
 # a card is complete: what it says decides the weights, and nothing else does
 
 BASE = dict(max_steps=5, learning_rate=1e-2, weight_decay=0.1, per_device_train_batch_size=8, max_length=512)
-MATTERS = dict(seed=7, learning_rate=2e-2, max_steps=6, lr_scheduler_type="linear", warmup_steps=3, weight_decay=0.5, max_grad_norm=0.01, optim="adamw_torch",
-               per_device_train_batch_size=4, gradient_accumulation_steps=2, max_length=80, assistant_only_loss=False, bf16=None, train_sampling_strategy=None,
-               neftune_noise_alpha=5, freeze_trainable_layers=1, adam_beta1=0.5)
+MATTERS = dict(
+    seed=7,
+    learning_rate=2e-2,
+    max_steps=6,
+    lr_scheduler_type="linear",
+    warmup_steps=3,
+    weight_decay=0.5,
+    max_grad_norm=0.01,
+    optim="adamw_torch",
+    per_device_train_batch_size=4,
+    gradient_accumulation_steps=2,
+    max_length=80,
+    assistant_only_loss=False,
+    bf16=None,
+    train_sampling_strategy=None,
+    neftune_noise_alpha=5,
+    freeze_trainable_layers=1,
+    adam_beta1=0.5,
+)
 NOT = dict(gradient_checkpointing=True, logging_steps=1, save_steps=2, report_to="tensorboard")
-ADAPTER = dict(r=8, lora_alpha=64, lora_dropout=0.5, target_modules=["q_proj"], use_rslora=True, use_dora=True, init_lora_weights="pissa")
+ADAPTER = dict(
+    r=8,
+    lora_alpha=64,
+    lora_dropout=0.5,
+    target_modules=["q_proj"],
+    use_rslora=True,
+    use_dora=True,
+    init_lora_weights="pissa",
+)
 
 
 @pytest.fixture(scope="module")
@@ -321,14 +482,22 @@ def test_a_field_of_the_card_decides(name, small, base, tmp_path):
     card = read_card(run)
     assert (asdict(card) | card.settings | card.hyperparameters)[name] == value[name], "the card does not say it"
     assert (weights(run) != before) == (name in MATTERS)
-    if name != "optim": assert set(hyper) - {"peft_config", "quantization_config", "loftq", "freeze_trainable_layers"} - set(MATTERS) - set(NOT) <= {
-        "num_train_epochs", "packing", "fp16", "save_strategy", "use_liger_kernel", "engine"}, "a new hyperparameter without a test"
+    if name != "optim":
+        assert set(hyper) - {"peft_config", "quantization_config", "loftq", "freeze_trainable_layers"} - set(
+            MATTERS
+        ) - set(NOT) <= {"num_train_epochs", "packing", "fp16", "save_strategy", "use_liger_kernel", "engine"}, (
+            "a new hyperparameter without a test"
+        )
 
 
 @pytest.mark.parametrize("name", ADAPTER)
 def test_a_field_of_the_adapter_decides(name, small, tmp_path):
     from llmcourse.lora import lora_config
-    one, other = (sft(ROWS, tmp_path / k, small, peft_config=lora_config(**dict(r=4, lora_alpha=8) | more), **BASE) for k, more in (("a", {}), ("b", {name: ADAPTER[name]})))
+
+    one, other = (
+        sft(ROWS, tmp_path / k, small, peft_config=lora_config(**dict(r=4, lora_alpha=8) | more), **BASE)
+        for k, more in (("a", {}), ("b", {name: ADAPTER[name]}))
+    )
     assert read_card(other).settings["peft_config"][name] == ADAPTER[name] and weights(one) != weights(other)
 
 
@@ -337,6 +506,10 @@ def test_other_rows_and_another_model_are_seen(small, base, tmp_path):
     assert weights(sft(ROWS, tmp_path / "model", tmp_path / "rows", **BASE)) != base[1]
 
 
-@pytest.mark.parametrize("hyper,said", [({"learning_rate": "4e-3"}, "YAML"), ({"max_steps": 0}, "more than 0"), ({"learning_rate": 0}, "more than 0")])
+@pytest.mark.parametrize(
+    "hyper,said",
+    [({"learning_rate": "4e-3"}, "YAML"), ({"max_steps": 0}, "more than 0"), ({"learning_rate": 0}, "more than 0")],
+)
 def test_numbers_that_are_none(hyper, said):
-    with pytest.raises(UserError, match=said): positive(hyper)
+    with pytest.raises(UserError, match=said):
+        positive(hyper)

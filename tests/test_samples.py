@@ -149,9 +149,9 @@ def test_splits_are_honoured(capsys):
     for row in rows("splits.jsonl"):
         steps = [(int(a), op, int(b)) for a, op, b in re.findall(r"(\d+)([+-])(\d+): ", row["messages"][-1]["content"])]
         assert steps and {held_out(*s) for s in steps} == {side(row) != "train"}, row
-    assert {s: sum(row.split == s for row in read(DATA / "splits.jsonl")) for s in ("train", "validation", "test")} == dict(
-        train=48, validation=16, test=16
-    )
+    assert {
+        s: sum(row.split == s for row in read(DATA / "splits.jsonl")) for s in ("train", "validation", "test")
+    } == dict(train=48, validation=16, test=16)
 
 
 def test_each_answer_is_right():
