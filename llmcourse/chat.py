@@ -11,13 +11,14 @@ from pathlib import Path
 from .chatdb import reading, votes
 from .core import UserError
 from .evals import score
+# `X as X`: others may import it from here too
 from .page import launch as launch
 
 # %% ../nbs/11_chat.ipynb #752dafce
 def feel(
     db: str | Path,   # a chat's SQLite file
 ) -> dict:            # replies, conversations, first_ms and whole_ms (medians, milliseconds), unfinished (share)
-    "How a chat felt to those who used it, from what was saved. Raises `UserError` if nobody has chatted yet."
+    "How a chat felt to the people who used it, from what was saved. Raises `UserError` if nobody has chatted yet."
     sql = "SELECT conversation, status, ttft, seconds FROM messages WHERE role = 'assistant' AND seconds IS NOT NULL"
     with reading(db) as con: rows = [dict(row) for row in con.execute(sql)]
     if not rows: raise UserError(f"{db}: no replies yet. Chat first: llmcourse chat --db {db}")
@@ -30,6 +31,6 @@ def feel(
 def thumbs(
     db: str | Path,   # a chat's SQLite file
 ) -> dict:            # n (votes), correct (thumbs up), accuracy (their share), low, high (95 % interval)
-    "The share of thumbs up among the votes. It is no accuracy: it depends on who cares to vote."
+    "The share of thumbs up among the votes. It is not an accuracy: it depends on who cares to vote."
     given = [row["vote"] for row in votes(db) if row["vote"]]
     return score(given.count(1), len(given))

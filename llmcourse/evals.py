@@ -7,6 +7,7 @@ from __future__ import annotations
 import math, re
 from collections.abc import Callable
 from statistics import NormalDist
+# `X as X`: others may import it from here too
 from .asking import NO_REFERENCE, Completion as Completion, ask_all, conversation, judged_by, normal, place_of
 from .core import Generate, UserError
 from .rows import reference
@@ -18,7 +19,7 @@ __all__ = ['grade_row', 'evaluate', 'wilson', 'score', 'summary', 'paired', 'com
 
 # %% ../nbs/04_evals.ipynb #6559a681
 def grade_row(
-    row: dict,    # a problem of the tutor, or your own row with a reference
+    row: dict,    # one of the tutor's problems, or a row of yours with a reference
     reply: str,   # what the model said
 ) -> bool:        # was it right?
     "Compare a reply with the row's `reference`; a tutor's must be in its format. Raises `UserError` if there is none."

@@ -5,6 +5,7 @@
 # %% ../nbs/10_export.ipynb #cd26d012
 from __future__ import annotations
 from pathlib import Path
+# `X as X`: others may import it from here too
 from .converter import to_gguf as to_gguf
 from .engine import Engine
 from .gguf_file import contents, read_gguf

@@ -1,12 +1,18 @@
-"""The site can be made: everything up to quarto runs for every notebook."""
+"""The site can be made: everything up to quarto runs for every notebook. And CONTRIBUTING.md shows what is tested."""
+import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
+import textwrap
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from rules import NOTEBOOKS, ROOT
+
+from llmcourse.training import Method
 
 NBS = ROOT / "nbs"
 
@@ -47,3 +53,24 @@ def test_without_quarto_nothing_is_installed(tmp_path):
                           capture_output=True, text=True)
     assert done.returncode == 2 and "quarto.org" in done.stderr and done.stdout == ""
     assert not (tmp_path / "called").exists()
+
+
+def the_entry(source: str) -> dict[str, str]:
+    "The words of the call in `DPO = Method(...)`, as code."
+    nodes = [node for node in ast.parse(source).body if isinstance(node, ast.Assign) and node.targets[0].id == "DPO"]
+    return {word.arg: ast.unparse(word.value) for word in nodes[0].value.keywords}
+
+
+def test_the_method_that_contributing_shows_is_the_one_that_is_tested():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    shown = textwrap.dedent(re.search(r"^( *)```python\n(.+?)```", text, re.M | re.S)[2])
+    tests = (ROOT / "tests/test_methods.py").read_text(encoding="utf-8")
+    assert the_entry(shown) == the_entry(tests)
+    entry = tests.partition("# --- the entry")[2].partition("# --- and")[0]
+    assert f"are {sum(bool(line.strip()) for line in entry.splitlines()[1:])} lines" in text
+
+
+def test_contributing_names_every_field_of_a_method():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    missing = [f.name for f in fields(Method) if not re.search(rf"`{f.name}`|\b{f.name}=", text)]
+    assert missing == [] and "placeholder" not in text

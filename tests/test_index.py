@@ -1,20 +1,21 @@
-"""The map: every chapter is on it, with what it needs, and its reading times are those that it says it estimates."""
+"""The map: every chapter is on it, with what it needs, its reading times are the estimates that it says they are,
+and the README and the chapters agree with it."""
 
 import json
 import re
 from pathlib import Path
 
 from llmcourse.core import CHAPTERS
+from llmcourse.figures import STOPS
 
 NBS = Path(__file__).parent.parent / "nbs"
+README = (NBS.parent / "README.md").read_text(encoding="utf-8")
 TEXT = "\n\n".join(
     "".join(c["source"]) for c in json.loads((NBS / "index.ipynb").read_text())["cells"] if c["cell_type"] == "markdown"
 )
 ROWS = {
     r[0]: r
-    for r in re.findall(
-        r"^\| (\d\d) \| \[(\w+)\]\((\S+)\) \| .+\? \| ([\d.]+) min \| (\d+) min \| (.+) \|$", TEXT, re.M
-    )
+    for r in re.findall(r"^\| (\d\d) \| \[(\w+)\]\((\S+)\) \| .+\? \| (\d+ s) \| (\d+) min \| (.+) \|$", TEXT, re.M)
 }
 
 
@@ -33,7 +34,7 @@ def test_every_chapter_is_on_the_map():
 
 
 def test_reading_times():
-    "Within eight minutes, so that a table in prose may be rounded and a chapter may be edited."
+    "Within eight minutes, so that the table can be rounded and a chapter can be edited."
     for _, _, page, _, said, _ in ROWS.values():
         assert abs(int(said) - reading(NBS / page)) <= 8, (
             f"{page}: {reading(NBS / page):.0f} minutes, the map says {said}"
@@ -51,4 +52,23 @@ def test_terms_are_spelled_out_at_first_use():
         assert full in " ".join(TEXT[at : at + 120].split()), short
     for page in ("glossary.ipynb", "01_models.ipynb", "workshop/tutor.ipynb"):
         assert f"]({page})" in TEXT
-    assert "An hour? Do 01, 06, 11." in TEXT
+    assert "Only an hour? Do 01, 06 and 11." in TEXT and "Only an hour? Do 01, 06 and 11." in README
+
+
+def test_the_readme_has_the_same_times_and_needs():
+    rows = re.findall(r"^\| (\d\d) \| \[\w+\]\(nbs/\S+\) \| (.+\?) \| (\d+ s) \| (.*?) ?\|$", README, re.M)
+    assert {n: (time, needs or "–") for n, _, time, needs in rows} == {n: (r[3], r[5]) for n, r in ROWS.items()}
+
+
+def test_a_chapter_marks_its_own_place():
+    "The picture of where you are follows the imports, and it was drawn."
+    shown = set()
+    for number, (_, _, page, *_) in ROWS.items():
+        code = [c for c in json.loads((NBS / page).read_text())["cells"] if c["cell_type"] == "code"]
+        for before, cell in zip(code, code[1:]):
+            if found := re.fullmatch(r"pipeline\(\"(\w+)\"\)", "".join(cell["source"]).strip()):
+                assert STOPS[found[1]][0] == number, f"{page} marks {found[1]}"
+                assert "import" in "".join(before["source"]), f"{page}: not after the imports"
+                assert any("image/png" in out.get("data", {}) for out in cell["outputs"]), f"{page}: not drawn"
+                shown.add(number)
+    assert {"02", "04", "10", "11"} <= shown

@@ -39,6 +39,7 @@ SHOWS = {
     "sft": ["runs/mine"],
     "train": ["runs/mine-again"],
     "grpo": ["runs/reinforced"],
+    "rloo": ["runs/rloo"],
     "export": ["runs/gguf/reinforced-Q4_K_M.gguf", "Modelfile"],
     "doctor": ["checkpoints"],
 }
@@ -46,6 +47,7 @@ MAKES = {
     "sft": "runs/mine/run.yaml",
     "train": "runs/mine-again/run.yaml",
     "grpo": "runs/reinforced/run.yaml",
+    "rloo": "runs/rloo/run.yaml",
     "export": "runs/gguf/reinforced-Q4_K_M.gguf",
 }
 
@@ -59,7 +61,7 @@ def place(tmp_path_factory):
 
 
 def environment(home: Path) -> dict:
-    "The shell's after `. .venv/bin/activate`, with this tree's package first."
+    "As in a shell after `. .venv/bin/activate`, with this tree's package first."
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     return os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "LLMCOURSE_HOME": str(home / "home"), "NO_COLOR": "1"}
 
@@ -170,7 +172,7 @@ def test_command_until_ctrl_c(command, place):
 
 
 def test_every_command_is_shown():
-    "Each has a line that runs, save two that take longer, which `make` runs and other tests cover."
+    "Each has a line that runs, except two that take longer, which `make` runs and other tests cover."
     shown = {c.split()[1] for c, _ in LINES}
     for name, why in ELSEWHERE.items():
         assert f"make {name}" in TEXT
@@ -212,12 +214,28 @@ def test_every_chapter_is_in_the_table():
 
 
 def test_words_are_explained_and_the_clone_line_is_the_sites():
-    body = TEXT[: TEXT.index("    rung")]
-    for word, meaning in (
-        ("SFT", "supervised fine-tuning"),
-        ("GRPO", "group\nrelative policy"),
-        ("GGUF", "llama.cpp's format"),
-    ):
-        assert body.index(word) < body.index(meaning) < body.index(word) + 60
+    "Each short name is spelled out where it first appears; file names do not count."
+    words = " ".join(re.sub(r"\S+\.(ipynb|png)\b", "", TEXT).split())
+    for word, meaning in {
+        "SFT": "supervised fine-tuning",
+        "LoRA": "low-rank adaptation",
+        "GRPO": "group relative policy optimisation",
+        "GGUF": "llama.cpp's format",
+        "RLOO": "REINFORCE leave-one-out",
+    }.items():
+        first = words.index(word, words.index("Make a Llama"))
+        assert meaning in words[first : first + 60], word
     url = re.search(r"repo-url: (\S+)", (ROOT / "_quarto.yml").read_text())[1]
     assert f"git clone {url}" in TEXT
+
+
+def test_the_picture_is_there_once_and_first():
+    assert TEXT.count("nbs/images/ladder.png") == 1
+    assert TEXT.index("nbs/images/ladder.png") < TEXT.index("    rung") < TEXT.index("## ")
+
+
+def test_the_order_of_the_page():
+    "What it is, for whom, the course, then the rest; how to choose a torch comes last."
+    headings = re.findall(r"^## (.+)$", TEXT, re.M)
+    assert headings[:3] == ["Two commands", "Who is it for?", "The course"] and "torch" in headings[-1]
+    assert "torch" not in re.sub(r"`\w+`", "", TEXT[: TEXT.index("## The course")])
