@@ -58,6 +58,7 @@ def write_card(
         aside.write_text(yaml.safe_dump(card, sort_keys=False, allow_unicode=True), encoding="utf-8")
     return place
 
+# %% ../nbs/workshop/card.ipynb #11e87d7f
 def _load(path: Path) -> dict:
     "The fields of a card file. Raises `UserError` for a missing file, bad YAML, or an unknown field."
     import yaml

@@ -69,7 +69,9 @@ def set_seed(
 ) -> int:            # the same seed, so that it can be logged
     "Seed Python, NumPy and, if it is loaded already or can be, torch."
     import numpy as np, torch
-    random.seed(seed); np.random.seed(seed % 2**32); torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
     return seed
 
 # %% ../nbs/workshop/core.ipynb #3ebb705e
@@ -90,7 +92,8 @@ def model_path(
         return str(weights() / choose(text, checkpoint_names(), "checkpoint").split("/")[1])
     if Path(text).is_dir(): return text
     if text.startswith((".", "/", "~")) or text.count("/") != 1 or Path(text).parent.is_dir():
-        raise UserError(f"{text}: no such folder. Give a model folder, a Hub name (owner/name), or one of {', '.join(checkpoint_names())}")
+        raise UserError(f"{text}: no such folder. Give a model folder, a Hub name (owner/name), "
+                        f"or one of {', '.join(checkpoint_names())}")
     return text
 
 # %% ../nbs/workshop/core.ipynb #9fa2e47a
@@ -115,9 +118,11 @@ def check_free(
     if not path.exists() or path.is_dir() and not any(path.iterdir()): return path
     if earlier is None or not earlier(path):
         kind = "folder" if path.is_dir() else "file"
-        raise UserError(f"{path}: a {kind} is already there, and it is not an earlier result of this command. Choose another output")
+        raise UserError(f"{path}: a {kind} is already there, and it is not an earlier result of this command. "
+                        "Choose another output")
     return path
 
+# %% ../nbs/workshop/core.ipynb #70683490
 @contextlib.contextmanager
 def write_aside(
     path: str | Path,                                # the file or folder to make
@@ -132,7 +137,8 @@ def write_aside(
         check_free(path, earlier)   # somebody else may have written there meanwhile
         if path.is_dir(): shutil.rmtree(path)
         os.replace(aside, path)
-    finally: shutil.rmtree(aside.parent, ignore_errors=True)
+    finally:
+        shutil.rmtree(aside.parent, ignore_errors=True)
 
 # %% ../nbs/workshop/core.ipynb #2ae7fec5
 def need_space(
@@ -143,7 +149,9 @@ def need_space(
     path = Path(path).resolve()
     while not path.exists(): path = path.parent
     free = shutil.disk_usage(path).free
-    if free < size: raise UserError(f"{path}: {free/1e6:.0f} MB free, {size/1e6:.0f} MB needed. Free some space or choose another --output")
+    if free < size:
+        raise UserError(f"{path}: {free/1e6:.0f} MB free, {size/1e6:.0f} MB needed. "
+                        "Free some space or choose another --output")
 
 # %% ../nbs/workshop/core.ipynb #f921ff3d
 def _same_columns(row: dict) -> Callable[[Path], bool]:
@@ -166,6 +174,19 @@ def write_jsonl(
         for row in itertools.chain([first] if first else [], rows): f.write(json.dumps(row, ensure_ascii=False) + "\n")
     return Path(path)
 
+# %% ../nbs/workshop/core.ipynb #adfdb187
+def _json_object(line: bytes, place: str, first: bool) -> dict | None:
+    "The object on a line, None for a blank one. Raises `UserError` that says what is wrong with it."
+    try: text = line.decode("utf-8-sig" if first else "utf-8")
+    except UnicodeDecodeError as e:
+        raise UserError(f"{place}: byte {e.start + 1} of the line is not UTF-8. Save the file as UTF-8") from None
+    if not text.strip(): return None
+    try: row = json.loads(text)
+    except json.JSONDecodeError as e:
+        raise UserError(f"{place}: not JSON ({e.msg} at column {e.colno}). Each line is one JSON object") from None
+    if isinstance(row, dict): return row
+    raise UserError(f"{place}: a {type(row).__name__}, not an object. Each line is one {{...}}")
+
 def json_lines(
     path: str | Path,             # a JSONL file; blank lines are left out
 ) -> Iterator[tuple[int, dict]]:  # the number of the line, from 1, and its object
@@ -174,13 +195,8 @@ def json_lines(
     if not path.is_file(): raise UserError(f"{path}: no such file. Give a JSONL file, one JSON object a line")
     with open(path, "rb") as lines:   # in bytes, a line ends at a newline alone: JSON may hold U+2028
         for i, line in enumerate(lines, 1):
-            try: text = line.decode("utf-8-sig" if i == 1 else "utf-8")
-            except UnicodeDecodeError as e: raise UserError(f"{path}:{i}: byte {e.start + 1} of the line is not UTF-8. Save the file as UTF-8") from None
-            if not text.strip(): continue
-            try: row = json.loads(text)
-            except json.JSONDecodeError as e: raise UserError(f"{path}:{i}: not JSON ({e.msg} at column {e.colno}). Each line is one JSON object") from None
-            if not isinstance(row, dict): raise UserError(f"{path}:{i}: a {type(row).__name__}, not an object. Each line is one {{...}}")
-            yield i, row
+            row = _json_object(line, f"{path}:{i}", i == 1)
+            if row is not None: yield i, row
 
 def read_jsonl(path: str | Path) -> list[dict]:
     "Read a whole JSONL file. Raises `UserError` that names the file and the line, or for a file without rows."
@@ -197,12 +213,14 @@ def check_messages(
     answered: bool = True,  # must the last turn be the assistant's?
 ) -> list[Message]:       # the same messages
     "Check the form of one conversation. Raises `UserError`."
-    if not isinstance(messages, list) or not messages: raise UserError(f'{place}: "messages" must be a non-empty list of {{"role", "content"}}')
+    if not isinstance(messages, list) or not messages:
+        raise UserError(f'{place}: "messages" must be a non-empty list of {{"role", "content"}}')
     for j, m in enumerate(messages):
-        if not isinstance(m, dict) or m.get("role") not in ROLES:
-            raise UserError(f"{place}: turn {j} has the role {m.get('role') if isinstance(m, dict) else m!r}. There are {', '.join(ROLES)}")
-        if not isinstance(m.get("content"), str): raise UserError(f"{place}: turn {j} has no text in \"content\"")
-    if answered and messages[-1]["role"] != "assistant": raise UserError(f"{place}: the last message must be the assistant's, or there is nothing to learn")
+        role = m.get("role") if isinstance(m, dict) else repr(m)
+        if role not in ROLES: raise UserError(f"{place}: turn {j} has the role {role}. There are {', '.join(ROLES)}")
+        if not isinstance(m.get("content"), str): raise UserError(f'{place}: turn {j} has no text in "content"')
+    if answered and messages[-1]["role"] != "assistant":
+        raise UserError(f"{place}: the last message must be the assistant's, or there is nothing to learn")
     return messages
 
 # %% ../nbs/workshop/core.ipynb #73e381a8
@@ -210,26 +228,35 @@ def file_hash(
     path: str | Path,  # a file, or a folder
 ) -> str:              # the first 16 hex digits of a sha256 over names and contents
     "One short hash for a file or a whole folder."
-    path, h = Path(path), hashlib.sha256()
-    for f in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
-        if path.is_dir(): h.update(str(f.relative_to(path)).encode())
-        h.update(f.read_bytes())
-    return h.hexdigest()[:16]
+    path = Path(path)
+    found = hashlib.sha256()
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    for file in files:
+        if path.is_dir(): found.update(str(file.relative_to(path)).encode())
+        found.update(file.read_bytes())
+    return found.hexdigest()[:16]
 
 # %% ../nbs/workshop/core.ipynb #3808dcbd
+def _peak_mb() -> int:
+    "The most memory that this process has held, in MB."
+    try: import resource
+    except ImportError: return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (1e6 if sys.platform == "darwin" else 1e3))
+
 @contextlib.contextmanager
 def stopwatch():
-    "Yield a dict; when the block ends it holds `seconds` (wall clock) and `peak_mb` (memory of the process, 0 on Windows)."
+    "Yield a dict; when the block ends it holds `seconds` (wall clock) and `peak_mb` (of the process, 0 on Windows)."
     out, start = {}, time.perf_counter()
-    try: yield out
+    try:
+        yield out
     finally:
         out["seconds"] = round(time.perf_counter() - start, 2)
-        try: import resource; peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        except ImportError: peak = 0
-        out["peak_mb"] = round(peak / (1e6 if sys.platform == "darwin" else 1e3))
+        out["peak_mb"] = _peak_mb()
 
 # %% ../nbs/workshop/core.ipynb #5f59e28c
-CHAPTERS = {"01": "models", "02": "serve", "04": "evals", "05": "data", "06": "sft", "07": "lora", "09": "rl", "10": "export", "11": "chat"}
+CHAPTERS = {"01": "models", "02": "serve", "04": "evals", "05": "data", "06": "sft", "07": "lora", "09": "rl",
+            "10": "export", "11": "chat"}
 
 def home() -> Path:
     "Where progress and the chat database live: `$LLMCOURSE_HOME`, else `~/.llmcourse`."

@@ -80,6 +80,7 @@ def start_from_rounding(
     scale: str,          # a section of settings.ini
 ) -> None:
     "Set A and B of each layer to the best guess, of their rank, of what rounding has taken from its weight."
+    # peft.replace_lora_weights_loftq (0.21) does it on CUDA only, and leaves lora_alpha / r out of account
     import torch
     from bitsandbytes.functional import dequantize_4bit
     whole = dict(load(model, scale, dtype="float32")[0].named_modules())

@@ -15,7 +15,6 @@ __all__ = ['DATE', 'BYTES', 'render', 'encode', 'stop_ids', 'generate', 'Local',
 
 # %% ../nbs/01_models.ipynb #756a16e6
 DATE = "26 Jul 2024"   # Llama 3's templates name a day: the one that transformers takes unless told
-
 def render(
     tokenizer,
     messages: list[Message],

@@ -31,6 +31,7 @@ def _add(options: argparse.ArgumentParser, parameter: inspect.Parameter, kind: t
     elif kind is bool: options.add_argument(option(name), action="store_true", help=text)
     else: options.add_argument(option(name), type=kind, default=default, metavar=kind.__name__.upper(), help=text)
 
+# %% ../nbs/workshop/options.ipynb #b39beb8c
 def parser(
     function: Callable,   # a command; its docstring's first line is its help, a second paragraph an example
     prog: str,            # what is typed: "llmcourse sft"

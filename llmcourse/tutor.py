@@ -244,7 +244,8 @@ def _number_fact(rng: random.Random) -> str:
     "What comes before or after a number, or what it is made of."
     n = rng.randint(11, 98)
     tens, ones = divmod(n, 10)
-    return rng.choice([f"{n} has {tens} tens and {ones} ones.\n", f"After {n} comes {n+1}.\n", f"Before {n} comes {n-1}.\n"])
+    return rng.choice([f"{n} has {tens} tens and {ones} ones.\n", f"After {n} comes {n+1}.\n",
+                       f"Before {n} comes {n-1}.\n"])
 
 def _copied(rng: random.Random) -> str:
     "A list of numbers, twice."

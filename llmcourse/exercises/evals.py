@@ -4,7 +4,7 @@
 
 # %% ../../nbs/workshop/exercises/evals.ipynb #a6105a52
 from __future__ import annotations
-import math, re
+import itertools, math, re
 from ..check import Exercise
 from ..evals import wilson
 from ..tutor import final_number, held_out, problems, work
@@ -21,7 +21,7 @@ _REPLIES = [("47+38: ones 7+8=15, carry 1, tens 4+3+1=8, so 85.", "85", True, "a
             ("47+38: ones 7+8=15, carry 1, tens 4+3+1=8, so 85…", "85", False, "a reply that ran out of room"),
             ("47+38: ones 7+8=15, carry 1, tens 4+3+1=8, so 8", "8", False, "a reply cut before the full stop"),
             ("98+87: ones 8+7=15, carry 1, tens 9+8+1=18, so 185.", "85", False, "185, which ends like 85"),
-            ("47+38: so 85. 85-20: ones 5-0=5, borrow 0, tens 8-2-0=6, so 65.", "85", False, "the result of a step before the last"),
+            ("47+38: so 85. 85-20: ones 5-0=5, borrow 0, tens 8-2-0=6, so 65.", "85", False, "an earlier step's result"),
             ("", "85", False, "an empty reply")]
 
 def _test_grader(ends_right):
@@ -29,6 +29,7 @@ def _test_grader(ends_right):
         got = ends_right(reply, answer)
         assert bool(got) is right, f"{what} must {'' if right else 'not '}count: {reply[-45:]!r} for {answer}"
 
+# %% ../../nbs/workshop/exercises/evals.ipynb #fd95d586
 grader = Exercise("04.1", "a grader for the tutor's prose that cannot be fooled", _test_grader,
     "anchor a regular expression at the end of the reply: so, a number, a full stop, and nothing more",
     wrong={"looks for the answer anywhere": lambda reply, answer: answer in reply,
@@ -46,33 +47,41 @@ def _test_needed(needed):
     for width in (.3, .2, .1):
         n = needed(width)
         assert isinstance(n, int), f"needed({width}) is {n!r}, not a whole number"
-        assert n >= 1 and _width(n) <= width, f"at n = {n} the interval is {_width(max(n, 1)):.4f} wide, more than {width}"
-        assert n == 1 or _width(n - 1) > width, f"n = {n} is not the smallest: {n - 1} gives {_width(n - 1):.4f}, no wider than {width}"
+        found = _width(max(n, 1))
+        assert n >= 1 and found <= width, f"at n = {n} the interval is {found:.4f} wide, more than {width}"
+        assert n == 1 or _width(n - 1) > width, f"n = {n} is not the smallest: {n - 1} fits into {width} too"
 
+def _first(width):
+    return next(n for n in itertools.count(1) if _width(n) <= width)
+
+# %% ../../nbs/workshop/exercises/evals.ipynb #7e2be0df
 needed = Exercise("04.2", "the smallest n for an interval of a given width", _test_needed,
     "count n upwards from 1 and stop at the first interval that fits",
-    wrong={"takes half of the interval for its width": lambda width: next(n for n in range(1, 10**6) if _width(n) <= 2 * width),
+    wrong={"takes half of the interval for its width": lambda width: _first(2 * width),
            "uses the formula of the naive interval": lambda width: math.ceil(1.96**2 / width**2),
            "a round number that is certainly enough": lambda width: 1000,
-           "the last n that does not fit": lambda width: next(n for n in range(1, 10**6) if _width(n) <= width) - 1})
+           "the last n that does not fit": lambda width: _first(width) - 1})
 
 # %% ../../nbs/workshop/exercises/evals.ipynb #55aebe3d
 def _row(*steps):
     "A row that has just these steps."
-    return {"task": f"story{len(steps)}", "question": f"A story of {steps}", "working": " ".join(work(*s) for s in steps), "answer": "0"}
+    working = " ".join(work(*step) for step in steps)
+    return {"task": f"story{len(steps)}", "question": f"A story of {steps}", "working": working, "answer": "0"}
 
 def _steps(kept: bool, op: str):
     "A few steps whose operands are held out, or not."
     return [(a, op, b) for a in range(50, 99) for b in range(10, 40) if held_out(a, op, b) == kept][:5]
 
 def _test_leaked(leaked):
-    for row in problems(5, seed=1, split="test"): assert leaked(row) in (False, None), f"a row of the test split does not leak: {row['working']}"
+    for row in problems(5, seed=1, split="test"):
+        assert leaked(row) in (False, None), f"a row of the test split does not leak: {row['working']}"
     for row in problems(5, seed=1): assert leaked(row), f"a row of the training split leaks: {row['working']}"
     for op in "+-":
         for closed, opened in zip(_steps(True, op), _steps(False, op)):
             for steps in ((closed, opened), (opened, closed), (closed, opened, closed)):
                 assert leaked(_row(*steps)), f"one open step is enough: {_row(*steps)['working']}"
 
+# %% ../../nbs/workshop/exercises/evals.ipynb #df2b90fd
 def _open(step): return not held_out(int(step[0]), step[1], int(step[2]))
 def _found(row): return re.findall(r"(\d+)([+-])(\d+):", row["working"])
 _SEEN = {r["question"] for r in problems(500, seed=0)}

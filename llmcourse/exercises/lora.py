@@ -15,18 +15,23 @@ def _test_start(start):
     import torch
     torch.manual_seed(0)
     B, A = (m.detach().double().clone().requires_grad_() for m in start(6, 8, 3))
-    assert tuple(B.shape) == (6, 3) and tuple(A.shape) == (3, 8), f"for start(6, 8, 3) B is 6 × 3 and A is 3 × 8, not {tuple(B.shape)} and {tuple(A.shape)}"
+    shapes = tuple(B.shape), tuple(A.shape)
+    assert shapes == ((6, 3), (3, 8)), f"for start(6, 8, 3) B is 6 × 3 and A is 3 × 8, not {shapes[0]} and {shapes[1]}"
     assert float((B @ A).detach().abs().max()) == 0, "the update BA is not zero, so the model is changed before the first step"
     target = torch.randn(6, 8, dtype=torch.double)
     for _ in range(300):
         loss = ((B @ A - target)**2).sum()
         loss.backward()
         with torch.no_grad():
-            for m in (B, A): m -= 0.02 * m.grad; m.grad = None
+            for m in (B, A):
+                m -= 0.02 * m.grad
+                m.grad = None
     used = int((torch.linalg.svdvals((B @ A).detach()) > 1e-3).sum())
-    assert used, "nothing has moved after 300 steps: the gradient of each matrix passes through the other, and both are zero"
+    assert used, ("nothing has moved after 300 steps: "
+                  "the gradient of each matrix passes through the other, and both are zero")
     assert used == 3, f"only {used} of 3 ranks came to be used: rows that begin alike stay alike"
 
+# %% ../../nbs/workshop/exercises/lora.ipynb #2fff454e
 def _start(out_features, in_features, r):
     import torch
     return torch.zeros(out_features, r), torch.randn(r, in_features) / in_features**0.5
@@ -43,27 +48,36 @@ start = Exercise("07.1", "start values for B and A, so that the model is unchang
            "the shapes swapped": _with(lambda B, A: (A, B))})
 
 # %% ../../nbs/workshop/exercises/lora.ipynb #d6c36da0
-_LLAMA8B = [(4096, 4096), (4096, 1024), (4096, 1024), (4096, 4096), (4096, 14336), (4096, 14336), (14336, 4096)] * 32
+_BLOCK = [(4096, 4096), (4096, 1024), (4096, 1024), (4096, 4096), (4096, 14336), (4096, 14336), (14336, 4096)]
+_LLAMA8B = _BLOCK * 32
 
 def _test_rank(largest_rank):
     rng = random.Random(0)
     cases = [(_LLAMA8B, 671_088_640), (_LLAMA8B, 671_088_639), (_LLAMA8B, 41_943_039)]
-    cases += [([(rng.randint(1, 9), rng.randint(1, 9)) for _ in range(rng.randint(1, 5))], rng.randint(0, 20_000)) for _ in range(50)]
+    for _ in range(50):
+        shapes = [(rng.randint(1, 9), rng.randint(1, 9)) for _ in range(rng.randint(1, 5))]
+        cases.append((shapes, rng.randint(0, 20_000)))
     for shapes, budget in cases:
         want, one = 0, sum(16 * (i + o) for i, o in shapes)
         while (want + 1) * one <= budget: want += 1
         got = largest_rank(shapes, budget)
         name = "Llama 3.1 8B" if shapes is _LLAMA8B else shapes
-        assert got == want and got == int(got), f"{budget} bytes for {name}: r={want} takes {want * one}, r={want + 1} takes {(want + 1) * one}; you say {got}"
+        fits = f"r={want} takes {want * one}, r={want + 1} takes {(want + 1) * one}"
+        assert got == want and got == int(got), f"{budget} bytes for {name}: {fits}; you say {got}"
 
-def _largest_rank(shapes, budget): return budget // (16 * sum(i + o for i, o in shapes))
+def _largest_rank(shapes, budget, bytes_each=16):
+    return budget // (bytes_each * sum(i + o for i, o in shapes))
 
+def _layer_by_layer(shapes, budget):
+    return min(budget // len(shapes) // (16 * (i + o)) for i, o in shapes)
+
+# %% ../../nbs/workshop/exercises/lora.ipynb #0939158b
 largest_rank = Exercise("07.2", "the largest rank whose training fits in a budget of bytes", _test_rank,
     "one rank costs in + out numbers in every layer, at 16 bytes each; round down",
-    wrong={"4 bytes a number: forgets gradient and optimizer": lambda shapes, budget: budget // (4 * sum(i + o for i, o in shapes)),
+    wrong={"4 bytes a number: forgets gradient and optimizer": lambda shapes, budget: _largest_rank(shapes, budget, 4),
            "in × out: counts the frozen matrix": lambda shapes, budget: budget // (16 * sum(i * o for i, o in shapes)),
            "rounds to the nearest": lambda shapes, budget: round(budget / (16 * sum(i + o for i, o in shapes))),
-           "rounds each layer down by itself": lambda shapes, budget: min(budget // len(shapes) // (16 * (i + o)) for i, o in shapes)})
+           "rounds each layer down by itself": _layer_by_layer})
 
 # %% ../../nbs/workshop/exercises/lora.ipynb #d967cf6b
 def _test_fold(fold):
@@ -77,8 +91,10 @@ def _test_fold(fold):
         want = W @ x + alpha / (r**0.5 if rs else r) * (B @ (A @ x))
         what = f"r={r}, lora_alpha={alpha}{', rsLoRA' if rs else ''}"
         assert torch.equal(W, kept), "W itself was changed: return a new matrix, or the frozen weights are lost"
-        assert tuple(M.shape) == (n, n) and torch.allclose(M @ x, want), f"{what}: the merged matrix does not do what layer and adapter do"
-        assert torch.allclose(fold(M, A, B, alpha, use_rslora=rs, back=True), W), f"{what}: merging and taking apart does not give W back"
+        same = tuple(M.shape) == (n, n) and torch.allclose(M @ x, want)
+        assert same, f"{what}: the merged matrix does not do what layer and adapter do"
+        apart = fold(M, A, B, alpha, use_rslora=rs, back=True)
+        assert torch.allclose(apart, W), f"{what}: merging and taking apart does not give W back"
 
 def _fold(W, A, B, lora_alpha, use_rslora=False, back=False, scaling=None, update=None):
     r = A.shape[0]
@@ -86,16 +102,24 @@ def _fold(W, A, B, lora_alpha, use_rslora=False, back=False, scaling=None, updat
     change = scaling * (B @ A if update is None else update(A, B))
     return W - change if back else W + change
 
-def _fold_with(**mistake): return lambda *args, **kwargs: _fold(*args, **kwargs, **mistake)
+def _fold_with(**mistake):
+    return lambda *args, **kwargs: _fold(*args, **kwargs, **mistake)
 
+def _never_back(W, A, B, lora_alpha, use_rslora=False, back=False):
+    return _fold(W, A, B, lora_alpha, use_rslora)
+
+def _in_place(W, A, B, lora_alpha, use_rslora=False, back=False):
+    return W.copy_(_fold(W, A, B, lora_alpha, use_rslora, back))
+
+# %% ../../nbs/workshop/exercises/lora.ipynb #201d0090
 fold = Exercise("07.3", "the merged matrix, and the way back", _test_fold,
     "the update is a scaling times B @ A; r is the number of rows of A; rsLoRA divides by the root of r",
     wrong={"forgets the scaling": _fold_with(scaling=lambda alpha, r: 1),
            "alpha alone": _fold_with(scaling=lambda alpha, r: alpha),
            "never rsLoRA": _fold_with(scaling=lambda alpha, r: alpha / r),
            "the transposed update": _fold_with(update=lambda A, B: (B @ A).T),
-           "merges again instead of taking apart": lambda W, A, B, lora_alpha, use_rslora=False, back=False: _fold(W, A, B, lora_alpha, use_rslora),
-           "changes W in place": lambda W, A, B, lora_alpha, use_rslora=False, back=False: W.copy_(_fold(W, A, B, lora_alpha, use_rslora, back))})
+           "merges again instead of taking apart": _never_back,
+           "changes W in place": _in_place})
 
 # %% ../../nbs/workshop/exercises/lora.ipynb #ee961dd3
 EXERCISES = [start, largest_rank, fold]

@@ -16,10 +16,14 @@ def _test_pad_left(pad_left):
         ids, mask = pad_left([list(row) for row in rows], pad)
         n = max(len(row) for row in rows)
         for row, got, seen in zip(rows, ids, mask, strict=True):
-            assert len(got) == len(seen) == n, f"rows {rows}: each row and mask should have length {n}, one has {len(got)} and {len(seen)}"
-            assert list(got[n - len(row):]) == row, f"row {row} should be at the right end, got {list(got)}"
-            assert all(t == pad for t in got[:n - len(row)]), f"row {row} should be filled up with {pad} on the left, got {list(got)}"
-            assert [int(s) for s in seen] == [int(i >= n - len(row)) for i in range(n)], f"row {row} with pad {pad}: the mask should be 0 on padding and 1 on the row, got {list(seen)}"
+            k = n - len(row)
+            sizes = f"one has {len(got)} and {len(seen)}"
+            assert len(got) == len(seen) == n, f"rows {rows}: each row and mask should have length {n}, {sizes}"
+            assert list(got[k:]) == row, f"row {row} should be at the right end, got {list(got)}"
+            filled = all(token == pad for token in got[:k])
+            assert filled, f"row {row} should be filled up with {pad} on the left, got {list(got)}"
+            assert [int(s) for s in seen] == [0] * k + [1] * len(row), (
+                f"row {row} with pad {pad}: the mask should be 0 on padding and 1 on the row, got {list(seen)}")
 
 # %% ../../nbs/workshop/exercises/models.ipynb #7cc2abbf
 def _solved_pad_left(rows, pad):
@@ -39,7 +43,8 @@ def _mask_by_id(rows, pad):
     return ids, [[int(t != pad) for t in row] for row in ids]
 
 # %% ../../nbs/workshop/exercises/models.ipynb #ef70e9a9
-_CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}, {"role": "user", "content": "And 3+3?"}]
+_CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2+2?"},
+         {"role": "assistant", "content": "4"}, {"role": "user", "content": "And 3+3?"}]
 _CHATML = """<|im_start|>system
 Be brief.<|im_end|>
 <|im_start|>user
@@ -54,11 +59,20 @@ And 3+3?<|im_end|>
 def _test_chatml(chatml):
     got = chatml([dict(m) for m in _CHAT])
     same = next((i for i, (a, b) in enumerate(zip(got, _CHATML)) if a != b), min(len(got), len(_CHATML)))
-    assert got == _CHATML, f"it differs after {_CHATML[max(0, same - 20):same]!r}: expected {_CHATML[same:same + 20]!r}, got {got[same:same + 20]!r}"
+    after, want, said = _CHATML[max(0, same - 20):same], _CHATML[same:same + 20], got[same:same + 20]
+    assert got == _CHATML, f"it differs after {after!r}: expected {want!r}, got {said!r}"
 
-def _turns(messages, end="<|im_end|>\n"): return "".join(f"<|im_start|>{m['role']}\n{m['content']}{end}" for m in messages)
+def _turns(messages, end="<|im_end|>\n"):
+    return "".join(f"<|im_start|>{m['role']}\n{m['content']}{end}" for m in messages)
+
+def _llama3(messages):
+    heads = [f"<|start_header_id|>{m['role']}<|end_header_id|>\n\n" for m in messages]
+    return "".join(f"{head}{m['content']}<|eot_id|>" for head, m in zip(heads, messages))
 
 # %% ../../nbs/workshop/exercises/models.ipynb #4885574c
+_CARDS = [("Llama 3.1 8B", 24, "bfloat16"), ("Llama 3.1 8B", 16, "nf4"), ("Llama 3.2 3B", 8, "int8"),
+          ("Llama 3.1 70B", 24, "nf4"), ("Llama 3.2 1B", 80, "bfloat16")]
+
 def _slow_longest(config, memory, dtype):
     n, top = 0, config["max_position_embeddings"]
     for step in (1000, 1):
@@ -66,8 +80,9 @@ def _slow_longest(config, memory, dtype):
     return n
 
 def _test_longest(longest_context):
-    for name, gb, dtype in (("Llama 3.1 8B", 24, "bfloat16"), ("Llama 3.1 8B", 16, "nf4"), ("Llama 3.2 3B", 8, "int8"), ("Llama 3.1 70B", 24, "nf4"), ("Llama 3.2 1B", 80, "bfloat16")):
-        want, got = _slow_longest(LLAMAS[name], gb * 1e9, dtype), longest_context(LLAMAS[name], gb * 1e9, dtype)
+    for name, gb, dtype in _CARDS:
+        want = _slow_longest(LLAMAS[name], gb * 1e9, dtype)
+        got = longest_context(LLAMAS[name], gb * 1e9, dtype)
         assert got == want, f"{name} in {dtype} on {gb} GB: {want:,} tokens, not {got:,}"
 
 # %% ../../nbs/workshop/exercises/models.ipynb #f0cf03f1
@@ -79,18 +94,23 @@ def _longest(config, memory, dtype, share=1.0, weights=True, floor=True, cap=Tru
 # %% ../../nbs/workshop/exercises/models.ipynb #65a77e0f
 EXERCISES = [
     Exercise("01.1", "pad a batch on the left, with its mask", _test_pad_left,
-             "[pad] * k + row is a row with k pads on the left. Build the mask from the lengths: a pad id may also be a real token.",
-             wrong={"pads on the right": _pad_right, "a mask of ones": _mask_of_ones, "a mask from comparing with the pad id": _mask_by_id}),
+             "[pad] * k + row is a row with k pads on the left. "
+             "Build the mask from the lengths: a pad id may also be a real token.",
+             wrong={"pads on the right": _pad_right, "a mask of ones": _mask_of_ones,
+                    "a mask from comparing with the pad id": _mask_by_id}),
     Exercise("01.2", "render a conversation in ChatML", _test_chatml,
              "Like by_hand, with other words and no BOS. At the end open the assistant's turn, and do not close it.",
-             wrong={"does not open the assistant's turn": lambda m: _turns(m), "closes the assistant's turn": lambda m: _turns(m) + "<|im_start|>assistant\n<|im_end|>\n",
+             wrong={"does not open the assistant's turn": lambda m: _turns(m),
+                    "closes the assistant's turn": lambda m: _turns(m) + "<|im_start|>assistant\n<|im_end|>\n",
                     "no new line between turns": lambda m: _turns(m, "<|im_end|>") + "<|im_start|>assistant\n",
-                    "Llama 3's tokens": lambda m: "".join(f"<|start_header_id|>{x['role']}<|end_header_id|>\n\n{x['content']}<|eot_id|>" for x in m)}),
+                    "Llama 3's tokens": _llama3}),
     Exercise("01.3", "the longest context that fits on a card", _test_longest,
-             "Take off weight_bytes(config, dtype) first. Divide what is left by kv_cache_bytes(config, 1), and keep it between 0 and max_position_embeddings.",
+             "Take off weight_bytes(config, dtype) first. Divide what is left by kv_cache_bytes(config, 1), "
+             "and keep it between 0 and max_position_embeddings.",
              wrong={"forgets the weights": lambda c, m, d="bfloat16": _longest(c, m, d, weights=False),
                     "keeps keys only, not values": lambda c, m, d="bfloat16": _longest(c, m, d, share=.5),
-                    "a cache for every query head": lambda c, m, d="bfloat16": _longest(c, m, d, share=c["num_attention_heads"] / c["num_key_value_heads"]),
+                    "a cache for every query head": lambda c, m, d="bfloat16": _longest(
+                        c, m, d, share=c["num_attention_heads"] / c["num_key_value_heads"]),
                     "goes below zero": lambda c, m, d="bfloat16": _longest(c, m, d, floor=False),
                     "goes beyond what the model can read": lambda c, m, d="bfloat16": _longest(c, m, d, cap=False)}),
 ]
