@@ -116,6 +116,7 @@ def _insert(con: sqlite3.Connection, message: dict, conversation: int, parent: i
     places = ", ".join(f":{name}" for name in row)
     return con.execute(f"INSERT INTO messages ({names}) VALUES ({places})", row).lastrowid
 
+# %% ../nbs/workshop/chatdb.ipynb #596e5c40
 def save_turn(
     db: str | Path,        # the SQLite file
     messages: list[dict],  # the conversation so far, oldest first; those with an "id" are saved already

@@ -44,7 +44,8 @@ def _bits(config, base: str | Path, dequantize: bool):
     if not packed or dequantize: return packed
     name = packed.get("quant_method") if isinstance(packed, dict) else getattr(packed, "quant_method", None)
     raise UserError(f"{base}: stored in few bits ({getattr(name, 'value', name)}), and rounding the merged weights "
-                    "to them again would lose much of the update. Unpack it first: merge(adapter, output, dequantize=True)")
+                    "to them again would lose much of the update. "
+                    "Unpack it first: merge(adapter, output, dequantize=True)")
 
 # %% ../nbs/workshop/merging.ipynb #0f7dbab6
 def merge(

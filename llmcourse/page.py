@@ -36,6 +36,7 @@ def changes(
     return [path[-1]["id"] if path else None, gr.Chatbot(value=shown, feedback_value=thumbs), box,
             path[-1]["token"] if path else None, said]
 
+# %% ../nbs/workshop/page.ipynb #d11b7c04
 def looks(
     desk: Desk,
     turn: Iterator[list[dict]],   # from `desk.ask`, `retry`, `edit`
@@ -158,6 +159,7 @@ def wire_turns(p: types.SimpleNamespace, desk: Desk, users: int) -> None:
     p.shown.edit(edit, [p.shown, p.leaf], out, **slow)
     p.box.stop(stop, [p.leaf], None, queue=False, show_progress="hidden", api_visibility="private")
 
+# %% ../nbs/workshop/page.ipynb #b2b6c0a1
 def wire_rest(app, p: types.SimpleNamespace, desk: Desk) -> None:
     "Wire thumbs, corrections, new chats, reading aloud, and what happens when the page is opened."
     import gradio as gr
@@ -235,6 +237,7 @@ def build_page(
     app.desk = desk
     return app
 
+# %% ../nbs/workshop/page.ipynb #34ae1034
 QUIET = dict(share=False, inbrowser=False, inline=False, quiet=True, ssr_mode=False, pwa=False, mcp_server=False,
              run_history=False, enable_monitoring=False, footer_links=[], prevent_thread_lock=True,
              css=".placeholder-content {padding: 0 1.5em}")

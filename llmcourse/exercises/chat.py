@@ -27,6 +27,7 @@ def _silences(silences):
     assert longest == 2.0, f"the longest silence between two texts is 2.0 s, not {longest}"
     assert tuple(silences(STREAM[:2])) == (1.0, 0), "with one piece of text there is no silence between two: 0"
 
+# %% ../../nbs/workshop/exercises/chat.ipynb #86954eb4
 def _times(stamped, spoken=lambda line: True):
     times = [seconds for seconds, line in stamped if line.startswith("data: {") and spoken(line)]
     return times[0], max((b - a for a, b in zip(times, times[1:])), default=0)
@@ -60,6 +61,7 @@ def _standing(standing):
     assert set(got) == set(LEFT), f"message {min(set(got) - set(LEFT))}: nothing was ever said about it"
     assert standing([]) == {}, "an empty log leaves nothing"
 
+# %% ../../nbs/workshop/exercises/chat.ipynb #f6a00cc1
 def _replay(log, withdraw=True, empty_is_down=False, forget=False):
     left = {}
     for message, what in log:
@@ -97,6 +99,7 @@ def _pairs(pairs):
     assert set(flat) <= PAIRS, f"{min(set(flat) - PAIRS)} is no pair: both replies must answer the same prompt"
     assert len(flat) == len(set(flat)) == len(PAIRS), f"there are {len(PAIRS)} pairs, you found {len(flat)}"
 
+# %% ../../nbs/workshop/exercises/chat.ipynb #be021df5
 def _corrected(rows, only_down=True):
     return [{"prompt": r["prompt"], "chosen": r["correction"], "rejected": r["reply"]}
             for r in rows if r["correction"] and (r["vote"] == -1 or not only_down)]

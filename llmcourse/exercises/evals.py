@@ -21,7 +21,7 @@ _REPLIES = [("47+38: ones 7+8=15, carry 1, tens 4+3+1=8, so 85.", "85", True, "a
             ("47+38: ones 7+8=15, carry 1, tens 4+3+1=8, so 85…", "85", False, "a reply that ran out of room"),
             ("47+38: ones 7+8=15, carry 1, tens 4+3+1=8, so 8", "8", False, "a reply cut before the full stop"),
             ("98+87: ones 8+7=15, carry 1, tens 9+8+1=18, so 185.", "85", False, "185, which ends like 85"),
-            ("47+38: so 85. 85-20: ones 5-0=5, borrow 0, tens 8-2-0=6, so 65.", "85", False, "an earlier step's result"),
+            ("47+38: so 85. 85-20: ones 5-0=5, borrow 0, tens 8-2-0=6, so 65.", "85", False, "an earlier step"),
             ("", "85", False, "an empty reply")]
 
 def _test_grader(ends_right):

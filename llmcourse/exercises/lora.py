@@ -17,7 +17,8 @@ def _test_start(start):
     B, A = (m.detach().double().clone().requires_grad_() for m in start(6, 8, 3))
     shapes = tuple(B.shape), tuple(A.shape)
     assert shapes == ((6, 3), (3, 8)), f"for start(6, 8, 3) B is 6 × 3 and A is 3 × 8, not {shapes[0]} and {shapes[1]}"
-    assert float((B @ A).detach().abs().max()) == 0, "the update BA is not zero, so the model is changed before the first step"
+    unchanged = float((B @ A).detach().abs().max()) == 0
+    assert unchanged, "the update BA is not zero, so the model is changed before the first step"
     target = torch.randn(6, 8, dtype=torch.double)
     for _ in range(300):
         loss = ((B @ A - target)**2).sum()
@@ -40,7 +41,8 @@ def _with(change):
     "The good start, spoiled."
     return lambda out_features, in_features, r: change(*_start(out_features, in_features, r))
 
-start = Exercise("07.1", "start values for B and A, so that the model is unchanged and every rank can learn", _test_start,
+start = Exercise(
+    "07.1", "start values for B and A, so that the model is unchanged and every rank can learn", _test_start,
     "one of the two is zero; the other is not, and its r rows differ",
     wrong={"both zero: nothing moves": _with(lambda B, A: (B, 0 * A)),
            "both random: the model is changed": _with(lambda B, A: (B + 0.1, A)),
