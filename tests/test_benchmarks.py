@@ -1,11 +1,17 @@
 """Every benchmark runs once, small. What it measures is its own business."""
+
 import subprocess
 import sys
 
 import pytest
 from rules import ROOT
 
-BENCHMARKS = {"sft": ["1", "--small"], "seeds": ["7", "--small"], "sweep": ["--small", "sweep.jsonl"]}
+BENCHMARKS = {
+    "sft": ["1", "--small"],
+    "grpo": ["1", "--small"],
+    "seeds": ["7", "--small"],
+    "sweep": ["--small", "sweep.jsonl"],
+}
 
 
 def test_all_benchmarks_are_run_here():
@@ -15,8 +21,12 @@ def test_all_benchmarks_are_run_here():
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_a_benchmark_runs(name, tmp_path):
     "In another process, for each sets its own seeds and threads, and writes to a folder of its own."
-    done = subprocess.run([sys.executable, ROOT / f"benchmarks/{name}.py", *BENCHMARKS[name]], cwd=tmp_path,
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, ROOT / f"benchmarks/{name}.py", *BENCHMARKS[name]],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
-    said = {"sft": "ours / trl: median", "seeds": "seed 7, T=1:", "sweep": "1/1  method"}
+    said = {"sft": "ours / trl: median", "grpo": "trl / ours: median", "seeds": "seed 7, T=1:", "sweep": "1/1  method"}
     assert said[name] in done.stdout
