@@ -80,10 +80,8 @@ def main(rounds: int) -> None:
         for name in CONTENDERS:
             row = measured(name)
             seconds[name].append(row["cpu"])
-            print(
-                f"round {i + 1} {name:<11} {row['completions']} completions, {row['cpu']:.1f} CPU-s, {row['wall']:.1f} s",
-                flush=True,
-            )
+            took = f"{row['cpu']:.1f} CPU-s, {row['wall']:.1f} s"
+            print(f"round {i + 1} {name:<11} {row['completions']} completions, {took}", flush=True)
     for name in list(CONTENDERS)[1:]:
         ratios = [x / y for x, y in zip(seconds[name], seconds["ours"], strict=True)]
         print(

@@ -198,7 +198,7 @@ def rebuild(
 # %% ../nbs/workshop/checkpoints.ipynb #564923ca
 def repeat(
     card: str | Path,                  # a run.yaml, or its folder
-    output: str | Path | None = None,  # where to write; the run's folder with -again behind it by default
+    output: str | Path | None = None,  # where to write; by default the run's folder and -again
 ) -> Path:                             # the new run's folder
     "Repeat a run from its card. Raises `UserError` for a card of an unknown method."
     method, place = read_card(card).method, Path(card)

@@ -51,7 +51,7 @@ def parser(
 def parse(
     function: Callable,   # a command
     prog: str,            # what is typed: "llmcourse sft"
-    argv: list[str],      # the words behind it
+    argv: list[str],      # the words after it
 ) -> dict:                # keyword arguments for `function`
     "Read the words. Raises `UserError` for a word that is not known, with the option that was probably meant."
     options = parser(function, prog)

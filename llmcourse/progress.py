@@ -44,7 +44,7 @@ def tell(text: str) -> None:
 # %% ../nbs/workshop/progress.ipynb #d36117ff
 def bar(
     name: str,          # before the bar
-    what: str = "loss", # the logged number to show behind it
+    what: str = "loss", # the logged number to show after the bar
 ):
     "A trainer callback: one progress bar, plain text in a terminal and in a notebook."
     from tqdm import tqdm

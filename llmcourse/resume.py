@@ -123,7 +123,7 @@ def fit(
     trainer,              # of transformers or TRL
     folder: Path,         # from `runs.run_folder`
     name: str,            # before the progress bar
-    what: str = "loss",   # the number behind it
+    what: str = "loss",   # the number after the bar
     callbacks=(),         # more of transformers' `TrainerCallback`s
 ) -> tuple[list[dict], float]:   # the trainer's log; seconds of training, all starts together
     "Train and save weights and tokenizer. Raises `Paused` after SIGTERM when work is left."
