@@ -9,8 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from .core import Message, UserError, choose
-from .data import DATE
-from .models import encode, generate, render, stop_ids
+from .models import DATE, encode, generate, render, stop_ids
 from .progress import tell
 from .rows import Row, prompt, reference
 from .training import Method, Work, train, upstream

@@ -8,7 +8,8 @@ import copy, warnings
 from importlib.util import find_spec
 from pathlib import Path
 from .core import UserError, check_messages
-from .data import end_ids, tokenize
+from .data import tokenize
+from .labels import end_ids
 from .progress import tell
 from .resume import seeded_batches
 from .rows import Row

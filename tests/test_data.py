@@ -12,15 +12,22 @@ import pytest
 from jinja2 import TemplateError
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from llmcourse.core import UserError
 from llmcourse import rows as reader
-from llmcourse.data import GALLERY, NearDuplicates, dress, end_ids, synthesize, text_faults, to_pairs, tokenize, turn_faults, xray, xray_file
-from llmcourse.forms import FORMATS, canonical, detect, from_messages, from_preference, to_messages, to_preference, to_unpaired
+from llmcourse.copies import NearDuplicates
+from llmcourse.core import UserError
+from llmcourse.data import tokenize
 from llmcourse.datacheck import check_data
+from llmcourse.faults import text_faults, turn_faults
 from llmcourse.files import LONGEST, lines
+from llmcourse.forms import FORMATS, canonical, detect
+from llmcourse.forms import from_messages, from_preference, to_messages, to_preference, to_unpaired
+from llmcourse.labels import end_ids
 from llmcourse.models import load_tokenizer
-from llmcourse.rows import conversations, opening, side
+from llmcourse.rows import conversations, side
+from llmcourse.synthesis import synthesize, to_pairs
+from llmcourse.templates import GALLERY, dress
 from llmcourse.tutor import problems, to_chat
+from llmcourse.xray import xray, xray_file
 
 many = settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 user, said, system = (lambda t: {"role": "user", "content": t}), (lambda t: {"role": "assistant", "content": t}), (lambda t: {"role": "system", "content": t})
@@ -501,10 +508,7 @@ def test_report_does_not_obey_what_it_prints(tmp_path):
 
 MEMORY = """
 import resource, sys
-from llmcourse.core import *
 from llmcourse.datacheck import check_data
-from llmcourse.models import load_tokenizer
-from llmcourse.rows import conversations, opening, side
 check_data(sys.argv[1], tokens_per_second=1)            # everything is imported and filled once
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 report = check_data(sys.argv[2], tokens_per_second=1)

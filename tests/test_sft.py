@@ -10,11 +10,12 @@ import torch
 from llmcourse.card import differences, read_card
 from llmcourse.core import UserError, read_jsonl, scale as read_scale
 from llmcourse.models import load, load_tokenizer, stop_ids
-from llmcourse.data import tokenize, xray
+from llmcourse.data import tokenize
 from llmcourse.methods import rerun
 from llmcourse.rows import read
 from llmcourse.sft import SFT, check_labels, sft, sft_defaults
 from llmcourse.tutor import has_bf16, problems, small_talk, to_chat
+from llmcourse.xray import xray
 
 ROWS = [{"messages": to_chat(p)["messages"]} for p in problems(4, 0, ("add", "sub", "story1", "story2"))]
 CHATML = (
