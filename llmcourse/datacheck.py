@@ -136,7 +136,9 @@ def training_speed(model: str, scale: str = "cpu") -> float:
 def _pass(report: Report, source, name: str, seen: Seen, lengths: Lengths, mark: int = 0) -> int:
     "Let the rows of a file pass, with `mark` on their places; how many there were."
     n = 0
-    for n, row in enumerate(walk(source), 1): _examine(report, row.number | mark, row, seen, lengths, name)
+    for row in walk(source):
+        n += 1
+        _examine(report, row.number | mark, row, seen, lengths, name)
     return n
 
 def _not_looked_at(seen: Seen) -> dict:
