@@ -6,7 +6,8 @@
 from __future__ import annotations
 import warnings
 from .core import UserError, check_messages
-from .data import end_ids, tokenize
+from .data import tokenize
+from .labels import end_ids
 from .progress import tell
 from .rows import Row
 

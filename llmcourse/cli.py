@@ -121,7 +121,7 @@ def xray(
 
     llmcourse xray chats.jsonl --model ./my-llama --rows 5
     """
-    from llmcourse.data import xray_file
+    from llmcourse.xray import xray_file
     from llmcourse.models import load_tokenizer
     drawn, total, faults = xray_file(file, load_tokenizer(model), rows, n)
     colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")

@@ -116,7 +116,7 @@ def _token(ax, x: float, y: float, width: float, text: str, is_trained: bool):
     write(ax, x + width / 2, y + 8, text, 9, ink, ha="center", family="DejaVu Sans Mono")
 
 def mask_strip(
-    pieces,                             # the text of each token, or an `XRay` of `llmcourse.data`
+    pieces,                             # the text of each token, or an `XRay` of `llmcourse.xray`
     trained: list[bool] | None = None,  # is it trained? None: as the x-ray says
     title: str | None = None,           # above the strip
 ):                                      # the figure

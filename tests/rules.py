@@ -1,6 +1,6 @@
 """The rules of the house that a number can hold, each with those that break it.
 
-    python tests/rules.py       what breaks which rule today, in the form of NOT_YET in tests/test_house.py
+    python tests/rules.py       what breaks which rule today
 """
 import ast
 import json

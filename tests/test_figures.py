@@ -122,7 +122,7 @@ def test_mask_strip_tokens_stay_in_their_boxes():
 
 
 def test_mask_strip_takes_an_xray():
-    from llmcourse.data import xray
+    from llmcourse.xray import xray
     from llmcourse.models import load_tokenizer
 
     chat = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "2+2: 4.\nAnswer: 4"}]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from llmcourse import data, files
+from llmcourse import faults, files
 from llmcourse.cli import main
 from llmcourse.core import check_messages
 from llmcourse.files import lines, numbered
@@ -250,26 +250,25 @@ def test_healthy_rows_of_the_sick_file_are_healthy(capsys):
     assert healthy and not any(x[2:].startswith(f"line {n}: ") for n in healthy for x in said.splitlines())
 
 
-def spoken(*functions) -> list[str]:
-    "The beginnings of all that these functions can say about a row."
+def spoken(module) -> list[str]:
+    "The beginnings of all that the functions of a module can say about a row."
     said = []
-    for function in functions:
-        for node in ast.walk(ast.parse(inspect.getsource(function).strip())):
-            value = node.value if isinstance(node, ast.Yield) else None
-            if isinstance(value, ast.Tuple) and len(value.elts) == 2:
-                what = value.elts[1]
-                part = what.values if isinstance(what, ast.JoinedStr) else [what]
-                said += [max((p.value for p in part if isinstance(p, ast.Constant)), key=len)[:22]]
+    for node in ast.walk(ast.parse(inspect.getsource(module))):
+        value = node.value if isinstance(node, ast.Yield) else None
+        if isinstance(value, ast.Tuple) and len(value.elts) == 2:
+            what = value.elts[1]
+            part = what.values if isinstance(what, ast.JoinedStr) else [what]
+            said += [max((p.value for p in part if isinstance(p, ast.Constant)), key=len)[:22]]
     return said
 
 
 def test_the_sick_file_has_every_fault(capsys):
     "Whoever teaches the doctor a new fault adds a line to `make.sick`."
     said = check("sick.jsonl", capsys)[1]
-    known = spoken(data.turn_faults, data.text_faults)
+    known = spoken(faults)
     assert len(known) >= 14
     assert [what for what in known if what not in said] == []
-    assert set(make.SECRETS) == set(data.SECRETS)
+    assert set(make.SECRETS) == set(faults.SECRETS)
 
 
 def test_lines_that_are_no_rows():

@@ -10,7 +10,8 @@ import torch
 from llmcourse.card import differences, read_card
 from llmcourse.core import UserError, read_jsonl, scale as read_scale
 from llmcourse.models import load, load_tokenizer, stop_ids
-from llmcourse.data import tokenize, xray
+from llmcourse.data import tokenize
+from llmcourse.xray import xray
 from llmcourse.methods import rerun
 from llmcourse.rows import read
 from llmcourse.chats import check_labels
