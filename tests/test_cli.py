@@ -178,7 +178,7 @@ def test_a_real_process_exits_with_2_and_no_traceback():
 
 
 def test_eval_leaves_rows_of_training_out(capsys, tmp_path):
-    from llmcourse.cli import _exam
+    from llmcourse.exam import exam_rows
 
     ask = lambda i: {
         "messages": [
@@ -187,14 +187,14 @@ def test_eval_leaves_rows_of_training_out(capsys, tmp_path):
         ]
     }
     rows = [ask(i) | {"split": s} for i, s in enumerate(("train", "test", "train"))]
-    assert len(_exam(jsonl(tmp_path / "a.jsonl", *rows), None)) == 1
+    assert len(exam_rows(jsonl(tmp_path / "a.jsonl", *rows), None)) == 1
     assert "2 rows of the split train are left out" in capsys.readouterr().err
     assert "all rows are in train" in bad(capsys, "eval", "--data", jsonl(tmp_path / "b.jsonl", rows[0]))
     assert "c.jsonl:2: unknown split 'tset'" in bad(
         capsys, "eval", "--data", jsonl(tmp_path / "c.jsonl", CHAT, ask(2) | {"split": "tset"})
     )
     (tmp_path / "d.csv").write_text("question;answer\n1+1?;2\n")
-    (row,) = _exam(tmp_path / "d.csv", None)
+    (row,) = exam_rows(tmp_path / "d.csv", None)
     assert row["place"].endswith("d.csv:2") and [m["content"] for m in row["messages"]] == ["1+1?", "2"]
 
 
