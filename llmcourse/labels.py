@@ -76,7 +76,7 @@ def spans(
         found.append((len(before), len(upto)))
     return found
 
-# %% ../nbs/workshop/labels.ipynb #ccb5ae0c
+# %% ../nbs/workshop/labels.ipynb #72d371cd
 def end_ids(tokenizer) -> set[int]:
     "Every token that ends a turn: those of `stop_ids`, and the special one that the template writes behind an answer."
     ends = set(stop_ids(tokenizer))
