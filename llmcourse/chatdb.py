@@ -170,7 +170,7 @@ def save_vote(
     message: int,    # the id of a reply
     **changes,       # vote=1, -1 or None (taken back); correction="what it should have said" or None
 ) -> dict:           # vote and correction, as they are now
-    "Change the vote or the correction of one reply; what is not named stays. Raises `UserError` if it is no reply."
+    "Change the vote or the correction of one reply; what is not named stays. Raises `UserError` if it is not a reply."
     _check_vote(changes)
     with writing(db) as con:
         found = con.execute("SELECT role FROM messages WHERE id = ?", [message]).fetchone()

@@ -76,7 +76,7 @@ def walk(
 def prompt(
     row: Row,             # a chat, with or without its last answer
 ) -> list[Message]:       # all turns before the last answer
-    "What the model is asked. Raises `UserError` for a row that asks nothing, or is no chat."
+    "What the model is asked. Raises `UserError` for a row that asks nothing, or is not a chat."
     if "messages" not in row.data:
         raise UserError(f"{row.place}: a row of the form {row.form}. Give a chat, or a question with its answer")
     messages = row.data["messages"]

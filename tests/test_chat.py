@@ -768,7 +768,7 @@ def until(condition, seconds=20):
 
 
 def settled(page, text):
-    "Wait until the reply stands there and has its id: then the question box can send again."
+    "Wait until the reply is there and has its id: then the question box can send again."
     page.get_by_text(text).wait_for(timeout=30_000)
     page.locator("button.stop-button").wait_for(state="hidden", timeout=30_000)
 

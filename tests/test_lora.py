@@ -262,7 +262,7 @@ def refuses(tmp_path, match, *args, **kwargs):
 def test_refuses_a_foreign_base_of_the_same_shape(plain, tmp_path, tokenizer):
     adapter, other = adapt(plain, tmp_path / "a"), make(tmp_path / "other", tokenizer, seed=9, **PLAIN)
     refuses(tmp_path, "was trained on weights", adapter, base=other)
-    make(plain, tokenizer, seed=9, **PLAIN)  # the base itself was trained anew
+    make(plain, tokenizer, seed=9, **PLAIN)  # the base itself was retrained
     refuses(tmp_path, "was trained on weights", adapter)
 
 

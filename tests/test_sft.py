@@ -533,7 +533,7 @@ def test_loftq_begins_closer_to_the_whole_model(tmp_path):
         if loftq:
             start_from_rounding(
                 net, "tutor/base", "cpu"
-            )  # before the first forward pass, at which bitsandbytes may pack the weights anew
+            )  # before the first forward pass, at which bitsandbytes may repack the weights
         return (net(input_ids=ids).logits - want).square().mean().item()
 
     with torch.no_grad():
