@@ -408,6 +408,29 @@ def broken_chats() -> list[tuple]:
     return rows
 
 
+def broken_calls() -> list[tuple]:
+    "Calls of tools that nobody could carry out."
+    asked = [turn("user", p["question"]) for p in mixed(25, 16)[-5:]]
+
+    def calls(i: int, name: str | None, arguments: str) -> list[dict]:
+        wanted = {"arguments": arguments} | ({"name": name} if name else {})
+        return [
+            asked[i],
+            turn("assistant", None, tool_calls=[{"id": "call_1", "type": "function", "function": wanted}]),
+        ]
+
+    right = json.dumps({"a": 47, "op": "+", "b": 38})
+    stray = [*calls(4, "calculate", right), turn("tool", "85", tool_call_id="call_2"), turn("assistant", "It is 85.")]
+    rows = [
+        ("calls a tool without a name", calls(0, None, right)),
+        ("with arguments that were written as JSON twice", calls(1, "calculate", json.dumps(right))),
+        ("which is not among the row's tools", calls(2, "multiply", right)),
+        ("with arguments that do not fit", calls(3, "calculate", json.dumps({"a": 47, "op": "plus", "b": 38}))),
+        ("answers the call 'call_2'", stray),
+    ]
+    return [(fault, {"messages": messages, "tools": TOOLS}) for fault, messages in rows]
+
+
 def broken_files() -> list[tuple]:
     "Faults that only show beside another row: copies, leaks, forms that do not mix."
     p, q, r, s = mixed(20, 15)[-4:]
@@ -435,7 +458,7 @@ def broken_files() -> list[tuple]:
 
 def sick() -> list[tuple]:
     "All that can be wrong: (what the doctor says, the row or its bytes; None: the same line has one more fault)."
-    return broken_files() + broken_chats() + broken_rows() + broken_lines()
+    return broken_files() + broken_chats() + broken_calls() + broken_rows() + broken_lines()
 
 
 # ---- files

@@ -7,6 +7,7 @@ from __future__ import annotations
 import warnings
 from .core import UserError, check_messages
 from .data import tokenize
+from .faults import turn_faults
 from .labels import end_ids
 from .progress import tell
 from .rows import Row
@@ -24,6 +25,10 @@ def take_chats(
             raise UserError(f"{row.place}: a row of the form {row.form}, and SFT takes one answer a row. "
                             "Give only the better answer, or train on preferences")
         check_messages(row.data["messages"], row.place)
+        for level, what in turn_faults(row.data["messages"], row.data.get("tools")):
+            if level != "error": continue
+            raise UserError(f"{row.place}: {what}. Correct the row or leave it out; "
+                            "llmcourse data check lists all of them")
     return [row.data for row in rows]
 
 # %% ../nbs/workshop/chats.ipynb #a5292664
@@ -78,8 +83,17 @@ def check_labels(
     return dict(rows=len(rows), tokens=tokens, trained=len(labels), too_long=_count_long(rows, max_length))
 
 # %% ../nbs/workshop/chats.ipynb #63579557
-def look_at_chats(tokenizer, rows: list[dict], max_length: int | None = None) -> dict[str, int]:
-    "`check_labels`, and its result in one line."
+def look_at_chats(
+    tokenizer,
+    rows: list[dict],               # {"input_ids", "labels"}
+    max_length: int | None = None,  # tokens; longer rows lose their end
+    context: int | None = None,     # tokens that the model can read
+) -> dict[str, int]:                # as from `check_labels`
+    "`check_labels`, and its result in one line. Raises `UserError` for rows that the model cannot read to their end."
+    longest = max(min(len(row["input_ids"]), max_length or len(row["input_ids"])) for row in rows)
+    if context and longest > context:
+        raise UserError(f"a row has {longest:,} tokens (max_length={max_length}), and the model reads {context:,}. "
+                        f"Give max_length={context}, or split the long rows")
     seen = check_labels(tokenizer, rows, max_length)
     share = seen["trained"] / seen["tokens"]
     tell(f"SFT: {seen['rows']:,} rows, {seen['tokens']:,} tokens, {share:.0%} of them trained")

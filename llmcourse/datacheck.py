@@ -75,7 +75,7 @@ def _found(row: Row, lengths: Lengths) -> Iterator[tuple[str, str]]:
     if "chosen" in row.data and row.data["chosen"] == row.data["rejected"]:
         yield "error", "chosen and rejected are the same: there is nothing to learn"
     for chat in conversations(row.data):
-        faults = list(turn_faults(chat))
+        faults = list(turn_faults(chat, row.data.get("tools")))
         yield from faults
         yield from text_faults(_said(chat))
         if all(level == "warning" for level, _ in faults): yield from lengths.faults(chat, row.data.get("tools"))

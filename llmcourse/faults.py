@@ -4,7 +4,7 @@
 
 # %% ../nbs/workshop/faults.ipynb #8193c941
 from __future__ import annotations
-import re
+import json, re
 from collections.abc import Iterator
 from .core import Message
 
@@ -42,8 +42,62 @@ def _two_turns(j: int, a: Message, b: Message) -> Iterator[tuple[str, str]]:
         yield "warning", (f"turns {j - 1} and {j} are both the {b['role']}'s: "
                           "Llama 2's, Mistral's and Gemma's templates refuse it")
 
+# %% ../nbs/workshop/faults.ipynb #5c0e2455
+def _arguments(function: dict) -> tuple[dict | None, str]:
+    "A call's arguments as an object, or None and what is wrong with them."
+    given = function.get("arguments")
+    if isinstance(given, str):
+        try: given = json.loads(given) if given.strip() else {}
+        except ValueError: return None, "arguments that are not JSON"
+        if isinstance(given, str): return None, "arguments that were written as JSON twice"
+    if given is None: return {}, ""
+    return (given, "") if isinstance(given, dict) else (None, "arguments that are not a JSON object")
+
+def _misfit(arguments: dict, schema: dict) -> str:
+    "Why arguments do not fit a tool's schema; empty if they do."
+    from jsonschema import Draft202012Validator
+    from jsonschema.exceptions import best_match
+    from referencing import Registry
+    validator = Draft202012Validator(schema, registry=Registry())   # which fetches nothing from the network
+    try: wrong = best_match(validator.iter_errors(arguments))
+    except Exception as e: return f"the schema itself cannot be used ({type(e).__name__})"
+    return " ".join(wrong.message.split())[:120] if wrong else ""
+
+# %% ../nbs/workshop/faults.ipynb #b81120cf
+def _call_faults(j: int, m: Message, tools: dict[str, dict]) -> Iterator[tuple[str, str]]:
+    "What is wrong with the calls of turn `j`; `tools` are the row's, name → schema."
+    for call in m.get("tool_calls") or []:
+        function = call.get("function") if isinstance(call, dict) else None
+        name = function.get("name") if isinstance(function, dict) else None
+        if not isinstance(name, str) or not name:
+            yield "error", f"turn {j} calls a tool without a name"
+            continue
+        arguments, wrong = _arguments(function)
+        if wrong: yield "error", f"turn {j} calls {name!r} with {wrong}"
+        elif tools and name not in tools: yield "error", f"turn {j} calls {name!r}, which is not among the row's tools"
+        elif misfit := _misfit(arguments, tools.get(name, {})):
+            yield "error", f"turn {j} calls {name!r} with arguments that do not fit: {misfit}"
+
+def _schemas(tools) -> dict[str, dict]:
+    "The row's tools: name → schema of the arguments."
+    functions = [t.get("function", t) for t in tools or [] if isinstance(t, dict)]
+    return {f["name"]: f.get("parameters") or {} for f in functions if isinstance(f, dict) and f.get("name")}
+
+def _tool_faults(messages: list[Message], tools) -> Iterator[tuple[str, str]]:
+    "What is wrong with calls and their answers."
+    schemas, asked = _schemas(tools), set()
+    for j, m in enumerate(messages):
+        yield from _call_faults(j, m, schemas)
+        asked |= {call.get("id") for call in m.get("tool_calls") or [] if isinstance(call, dict)}
+        answers = m.get("tool_call_id") if m["role"] == "tool" else None
+        if answers is not None and answers not in asked:
+            yield "error", f"turn {j} answers the call {answers!r}, which nobody made"
+
 # %% ../nbs/workshop/faults.ipynb #487a2c9e
-def turn_faults(messages: list[Message]) -> Iterator[tuple[str, str]]:
+def turn_faults(
+    messages: list[Message],
+    tools: list[dict] | None = None,   # what the assistant may call
+) -> Iterator[tuple[str, str]]:
     "What is wrong with the turns of one conversation: (level, what)."
     if not any(m["role"] == "assistant" for m in messages):
         yield "error", "no assistant turn: there is nothing to learn"
@@ -51,6 +105,7 @@ def turn_faults(messages: list[Message]) -> Iterator[tuple[str, str]]:
     yield from _order_faults(messages)
     for j, m in enumerate(messages): yield from _one_turn(j, m, messages[:j])
     for j, (a, b) in enumerate(zip(messages, messages[1:]), 1): yield from _two_turns(j, a, b)
+    yield from _tool_faults(messages, tools)
 
 # %% ../nbs/workshop/faults.ipynb #79863278
 SECRETS = {"an AWS key": r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b",

@@ -4,7 +4,7 @@
 
 # %% ../nbs/workshop/forms.ipynb #98676520
 from __future__ import annotations
-import difflib, re
+import difflib, json, re
 from .core import ROLES, Message, UserError, choose
 from .tutor import TASKS, to_chat
 
@@ -20,11 +20,30 @@ ROLE = {r: r for r in ROLES} | dict(
 def _content(value, place: str) -> str:
     "Text out of a text, of nothing, or of OpenAI's list of text parts."
     if isinstance(value, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in value):
-        return "".join(p.get("text") or "" for p in value)
+        parts = [p.get("text", p.get("value")) for p in value]   # some write the text as "value"
+        if all(isinstance(p, str) for p in parts): return "".join(parts)
+        raise UserError(f'{place}: a part of its content has no text. Give it as {{"type": "text", "text": "…"}}')
     if value is None or isinstance(value, str): return value or ""
     if isinstance(value, (int, float)) and not isinstance(value, bool): return str(value)   # an answer such as 4
+    if isinstance(value, dict): raise UserError(f"{place}: its content is an object, not text. Write it as text")
     raise UserError(f"{place}: its content is a {type(value).__name__}, not text. "
                     "Images and sound cannot be trained here")
+
+# %% ../nbs/workshop/forms.ipynb #414d47a4
+def _from_text(value, what: str, place: str) -> list[dict] | None:
+    "A list of objects, which may be written as JSON text. Raises `UserError` for anything else."
+    if isinstance(value, str):
+        try: value = json.loads(value)
+        except ValueError: raise UserError(f"{place}: {what} is a text that is not JSON. Give a list") from None
+    if value is None or isinstance(value, list) and all(isinstance(x, dict) for x in value): return value
+    raise UserError(f"{place}: {what} is a {type(value).__name__}, not a list of objects")
+
+def _calls(m: dict, place: str) -> dict:
+    "The tool calls of a turn, as `tool_calls`; nothing if there are none."
+    calls = _from_text(m.get("tool_calls"), "tool_calls", place)
+    if calls is None and isinstance(m.get("function_call"), dict):
+        calls = [{"type": "function", "function": m["function_call"]}]
+    return {} if calls is None else {"tool_calls": calls}
 
 # %% ../nbs/workshop/forms.ipynb #7a91126a
 def _turn(m, place: str) -> Message:
@@ -34,8 +53,14 @@ def _turn(m, place: str) -> Message:
     role = m.get("role", m.get("from"))
     if not isinstance(role, str) or role not in ROLE:
         raise UserError(f"{place} has the role {role!r}. There are {', '.join(ROLES)}, and ShareGPT's human and gpt")
-    rest = {k: v for k, v in m.items() if k not in ("role", "from", "content", "value") and v is not None}
-    return {"role": ROLE[role], "content": _content(m.get("content", m.get("value")), place), **rest}
+    calls = _calls(m, place)
+    content = m.get("content", m.get("value"))
+    own = {"role", "from", "content", "value", "tool_calls"} | ({"function_call"} if calls else set())
+    if content is None and isinstance(m.get("refusal"), str):
+        content = m["refusal"]
+        own.add("refusal")
+    rest = {k: v for k, v in m.items() if k not in own and v is not None}
+    return {"role": ROLE[role], "content": _content(content, place), **calls, **rest}
 
 # %% ../nbs/workshop/forms.ipynb #23469f60
 FORMATS = ("messages", "sharegpt", "alpaca", "dolly", "prompt-completion", "chatml", "text")   # one answer
@@ -47,15 +72,17 @@ PAIRS = (("prompt", "completion"), ("prompt", "response"), ("question", "answer"
 _BY_COLUMNS = [   # columns that a row must have → its form; the first that fits
     ("input preferred_output non_preferred_output", "openai-dpo"), ("chosen rejected", "preference"),
     ("instruction completions", "ultrafeedback"), ("prompt completions", "ultrafeedback"),
-    ("prompt completion label", "unpaired"), ("messages", "messages"), ("conversations", "sharegpt"),
+    ("prompt completion label", "unpaired"), ("messages label", "unpaired"), ("messages", "messages"),
+    ("conversations", "sharegpt"),
     ("task question", "problem"), ("input ideal", "evals"), ("instruction output", "alpaca"),
     ("instruction response", "dolly"), *((f"{a} {b}", "prompt-completion") for a, b in PAIRS),
     ("text label", "classification"), ("text", "text"), ("prompt", "prompt"), ("question", "prompt")]
 
 def _fits(row: dict, columns: str, form: str) -> bool:
-    "Has the row these columns, and is it one of the tutor's tasks if the form is a problem?"
-    has = all(row.get(k) is not None for k in columns.split())
-    return has and (form != "problem" or row["task"] in TASKS)
+    "Has the row these columns? A problem names one of the tutor's tasks; a whole chat is rated by true or false."
+    if not all(row.get(k) is not None for k in columns.split()): return False
+    if columns == "messages label": return isinstance(row["label"], bool)
+    return form != "problem" or row["task"] in TASKS
 
 # %% ../nbs/workshop/forms.ipynb #3a36348d
 _KNOWN = ("messages", "conversations", "instruction", "prompt", "completion",
@@ -124,6 +151,15 @@ def _turns(row: dict, form: str, place: str) -> tuple[list, tuple]:
     if form == "chatml": return _chatml(row["text"], place), ("text",)
     return _question_and_answer(row, form)
 
+# %% ../nbs/workshop/forms.ipynb #be75609c
+def _with_tools(columns: dict, place: str) -> dict:
+    "The other columns of a row; `tools` as a list, also if the row has OpenAI's earlier `functions`."
+    if "tools" in columns: return columns | {"tools": _from_text(columns["tools"], "tools", place)}
+    if "functions" not in columns: return columns
+    functions = _from_text(columns["functions"], "functions", place)
+    tools = [{"type": "function", "function": f} for f in functions]
+    return {k: v for k, v in columns.items() if k != "functions"} | {"tools": tools}
+
 # %% ../nbs/workshop/forms.ipynb #2ac37d66
 def to_messages(
     row,                 # any row with one answer, or a question alone
@@ -139,7 +175,7 @@ def to_messages(
     if not isinstance(turns, list):
         raise UserError(f"{place}: {used[0]!r} is a {type(turns).__name__}, not a list of turns")
     rest = {k: v for k, v in row.items() if k not in used and v is not None}
-    return {"messages": [_turn(m, f"{place}: turn {j}") for j, m in enumerate(turns)], **rest}
+    return {"messages": [_turn(m, f"{place}: turn {j}") for j, m in enumerate(turns)], **_with_tools(rest, place)}
 
 # %% ../nbs/workshop/forms.ipynb #7504e53a
 SHAREGPT = {"user": "human", "assistant": "gpt", "system": "system", "tool": "tool"}
@@ -288,12 +324,15 @@ def to_unpaired(
     row: dict,           # prompt, completion and label
     place: str = "row",  # named in the error: "data.jsonl:3"
 ) -> dict:               # {"prompt": […], "completion": […], "label": bool} and all other columns
-    "Bring a rated answer into TRL's form. Raises `UserError` for a label that is neither true nor false."
+    "Bring a rated answer or chat into TRL's form. Raises `UserError` for a label that is neither true nor false."
     form = detect(row, place)
     if form != "unpaired": raise UserError(f"{place}: a row of the form {form}: it needs prompt, completion and label")
     label = _label(row["label"], place)
     rest = {k: v for k, v in row.items() if k not in ("prompt", "completion", "label", "messages") and v is not None}
-    prompt, completion = _chat(row["prompt"], "user", place), _chat(row["completion"], "assistant", place)
+    if row.get("prompt") is None: *before, last = row["messages"] or [{}]
+    else: before, last = row["prompt"], row["completion"]
+    prompt = _chat(before, "user", place)
+    completion = _chat([last] if isinstance(last, dict) else last, "assistant", place)
     return {"prompt": prompt, "completion": completion, "label": label, **rest}
 
 # %% ../nbs/workshop/forms.ipynb #4da509f7

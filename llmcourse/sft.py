@@ -39,7 +39,8 @@ def _encode(work: Work) -> list[dict]:
     return encode_chats(work.tokenizer, work.rows, work.places, work.hyper["assistant_only_loss"])
 
 def _look(work: Work) -> dict:
-    return look_at_chats(work.tokenizer, work.data, work.hyper["max_length"])
+    context = getattr(work.net.config, "max_position_embeddings", None)
+    return look_at_chats(work.tokenizer, work.data, work.hyper["max_length"], context)
 
 def _trainer(work: Work):
     "TRL's `SFTTrainer` on our labels."

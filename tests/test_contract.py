@@ -1,0 +1,144 @@
+"""The doctor and the trainer agree: what `data check` calls an error, `sft` refuses, and the other way round."""
+
+import json
+
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from llmcourse.chats import encode_chats, look_at_chats, take_chats
+from llmcourse.core import UserError
+from llmcourse.datacheck import check_data
+from llmcourse.faults import turn_faults
+from llmcourse.forms import canonical, detect
+from llmcourse.models import load_tokenizer
+from llmcourse.rows import read
+
+ASK = {"role": "user", "content": "What is the weather in Bern?"}
+SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": SCHEMA}}]
+
+
+def said(content="Sunny.", **more):
+    return {"role": "assistant", "content": content, **more}
+
+
+def calling(arguments, name="weather", **more):
+    return said(None, tool_calls=[{"id": "c1", "type": "function", "function": {"name": name, "arguments": arguments}}])
+
+
+def row(*turns, **columns):
+    return {"messages": [ASK, *turns], **columns}
+
+
+GOOD = {
+    "plain": row(said()),
+    "text written as value": row(said([{"type": "text", "value": "Sunny."}])),
+    "a refusal": row(said(None, refusal="I cannot know that.")),
+    "tools as text": row(said(), tools=json.dumps(TOOLS)),
+}
+BAD = {
+    "no answer": (row(said(None)), "turn 1 (assistant) is empty"),
+    "blank": (row(said(" \n")), "turn 1 (assistant) is empty"),
+    "a part without text": (row(said([{"type": "text"}])), "has no text"),
+    "an object": (row(said({"city": "Bern"})), "its content is an object"),
+    "calls that are no JSON": (row(said(tool_calls="weather()")), "tool_calls is a text that is not JSON"),
+    "tools that are no list": (row(said(), tools=3), "tools is a int, not a list"),
+    "broken arguments": (row(calling('{"city":')), "arguments that are not JSON"),
+    "arguments encoded twice": (row(calling(json.dumps('{"city": "Bern"}'))), "written as JSON twice"),
+    "arguments that are a list": (row(calling("[1]")), "not a JSON object"),
+    "no such tool": (row(calling("{}", name="time"), tools=TOOLS), "not among the row's tools"),
+    "a missing argument": (row(calling("{}"), tools=TOOLS), "'city' is a required property"),
+    "an argument of another type": (row(calling('{"city": 3}'), tools=TOOLS), "is not of type 'string'"),
+    "an answer to no call": (
+        row(calling('{"city": "Bern"}'), {"role": "tool", "content": "sun", "tool_call_id": "c9"}, said()),
+        "answers the call 'c9'",
+    ),
+    "a call without a name": (row(said(None, tool_calls=[{"id": "c1"}])), "calls a tool without a name"),
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer("tutor/base")
+
+
+def written(data, folder):
+    path = folder / "rows.jsonl"
+    path.write_text(json.dumps(data) + "\n", encoding="utf-8")
+    return str(path)
+
+
+def trained(path, tokenizer):
+    "What SFT would be trained to say, of every row."
+    rows = take_chats(read(path, "train", "SFT"))
+    encoded = encode_chats(tokenizer, rows, [path] * len(rows))
+    look_at_chats(tokenizer, encoded, 320)
+    return [tokenizer.decode([t for t in r["labels"] if t != -100]) for r in encoded]
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_good_rows_are_trained(name, tokenizer, tmp_path):
+    path = written(GOOD[name], tmp_path)
+    assert check_data(path, tokens_per_second=1e4).code < 2
+    (text,) = trained(path, tokenizer)
+    assert len(text.removesuffix(tokenizer.eos_token)) > 5
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_the_doctor_calls_an_error_is_refused(name, tokenizer, tmp_path):
+    data, what = BAD[name]
+    path = written(data, tmp_path)
+    report = check_data(path, tokens_per_second=1e4)
+    assert report.code == 2 and what in str(report)
+    with pytest.raises(UserError) as e:
+        trained(path, tokenizer)
+    assert what in str(e.value) and str(e.value).startswith(f"{path}:1") and "\n" not in str(e.value)
+
+
+def test_legacy_functions_are_read_as_tools():
+    call = {"name": "weather", "arguments": '{"city": "Bern"}'}
+    old = row(said(None, function_call=call), functions=[TOOLS[0]["function"]])
+    new = canonical(old)
+    assert new["tools"] == TOOLS and new["messages"][1]["tool_calls"][0]["function"] == call
+    assert "functions" not in new and "function_call" not in new["messages"][1]
+    assert list(turn_faults(new["messages"], new["tools"])) == []
+
+
+def test_a_rated_chat_is_not_a_chat_to_learn_from(tmp_path):
+    "KTO's rows as whole chats: a bad answer must not be trained."
+    bad = row(said("Snow!"), label=False)
+    assert detect(bad) == "unpaired"
+    assert canonical(bad) == {"prompt": [ASK], "completion": [said("Snow!")], "label": False}
+    with pytest.raises(UserError, match="SFT takes one answer a row"):
+        take_chats(read([bad], "train", "SFT"))
+
+
+def test_rows_beyond_the_context_are_refused(tokenizer):
+    long = encode_chats(tokenizer, [row(said("so " * 2000))], ["rows[0]"])
+    with pytest.raises(UserError, match="the model reads 1,024. Give max_length=1024"):
+        look_at_chats(tokenizer, long, 4096, context=1024)
+
+
+def test_a_schema_is_not_fetched_from_the_network():
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {"$ref": "http://127.0.0.1:9/x"}}}]
+    faults = list(turn_faults([ASK, calling("{}") | {"content": ""}], tools))
+    assert [level for level, _ in faults] == ["error"] and "cannot be used" in faults[0][1]
+
+
+LEAF = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=6))
+ANY = st.recursive(
+    LEAF, lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=6), x, max_size=3), max_leaves=6
+)
+KEYS = ("role", "content", "tool_calls", "function_call", "refusal", "weight", "tool_call_id", "name")
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(0, 1), st.sampled_from(KEYS), ANY, st.sampled_from(("tools", "functions", "label", "split")), ANY)
+def test_mutated_rows_end_in_one_line(turn, key, value, column, other):
+    "Whatever a turn or a column holds, reading and checking end in rows or in one line that names the place."
+    turns = [dict(ASK), said()]
+    turns[turn][key] = value
+    try:
+        take_chats(read([{"messages": turns, column: other}], "train", "SFT"))
+    except UserError as e:
+        assert str(e).startswith("rows") and "\n" not in str(e)
