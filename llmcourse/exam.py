@@ -19,8 +19,9 @@ def _with_reference(data: str) -> list[Row]:
     rows = read(data, "exam")
     for row in rows:
         prompt(row)
-        if reference(row.data) is None:
-            raise UserError(f"{row.place}: nothing to compare a reply with. "
+        wanted = reference(row.data)
+        if wanted is None or isinstance(wanted, str) and not wanted.strip():   # such as a call of a tool: no text
+            raise UserError(f"{row.place}: no text to compare a reply with. "
                             'Give it an "answer", or let the last turn be the assistant\'s')
     return rows
 

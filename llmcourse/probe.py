@@ -4,7 +4,7 @@
 
 # %% ../nbs/workshop/probe.ipynb #f23aa3df
 from __future__ import annotations
-import statistics
+import math, statistics
 from collections.abc import Callable
 from .core import UserError
 from .models import encode, generate
@@ -30,6 +30,28 @@ def check_prompts(
     different = len({str(row["prompt"]) for row in rows})
     return dict(rows=len(rows), prompts=different, shortest=min(lengths), longest=max(lengths))
 
+# %% ../nbs/workshop/probe.ipynb #daf210b2
+def _checked(f: Callable, scored, replies: list[str]) -> list[float | None]:
+    "What a reward returned. Raises `UserError` unless it is a finite number, or None, for each reply."
+    name = getattr(f, "__name__", type(f).__name__)
+    if not isinstance(scored, (list, tuple)):
+        raise UserError(f"the reward {name} returned a {type(scored).__name__}. Return a list of floats, one a reply")
+    if len(scored) != len(replies):
+        raise UserError(f"the reward {name} returned {len(scored)} scores for {len(replies)} replies. "
+                        "Return one a reply")
+    for score, reply in zip(scored, replies):
+        if score is None or isinstance(score, (int, float)) and math.isfinite(score): continue
+        raise UserError(f"the reward {name} gave {score!r} to the reply {reply[:60]!r}. Return a finite float, or None")
+    return list(scored)
+
+def _call(f: Callable, replies: list[str], columns: dict):
+    "Call a reward as TRL does. An exception of its own becomes a `UserError`."
+    try: return f(completions=[[{"role": "assistant", "content": t}] for t in replies], **columns)
+    except Exception as e:
+        name = getattr(f, "__name__", type(f).__name__)
+        raise UserError(f"the reward {name} failed ({type(e).__name__}: {' '.join(str(e).split())[:120]}). "
+                        "It gets completions and every column of the rows, by name") from e
+
 # %% ../nbs/workshop/probe.ipynb #3b5c119c
 def _total_rewards(reward_funcs: list[Callable], rows: list[dict], replies: list[str]) -> list[float]:
     "The sum of all rewards for each reply, called as TRL calls them."
@@ -37,7 +59,7 @@ def _total_rewards(reward_funcs: list[Callable], rows: list[dict], replies: list
     columns["prompts"] = [row["prompt"] for row in rows]
     totals = [0.0] * len(rows)
     for f in reward_funcs:
-        scored = f(completions=[[{"role": "assistant", "content": t}] for t in replies], **columns)
+        scored = _checked(f, _call(f, replies, columns), replies)
         totals = [total + (s or 0.0) for total, s in zip(totals, scored, strict=True)]
     return totals
 

@@ -142,3 +142,37 @@ def test_mutated_rows_end_in_one_line(turn, key, value, column, other):
         take_chats(read([{"messages": turns, column: other}], "train", "SFT"))
     except UserError as e:
         assert str(e).startswith("rows") and "\n" not in str(e)
+
+
+@pytest.mark.parametrize(
+    "scored,what",
+    [
+        (lambda n: [1.0] * (n - 1), "scores for"),
+        (lambda n: [float("nan")] * n, "gave nan to the reply"),
+        (lambda n: [float("inf")] * n, "gave inf"),
+        (lambda n: ["good"] * n, "gave 'good'"),
+        (lambda n: 1.0, "returned a float"),
+        (lambda n: __import__("torch").ones(n), "returned a Tensor"),
+        (lambda n: 1 / 0, "failed (ZeroDivisionError"),
+    ],
+)
+def test_a_reward_that_misbehaves_is_named_before_training(scored, what, tmp_path):
+    from llmcourse.rl import grpo
+
+    def mine(completions, **columns):
+        return scored(len(completions))
+
+    rows = [{"question": f"What is {a} plus {a}?", "answer": str(2 * a)} for a in range(10, 18)]
+    tiny = dict(num_generations=2, per_device_train_batch_size=4, max_steps=1, warmup_steps=0, probe_groups=2)
+    with pytest.raises(UserError, match="the reward mine") as e:
+        grpo(rows, tmp_path / "run", reward_funcs=mine, max_completion_length=4, **tiny)
+    assert what in str(e.value) and not (tmp_path / "run").exists()
+
+
+def test_a_call_is_not_a_text_to_compare_with(tmp_path):
+    "An empty reply would equal an empty reference."
+    from llmcourse.exam import exam_rows
+
+    path = written(row(calling('{"city": "Bern"}'), tools=TOOLS), tmp_path)
+    with pytest.raises(UserError, match="no text to compare a reply with"):
+        exam_rows(path, "tutor/base")
