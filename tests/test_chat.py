@@ -618,7 +618,7 @@ def test_the_command_says_which_system_prompt_is_sent(fake, db):
 
 def test_the_command_hands_its_options_on(fake, db, monkeypatch):
     seen = {}
-    monkeypatch.setattr("llmcourse.chat.launch", lambda url, db, port, **options: seen.update(options, url=url))
+    monkeypatch.setattr("llmcourse.page.launch", lambda url, db, port, **options: seen.update(options, url=url))
     monkeypatch.setenv("LLMCOURSE_API_KEY", "from-the-environment")
     words = ["chat", "--port", "0", "--url", fake.url, "--db", str(db)]
     assert main(words) == 0 and seen["key"] == "from-the-environment" and seen["system"] is None

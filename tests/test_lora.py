@@ -318,7 +318,7 @@ def test_interrupted_leaves_the_old_run(plain, tmp_path, monkeypatch):
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("llmcourse.lora.write_card", stop)
+    monkeypatch.setattr("llmcourse.merging.write_card", stop)
     with pytest.raises(KeyboardInterrupt):
         merge(adapter, out)
     assert weights_hash(out) == old and not list(tmp_path.glob(".m*"))
