@@ -99,7 +99,7 @@ def test_more_problems_than_there_are():
     from llmcourse.core import UserError
     from llmcourse.tutor import problems
 
-    with pytest.raises(UserError, match="20000 problems of add: there are not so many"):
+    with pytest.raises(UserError, match="20000 problems of add: there are not that many"):
         problems(20_000, tasks=("add",), split="test")
 
 
