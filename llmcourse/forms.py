@@ -242,6 +242,7 @@ def _common(a, b) -> int:
 
 def _implicit(chosen: list, rejected: list) -> tuple[list, list, list]:
     "Take the common beginning of two chats, or of two texts, out as the prompt."
+    # `trl.extract_prompt` does the same to chats, but TRL takes seconds to load, and cuts texts inside a word
     if [m["role"] for m in chosen + rejected] == ["assistant"] * 2:   # two texts: up to a space before they differ
         a, b = chosen[0]["content"], rejected[0]["content"]
         n = max(a.rfind(" ", 0, _common(a, b)), 0)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from llmcourse import datacheck, evals
 from llmcourse.cli import main
 from llmcourse.core import UserError
-from llmcourse.forms import from_messages
+from llmcourse.forms import _implicit as common_prompt, from_messages
 from llmcourse.methods import METHODS, method
 from llmcourse.models import load_tokenizer
 from llmcourse.rows import SIDES, prompt, read, walk
@@ -211,3 +211,20 @@ def test_the_doctor_names_a_planted_leak_in_one_line(tmp_path, monkeypatch, caps
     assert main(["data", "check", "rows.jsonl", "--tokens-per-second", "1000"]) == 2
     found = [line for line in capsys.readouterr().out.splitlines() if line.startswith("✗")]
     assert found == ["✗ line 3: the question is in train too, line 1: a leak between the splits"]
+
+
+TURN = st.builds(
+    lambda i, text: {"role": ("user", "assistant")[i], "content": text}, st.integers(0, 1), st.sampled_from("abc")
+)
+
+
+@settings(deadline=None)  # the first case loads TRL
+@given(st.lists(TURN, max_size=3), st.lists(TURN, min_size=1, max_size=3), st.lists(TURN, min_size=1, max_size=3))
+def test_the_common_beginning_is_what_trl_takes_for_the_prompt(prompt, chosen, rejected):
+    from trl import extract_prompt
+
+    a, b = prompt + chosen, prompt + rejected
+    if [m["role"] for m in a + b] == ["assistant"] * 2:
+        return  # two texts, which we do not cut inside a word
+    theirs = extract_prompt({"chosen": a, "rejected": b})
+    assert common_prompt(a, b) == (theirs["prompt"], theirs["chosen"], theirs["rejected"])
