@@ -1,6 +1,7 @@
 """The wheel holds the tutor and the dial, and admits both sets of libraries without moving torch."""
 
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -15,9 +16,12 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
+    "Built from a copy: building writes beside the sources, where other tests read at the same time."
     out = tmp_path_factory.mktemp("wheel")
+    left_out = shutil.ignore_patterns(".venv*", ".git", "artifacts", "runs", "build", "*.egg-info", "_docs", "_proc")
+    shutil.copytree(ROOT, out / "repo", symlinks=True, ignore=left_out)
     done = subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(out), str(ROOT)],
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(out), str(out / "repo")],
         capture_output=True,
         text=True,
     )
