@@ -23,7 +23,7 @@ demo: $(VENV)/.ready ## base model to chat, every step measured (about 5 minutes
 	llmcourse demo
 
 test: $(VENV)/.ready ## run every test: units, equality proofs, notebooks, browser
-	python -m pytest $(if $(JOBS),-n $(JOBS) --dist loadgroup)
+	python -m pytest $(if $(JOBS),-n $(JOBS) --no-loadscope-reorder)
 
 browser: $(VENV)/.ready ## install a browser for the tests that need one, if there is none
 	python tests/browser.py

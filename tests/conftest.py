@@ -27,15 +27,23 @@ def own_home(tmp_path, monkeypatch):
     monkeypatch.setattr(logging, "raiseExceptions", False)   # a library may hold a stream that pytest has closed
 
 
-@pytest.hookimpl(tryfirst=True)   # xdist reads the groups in its own hook
-def pytest_collection_modifyitems(config, items):
-    "Fast tests first, whole notebooks last. Side by side, a file stays together, but each notebook goes alone."
+def pytest_collection_modifyitems(items):
+    "Fast tests first, whole notebooks last."
     late = ("test_notebooks", "test_demo", "test_checkpoints")
     items.sort(key=lambda i: next((k + 1 for k, name in enumerate(late) if name in str(i.fspath)), 0))
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            group = item.name if "test_notebooks" in str(item.fspath) else item.path.stem
-            item.add_marker(pytest.mark.xdist_group(group))
+
+
+@pytest.hookimpl(optionalhook=True)   # only where pytest-xdist is installed
+def pytest_xdist_make_scheduler(config, log):
+    "Side by side, the tests of a file go to one worker, but each notebook goes alone."
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Together(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.split("::")[0]
+            return nodeid if file.endswith("test_notebooks.py") else file
+
+    return Together(config, log)
 
 
 def pytest_terminal_summary(terminalreporter):
