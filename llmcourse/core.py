@@ -33,7 +33,8 @@ def choose(
     if name in names: return name
     close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}? " if close else ""
-    raise UserError(f"unknown {what} {name!r}: {hint}there are {', '.join(names)}")
+    there = f"the only one is {names[0]}" if len(names) == 1 else f"there are {', '.join(names)}"
+    raise UserError(f"unknown {what} {name!r}: {hint}{there}")
 
 # %% ../nbs/workshop/core.ipynb #52889d5d
 def _settings_files(start: Path) -> list[Path]:

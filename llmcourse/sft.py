@@ -59,7 +59,7 @@ SFT = Method(
     title="A supervised fine-tune", config="SFTConfig", model="tutor/base", r=16,
     own="llmcourse.checkpoints.sft_rows", take=lambda rows, ours: take_chats(rows), defaults=sft_defaults,
     encode=_encode, look=_look, trainer=_trainer,
-    fixed=dict(assistant_only_loss=False))   # our labels already say what is trained
+    fixed=dict(assistant_only_loss=False))   # TRL need not look for the assistant's part: our labels mark it
 
 # %% ../nbs/06_sft.ipynb #0d304850
 def sft(

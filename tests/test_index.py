@@ -52,7 +52,7 @@ def test_terms_are_spelled_out_at_first_use():
         assert full in " ".join(TEXT[at : at + 120].split()), short
     for page in ("glossary.ipynb", "01_models.ipynb", "workshop/tutor.ipynb"):
         assert f"]({page})" in TEXT
-    assert "Only an hour? Do 01, 06 and 11." in TEXT and "Only an hour? Do 01, 06 and 11." in README
+    assert "Only an hour? Read 01, 06 and 11" in TEXT and "Only an hour? Read 01, 06 and 11" in README
 
 
 def test_the_readme_has_the_same_times_and_needs():
