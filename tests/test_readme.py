@@ -154,6 +154,7 @@ def test_command_until_ctrl_c(command, place):
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell in the background ignores it
     )
     try:
         wait_for(process, FOREVER[name])
