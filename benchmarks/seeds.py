@@ -37,4 +37,6 @@ def main(seeds: list[int]) -> None:
                       f"gain {found['low']:.0%} to {found['high']:.0%}, p={found['p']:.0e}", flush=True)
 
 
-if __name__ == "__main__": main([int(word) for word in sys.argv[1:] if word != "--small"] or [7, 123])
+if __name__ == "__main__":
+    if "--help" in sys.argv: print(__doc__)
+    else: main([int(word) for word in sys.argv[1:] if word != "--small"] or [7, 123])

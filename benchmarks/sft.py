@@ -114,5 +114,9 @@ def main(rounds: int) -> None:
 
 if __name__ == "__main__":
     words = [word for word in sys.argv[1:] if word != "--small"]
-    if words[:1] == ["--one"]: contender(words[1])
-    else: main(int(words[0]) if words else 5)
+    if "--help" in words:
+        print(__doc__)
+    elif words[:1] == ["--one"]:
+        contender(words[1])
+    else:
+        main(int(words[0]) if words else 5)

@@ -166,4 +166,6 @@ def main(groups: list[str]) -> None:
             print(f"{i}/{len(jobs)}  {tell(done.result())}", flush=True)
 
 
-if __name__ == "__main__": main([] if SMALL else sys.argv[1:])
+if __name__ == "__main__":
+    if "--help" in sys.argv: print(__doc__)
+    else: main([] if SMALL else sys.argv[1:])
