@@ -6,32 +6,33 @@
 from __future__ import annotations
 import os
 from .core import UserError, scale as read_scale
+from .faults import chat_faults, refuse_faults
 from .progress import tell
 from .rows import Row, prompt, question, read, reference
 from .runs import trained_rows
 
 # %% auto #0
-__all__ = ['exam_rows', 'examinee']
+__all__ = ['examinable', 'exam_rows', 'examinee']
 
 # %% ../nbs/workshop/exam.ipynb #c1d4b885
-def _with_reference(data: str) -> list[Row]:
-    "The rows of a file that are meant for an exam. Raises `UserError` for one without a question or a reference."
-    rows = read(data, "exam")
-    for row in rows:
-        prompt(row)
-        wanted = reference(row.data)
-        if wanted is None or isinstance(wanted, str) and not wanted.strip():   # such as a call of a tool: no text
-            raise UserError(f"{row.place}: no text to compare a reply with. "
-                            'Give it an "answer", or let the last turn be the assistant\'s')
-    return rows
+def examinable(row: Row) -> None:
+    "Raises `UserError` for a row that cannot be asked, or whose reply cannot be compared with anything."
+    refuse_faults(row.place, chat_faults(prompt(row), row.data.get("tools"), answered=False))
+    wanted = reference(row.data)
+    if wanted is None or isinstance(wanted, str) and not wanted.strip():   # such as a call of a tool: no text
+        raise UserError(f"{row.place}: no text to compare a reply with. "
+                        'Give it an "answer", or let the last turn be the assistant\'s')
+    if not isinstance(row.data.get("task", ""), str): raise UserError(f"{row.place}: its task is no name. Give a text")
 
 # %% ../nbs/workshop/exam.ipynb #db9c5495
 def exam_rows(
     data: str,           # a file in any usual form, or a data set on the Hub
     model: str | None,   # who is examined: a checkpoint, a run folder; None: a server, whose training nobody knows
+    skip_bad: bool = False,   # leave out rows that cannot be asked, and say so
+    system: str = "",         # a system prompt for questions that have none
 ) -> list[dict]:         # rows, each with its "place"
     "Rows to examine a model on: none of the split train, none that it was trained on. `UserError` if none are left."
-    rows = _with_reference(data)
+    rows = read(data, "exam", "", examinable, skip_bad, system)
     known = {question(row.data): file for file in trained_rows(model) for row in read(file)} if model else {}
     new = [row for row in rows if question(row.data) not in known]
     if len(new) < len(rows):
