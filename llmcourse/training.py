@@ -4,7 +4,7 @@
 
 # %% ../nbs/workshop/training.ipynb #026ffd4a
 from __future__ import annotations
-import importlib
+import importlib, math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,8 +19,8 @@ from .resume import fit
 from .runs import base_name, check_output, finish, open_run, room_for_run, rows_hash, run_folder
 
 # %% auto #0
-__all__ = ['POSITIVE', 'HELD', 'Method', 'Work', 'upstream', 'check_fields', 'positive', 'to_card', 'from_card', 'measured_on',
-           'train', 'retrain']
+__all__ = ['POSITIVE', 'HELD', 'Method', 'Work', 'upstream', 'check_fields', 'positive', 'hyperparameters', 'to_card',
+           'from_card', 'measured_on', 'train', 'retrain']
 
 # %% ../nbs/workshop/training.ipynb #8d4ca6b1
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def check_fields(
 
 # %% ../nbs/workshop/training.ipynb #e9f53df4
 POSITIVE = ("learning_rate", "num_train_epochs", "save_steps", "logging_steps", "per_device_train_batch_size",
-            "gradient_accumulation_steps", "max_length", "num_generations")
+            "gradient_accumulation_steps", "max_length", "num_generations", "max_completion_length")
 
 def positive(
     hyper: dict,   # hyperparameters, spelled as upstream does
@@ -99,10 +99,26 @@ def positive(
         value = hyper.get(name)
         if isinstance(value, str):
             raise UserError(f"{name}={value!r}: a text, not a number. YAML reads 4e-3 as text: write 0.004")
-        if value is not None and not value > 0: raise UserError(f"{name}={value}: has to be more than 0")
-    if hyper.get("max_steps") == 0:
-        raise UserError("max_steps=0: has to be more than 0, or -1 for as many as the epochs take")
+        if value is not None and not 0 < value < math.inf: raise UserError(f"{name}={value}: has to be more than 0")
+    steps = hyper.get("max_steps", -1)
+    if steps == 0 or steps < -1:
+        raise UserError(f"max_steps={steps}: has to be more than 0, or -1 for as many as the epochs take")
     return hyper
+
+# %% ../nbs/workshop/training.ipynb #f0723a55
+def hyperparameters(
+    method: Method,
+    **short,          # names of the command line: epochs, steps, warmup, batch_size, grad_accum, max_length …; None: not given
+) -> dict:            # those that are given, spelled as TRL spells them
+    "The command line's options as TRL's."
+    fields = upstream(method.config).__dataclass_fields__
+    names = dict(epochs="num_train_epochs", steps="max_steps", batch_size="per_device_train_batch_size",
+                 grad_accum="gradient_accumulation_steps", warmup="warmup_steps",
+                 max_length="max_length" if "max_length" in fields else "max_completion_length")
+    given = {names.get(name, name): value for name, value in short.items() if value is not None}
+    if "num_train_epochs" in given: given.setdefault("max_steps", -1)   # as many as the epochs take
+    if (warm := given.get("warmup_steps", 0)) >= 1: given["warmup_steps"] = int(warm)
+    return given
 
 # %% ../nbs/workshop/training.ipynb #e8c42bb0
 def _lora_fields(config) -> dict:
