@@ -4,7 +4,7 @@
 
 # %% ../nbs/workshop/chats.ipynb #32ffc34d
 from __future__ import annotations
-from .core import UserError, check_messages
+from .core import UserError
 from .data import tokenize
 from .faults import chat_faults, refuse_faults
 from .labels import end_ids
@@ -12,7 +12,7 @@ from .progress import tell
 from .rows import Row
 
 # %% auto #0
-__all__ = ['take_chats', 'encode_chat', 'encode_chats', 'check_labels', 'look_at_chats']
+__all__ = ['take_chats', 'check_fit', 'encode_chat', 'encode_chats', 'check_labels', 'look_at_chats']
 
 # %% ../nbs/workshop/chats.ipynb #4510d369
 def take_chats(
@@ -23,11 +23,25 @@ def take_chats(
         if "messages" not in row.data:
             raise UserError(f"{row.place}: a row of the form {row.form}, and SFT takes one answer a row. "
                             "Give only the better answer: the columns prompt and completion")
-        check_messages(row.data["messages"], row.place)
         refuse_faults(row.place, chat_faults(row.data["messages"], row.data.get("tools")))
     return [row.data for row in rows]
 
 # %% ../nbs/workshop/chats.ipynb #a5292664
+def check_fit(
+    encoded: dict,                   # {"input_ids", "labels"}
+    place: str,                      # where the row came from, for the error
+    max_length: int | None = None,   # tokens; a longer row loses its end
+    context: int | None = None,      # tokens that the model can read
+) -> None:
+    "Raises `UserError` for a row that the model cannot read, or of which nothing would be trained."
+    n, room = len(encoded["input_ids"]), max_length or len(encoded["input_ids"])
+    if context and min(n, room) > context:
+        raise UserError(f"{place}: {n:,} tokens, and the model reads {context:,}. "
+                        f"Give max_length={context} to cut it, or split it")
+    if all(label == -100 for label in encoded["labels"][:room]):
+        cut = f"{n:,} tokens, max_length is {room:,}: " if n > room else ""
+        raise UserError(f"{place}: {cut}nothing of it would be trained" + (". Raise max_length" if cut else ""))
+
 def encode_chat(
     tokenizer,
     row: dict,                     # {"messages", …, perhaps "tools"}
@@ -43,13 +57,7 @@ def encode_chat(
     except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as e:
         why = " ".join(str(e).split())[:120]
         raise UserError(f"{place}: this model's chat template refuses it: {why}") from None
-    n, room = len(out["input_ids"]), max_length or len(out["input_ids"])
-    if context and min(n, room) > context:
-        raise UserError(f"{place}: {n:,} tokens, and the model reads {context:,}. "
-                        f"Give max_length={context} to cut it, or split it")
-    if all(label == -100 for label in out["labels"][:room]):
-        cut = f"{n:,} tokens, max_length is {room:,}: " if n > room else ""
-        raise UserError(f"{place}: {cut}nothing of it would be trained" + (". Raise max_length" if cut else ""))
+    check_fit(out, place, max_length, context)
     return out
 
 def encode_chats(

@@ -95,10 +95,13 @@ def data(
     against: str = None,            # another file that must share no question with this one: your test set
     model: str = None,              # whose tokenizer and chat template; the scale's by default
     scale: str = "cpu",             # a section of settings.ini: cpu, t4, l4, a100, h100
-    epochs: float = 1.0,            # times through the data
+    epochs: float = None,           # times through the data; by default as training does it
+    max_length: int = None,         # tokens a row may have; by default the scale's
+    purpose: str = None,            # sft, grpo, rloo, eval or preferences; by default guessed from the rows
     tokens_per_second: float = None,  # of training on your device; measured here by default if the model is the tutor
     price: float = None,             # of an hour of the device, in USD
-    limit: int = 3,                 # findings of each kind that are shown
+    limit: int = 3,                 # places of each kind that are shown
+    json: bool = False,             # print JSON: counts, findings by kind, lengths, steps
 ):
     """Examine training rows: errors and warnings by line, token lengths, steps, time and cost.
 
@@ -107,8 +110,9 @@ def data(
     from llmcourse.datacheck import check_data
     choose(action, ["check"], "action")
     measured = tokens_per_second or 0   # 0: measure here
-    report = check_data(file, model or "", scale, against or "", epochs, measured, price or 0, limit=limit)
-    print(report)
+    report = check_data(file, model or "", scale, against or "", epochs, measured, price or 0, limit=limit,
+                        purpose=purpose or "", max_length=max_length or 0)
+    print(dumps(report.as_dict()) if json else report)
     return report.code
 
 # %% ../nbs/workshop/cli.ipynb #942eca15
@@ -208,12 +212,13 @@ def eval(
     """
     from llmcourse import evals
     from llmcourse.core import check_writable, write_jsonl
-    from llmcourse.exam import exam_rows, examinee
+    from llmcourse.exam import exam_rows, examinee, fitting
     from llmcourse.tutor import problems
     if output: check_writable(output)   # before an hour of questions
     known = None if url else model or "tutor/sft"   # of a server nobody knows what it was trained on
     rows = exam_rows(data, known, skip_bad, system or "") if data else problems(n, seed, split="test")
     generate = examinee(model, url, scale)
+    if data: rows = fitting(generate, rows, skip_bad)
     results = evals.evaluate(generate, rows, workers=8 if url else 1, progress=not json)
     if output: write_jsonl(output, results)
     table = evals.summary(results)

@@ -5,14 +5,16 @@
 # %% ../nbs/workshop/exam.ipynb #8293a452
 from __future__ import annotations
 import os
+from .asking import conversation
 from .core import UserError, scale as read_scale
 from .faults import chat_faults, refuse_faults
 from .progress import tell
-from .rows import Row, prompt, question, read, reference
+from .questions import check_prompt
+from .rows import Row, leave_out, prompt, question, read, reference, say_what_is_left
 from .runs import trained_rows
 
 # %% auto #0
-__all__ = ['examinable', 'exam_rows', 'examinee']
+__all__ = ['examinable', 'exam_rows', 'examinee', 'fitting']
 
 # %% ../nbs/workshop/exam.ipynb #c1d4b885
 def examinable(row: Row) -> None:
@@ -55,3 +57,19 @@ def examinee(
     room = read_scale(scale)["max_new_tokens"]
     if url: return remote(url, model or None, os.environ.get("LLMCOURSE_API_KEY"), max_tokens=room)
     return Local(*load(model or "tutor/sft", scale), max_new_tokens=room)
+
+# %% ../nbs/workshop/exam.ipynb #a212ca3a
+def fitting(
+    generate,                # from `examinee`
+    rows: list[dict],        # from `exam_rows`
+    skip_bad: bool = False,  # leave out rows that the model cannot read, and say so
+) -> list[dict]:
+    "The rows whose question leaves a model of ours room for a reply. Raises `UserError` for the others."
+    if not (net := getattr(generate, "model", None)): return rows   # a server knows itself what it can read
+    bad, room = [], generate.options.get("max_new_tokens", 160)
+    for row in rows:
+        try: check_prompt(net, generate.tokenizer, {"prompt": conversation(row, row["place"])}, row["place"], room)
+        except UserError as e: bad.append((row["place"], str(e).removeprefix(f"{row['place']}:").strip()))
+    kept = leave_out(rows, [row["place"] for row in rows], bad, len(rows), skip_bad)
+    say_what_is_left("eval", len(rows), len(kept), {}, bad)
+    return kept

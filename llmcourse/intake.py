@@ -6,7 +6,6 @@
 from __future__ import annotations
 from dataclasses import dataclass, replace
 from .core import UserError
-from .progress import tell
 from .rows import Row, check_leaks, leave_out, read, say_what_is_left
 
 # %% auto #0
@@ -71,14 +70,11 @@ FEW = ("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient
 def for_few(
     hyper: dict,   # a method's defaults
     rows: int,
-    given,         # names of hyperparameters that somebody has chosen
-    name: str,     # of the method, for the line that says so
+    given=(),      # names of hyperparameters that somebody has chosen
 ) -> dict:         # the defaults, with smaller batches and three epochs if an epoch has fewer than 8 steps
     "Defaults that fit a handful of rows."
     batch = hyper.get(FEW[2], 1) * hyper.get(FEW[3], 1)
     if "num_generations" in hyper or set(FEW) & set(given) or rows >= 8 * batch: return hyper
     small = max(1, rows // 8)
     once = min(small, hyper.get(FEW[2], 1))
-    tell(f"{name}: {rows:,} rows are few: 3 epochs, in batches of {once * (small // once)}. "
-         "--epochs and --batch-size change that")
     return hyper | dict(num_train_epochs=3, per_device_train_batch_size=once, gradient_accumulation_steps=small // once)

@@ -7,33 +7,15 @@ from __future__ import annotations
 import math, statistics
 from collections.abc import Callable
 from .core import UserError
-from .models import encode, generate
+from .models import generate
+from .questions import check_prompt
 from .progress import tell
 from .training import Work
 
 # %% auto #0
-__all__ = ['check_prompt', 'check_prompts', 'probe', 'prompt_as_taken', 'look_at_prompts']
+__all__ = ['check_prompts', 'probe', 'prompt_as_taken', 'look_at_prompts']
 
 # %% ../nbs/workshop/probe.ipynb #54266047
-def check_prompt(
-    model, tokenizer,
-    row: dict,                    # {"prompt": messages, …}
-    place: str,                   # where it came from, for the error
-    max_completion_length: int,   # tokens kept free for the reply
-) -> int:                         # tokens
-    "Raise `UserError` for a prompt that the model cannot read, or that leaves no room for a reply."
-    try: ids = encode(tokenizer, row["prompt"])
-    except UserError as e: raise UserError(f"{place}: {e}") from None
-    room = model.config.max_position_embeddings - max_completion_length
-    if len(ids) > room:
-        raise UserError(f"{place}: a prompt of {len(ids)} tokens, and the model has room for {room} "
-                        f"beside a reply of {max_completion_length}. Shorten it, or lower max_completion_length")
-    have = model.get_input_embeddings().num_embeddings
-    if ids and max(ids) >= have:
-        raise UserError(f"{place}: token {max(ids)} of its prompt, and the model has {have} embeddings. "
-                        "Use the tokenizer that belongs to the model")
-    return len(ids)
-
 def check_prompts(
     model, tokenizer,
     rows: list[dict],             # {"prompt": messages, …}

@@ -8,11 +8,11 @@ import inspect, re
 from collections.abc import Callable
 from .core import Message, UserError
 from .faults import chat_faults, refuse_faults
-from .models import render
+from .models import encode, render
 from .rows import Row, prompt, reference
 
 # %% auto #0
-__all__ = ['reply_text', 'final_answer', 'problem_rows', 'as_batch']
+__all__ = ['reply_text', 'final_answer', 'problem_rows', 'check_prompt', 'as_batch']
 
 # %% ../nbs/workshop/questions.ipynb #4b92fa70
 def reply_text(completion) -> str:
@@ -71,6 +71,26 @@ def problem_rows(
     keep = [column for column in full[0] if column not in ("messages", "prompt") and same_plain(column)]
     plain = lambda turns: [{"role": m["role"], "content": m["content"]} for m in turns]   # a table has one type a column
     return [{"prompt": plain(data["prompt"]), **{column: data[column] for column in keep}} for data in full]
+
+# %% ../nbs/workshop/questions.ipynb #31ee9f43
+def check_prompt(
+    model, tokenizer,
+    row: dict,                    # {"prompt": messages, …}
+    place: str,                   # where it came from, for the error
+    max_completion_length: int,   # tokens kept free for the reply
+) -> int:                         # tokens
+    "Raise `UserError` for a prompt that the model cannot read, or that leaves no room for a reply."
+    try: ids = encode(tokenizer, row["prompt"])
+    except UserError as e: raise UserError(f"{place}: {e}") from None
+    room = model.config.max_position_embeddings - max_completion_length
+    if len(ids) > room:
+        raise UserError(f"{place}: a prompt of {len(ids)} tokens, and the model has room for {room} "
+                        f"beside a reply of {max_completion_length}. Shorten it, or lower max_completion_length")
+    have = model.get_input_embeddings().num_embeddings
+    if ids and max(ids) >= have:
+        raise UserError(f"{place}: token {max(ids)} of its prompt, and the model has {have} embeddings. "
+                        "Use the tokenizer that belongs to the model")
+    return len(ids)
 
 # %% ../nbs/workshop/questions.ipynb #0a63813e
 def as_batch(

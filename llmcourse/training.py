@@ -13,7 +13,7 @@ from .core import UserError, choose, set_seed, write_jsonl, scale as read_scale
 from .intake import Intake, encode_rows, for_few, held_out, take_rows
 from .loading import SETTINGS, load_to_train, start_from_rounding
 from .models import weights_hash
-from .progress import quiet
+from .progress import quiet, tell
 from .rehearsal import rehearse
 from .resume import fit
 from .runs import base_name, check_output, finish, open_run, room_for_run, rows_hash, run_folder
@@ -206,7 +206,9 @@ def _prepare(method: Method, work: Work, theirs: dict, skip_bad: bool) -> Work:
     work.net, work.tokenizer = load_to_train(work.run.model, work.dial, work.run.seed, work.ours)
     adapter = work.ours["peft_config"] is not None
     ours = method.defaults(work.dial, work.net.num_parameters(), adapter)
-    ours = for_few(ours, len(work.rows), theirs, method.name.upper())
+    few = for_few(ours, len(work.rows), theirs)
+    if few != ours: tell(f"{method.name.upper()}: few rows: 3 epochs in small batches; --epochs and --batch-size change that")
+    ours = few
     if "save_steps" in theirs: ours["save_strategy"] = "steps"
     settings = {name: to_card(name, value) for name, value in work.ours.items()}
     work.run = replace(work.run, hyperparameters=positive(ours | theirs), settings=settings)
