@@ -4,16 +4,15 @@
 
 # %% ../nbs/workshop/chats.ipynb #32ffc34d
 from __future__ import annotations
-import warnings
-from .core import UserError, check_messages
+from .core import UserError
 from .data import tokenize
-from .faults import turn_faults
+from .faults import chat_faults, refuse_faults
 from .labels import end_ids
 from .progress import tell
 from .rows import Row
 
 # %% auto #0
-__all__ = ['take_chats', 'encode_chats', 'check_labels', 'look_at_chats']
+__all__ = ['take_chats', 'check_fit', 'encode_chat', 'encode_chats', 'check_labels', 'look_at_chats']
 
 # %% ../nbs/workshop/chats.ipynb #4510d369
 def take_chats(
@@ -23,29 +22,52 @@ def take_chats(
     for row in rows:
         if "messages" not in row.data:
             raise UserError(f"{row.place}: a row of the form {row.form}, and SFT takes one answer a row. "
-                            "Give only the better answer, or train on preferences")
-        check_messages(row.data["messages"], row.place)
-        for level, what in turn_faults(row.data["messages"], row.data.get("tools")):
-            if level != "error": continue
-            raise UserError(f"{row.place}: {what}. Correct the row or leave it out; "
-                            "llmcourse data check lists all of them")
+                            "Give only the better answer: the columns prompt and completion")
+        refuse_faults(row.place, chat_faults(row.data["messages"], row.data.get("tools")))
     return [row.data for row in rows]
 
 # %% ../nbs/workshop/chats.ipynb #a5292664
+def check_fit(
+    encoded: dict,                   # {"input_ids", "labels"}
+    place: str,                      # where the row came from, for the error
+    max_length: int | None = None,   # tokens; a longer row loses its end
+    context: int | None = None,      # tokens that the model can read
+) -> None:
+    "Raises `UserError` for a row that the model cannot read, or of which nothing would be trained."
+    n, room = len(encoded["input_ids"]), max_length or len(encoded["input_ids"])
+    if context and min(n, room) > context:
+        raise UserError(f"{place}: {n:,} tokens, and the model reads {context:,}. "
+                        f"Give max_length={context} to cut it, or split it")
+    if all(label == -100 for label in encoded["labels"][:room]):
+        cut = f"{n:,} tokens, max_length is {room:,}: " if n > room else ""
+        raise UserError(f"{place}: {cut}nothing of it would be trained" + (". Raise max_length" if cut else ""))
+
+def encode_chat(
+    tokenizer,
+    row: dict,                     # {"messages", …, perhaps "tools"}
+    place: str,                    # where it came from, for the error
+    assistant_only: bool = True,   # train only what the assistant says
+    max_length: int | None = None, # tokens; a longer row loses its end
+    context: int | None = None,    # tokens that the model can read
+) -> dict:                         # {"input_ids", "labels"}: lists of token ids, −100 where a token is not trained
+    "Tokens and labels of a row. Raises `UserError` if the chat template refuses it, or nothing of it would be trained."
+    from jinja2 import TemplateError
+    try: out = tokenize(tokenizer, row["messages"], assistant_only, row.get("tools"))
+    except UserError as e: raise UserError(f"{place}: {e}") from None
+    except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as e:
+        why = " ".join(str(e).split())[:120]
+        raise UserError(f"{place}: this model's chat template refuses it: {why}") from None
+    check_fit(out, place, max_length, context)
+    return out
+
 def encode_chats(
     tokenizer,
     rows: list[dict],            # {"messages", …, perhaps "tools"}
     places: list[str],           # where each row came from, for the error
     assistant_only: bool = True, # train only what the assistant says
-) -> list[dict]:                 # {"input_ids", "labels"}: lists of token ids, −100 where a token is not trained
+) -> list[dict]:                 # as from `encode_chat`
     "Tokens and labels of every row. Raises `UserError` that names the row which the chat template refuses."
-    from jinja2 import TemplateError
-    encoded = []
-    for row, place in zip(rows, places, strict=True):
-        try: encoded.append(tokenize(tokenizer, row["messages"], assistant_only, row.get("tools")))
-        except TemplateError as e:
-            raise UserError(f"{place}: the model's chat template refuses this conversation: {e}") from None
-    return encoded
+    return [encode_chat(tokenizer, row, place, assistant_only) for row, place in zip(rows, places, strict=True)]
 
 # %% ../nbs/workshop/chats.ipynb #2bf3ca0c
 def _check_start(tokenizer, rows: list[dict]) -> None:
@@ -58,11 +80,11 @@ def _check_start(tokenizer, rows: list[dict]) -> None:
 
 # %% ../nbs/workshop/chats.ipynb #ba26a4c7
 def _count_long(rows: list[dict], max_length: int | None) -> int:
-    "How many rows are longer than `max_length`; warns if there are any."
+    "How many rows are longer than `max_length`; says so if there are any."
     long = sum(len(row["input_ids"]) > max_length for row in rows) if max_length else 0
     if long:
-        warnings.warn(f"{long} of {len(rows)} rows are longer than max_length={max_length} tokens and lose their end. "
-                      "Raise max_length, or split them", stacklevel=3)
+        tell(f"{long:,} of {len(rows):,} rows are longer than max_length={max_length} tokens and lose their end. "
+             "Raise max_length, or split them")
     return long
 
 # %% ../nbs/workshop/chats.ipynb #e8755734

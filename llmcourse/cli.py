@@ -9,6 +9,7 @@ from json import dumps
 from pathlib import Path
 from . import __version__
 from .core import CHAPTERS, UserError, choose
+from .exits import in_one_line
 from .methods import METHODS, method
 from .options import parse
 
@@ -94,10 +95,13 @@ def data(
     against: str = None,            # another file that must share no question with this one: your test set
     model: str = None,              # whose tokenizer and chat template; the scale's by default
     scale: str = "cpu",             # a section of settings.ini: cpu, t4, l4, a100, h100
-    epochs: float = 1.0,            # times through the data
+    epochs: float = None,           # times through the data; by default as training does it
+    max_length: int = None,         # tokens a row may have; by default the scale's
+    purpose: str = None,            # sft, grpo, rloo, eval or preferences; by default guessed from the rows
     tokens_per_second: float = None,  # of training on your device; measured here by default if the model is the tutor
     price: float = None,             # of an hour of the device, in USD
-    limit: int = 3,                 # findings of each kind that are shown
+    limit: int = 3,                 # places of each kind that are shown
+    json: bool = False,             # print JSON: counts, findings by kind, lengths, steps
 ):
     """Examine training rows: errors and warnings by line, token lengths, steps, time and cost.
 
@@ -106,8 +110,9 @@ def data(
     from llmcourse.datacheck import check_data
     choose(action, ["check"], "action")
     measured = tokens_per_second or 0   # 0: measure here
-    report = check_data(file, model or "", scale, against or "", epochs, measured, price or 0, limit=limit)
-    print(report)
+    report = check_data(file, model or "", scale, against or "", epochs, measured, price or 0, limit=limit,
+                        purpose=purpose or "", max_length=max_length or 0)
+    print(dumps(report.as_dict()) if json else report)
     return report.code
 
 # %% ../nbs/workshop/cli.ipynb #942eca15
@@ -151,22 +156,29 @@ def training(
     epochs: float = None,         # times through the data
     steps: int = None,            # optimizer steps, instead of epochs; grpo and rloo take 50 by default
     learning_rate: float = None,  # peak learning rate; by default one that suits the model's size
+    warmup: float = None,         # steps until that rate is reached; below 1: their share of all steps
+    batch_size: int = None,       # rows a device holds at once; replies, with grpo and rloo
+    grad_accum: int = None,       # such batches added up for one step
+    max_length: int = None,       # tokens; a longer row is cut; with grpo and rloo, a longer reply
+    validation: str = None,       # rows that are not trained: their loss, or reward, is shown five times in a run
+    system: str = None,           # a system prompt for conversations that have none
+    skip_bad: bool = False,       # leave out rows that cannot be used, and say so, instead of refusing the file
     save_steps: int = None,       # keep a checkpoint every so many steps, so that an interrupted run can go on
     seed: int = 42,               # of data order, sampling, dropout and new weights
     name: str = "sft",            # the method
 ):
     "Train by any method of the table."
     from llmcourse.lora import lora_config
-    from llmcourse.training import train
+    from llmcourse.training import hyperparameters, train
     entry = method(name)
     output = output or f"runs/{name}"
     _check_early(data, output)
     rank = 0 if full else entry.r if r is None else r
-    given = dict(num_train_epochs=epochs, max_steps=steps, learning_rate=learning_rate, save_steps=save_steps)
-    if epochs is not None and steps is None: given["max_steps"] = -1   # as many as the epochs take
-    given = {k: v for k, v in given.items() if v is not None}
+    given = hyperparameters(entry, epochs=epochs, steps=steps, learning_rate=learning_rate, save_steps=save_steps,
+                            warmup=warmup, batch_size=batch_size, grad_accum=grad_accum, max_length=max_length)
     config = lora_config(r=rank, lora_alpha=2 * rank) if rank else None
-    print(train(entry, data or entry.own_rows(seed), output, model, scale, seed, peft_config=config, **given))
+    print(train(entry, data or entry.own_rows(seed), output, model, scale, seed, peft_config=config,
+                validation=validation, system=system or "", skip_bad=skip_bad, **given))
 
 # %% ../nbs/workshop/cli.ipynb #9fd40e05
 def train(
@@ -189,6 +201,8 @@ def eval(
     seed: int = 1,             # draws the problems
     scale: str = "cpu",        # a section of settings.ini
     output: str = None,        # write every prediction to this JSONL
+    system: str = None,        # a system prompt for questions of --data that have none
+    skip_bad: bool = False,    # leave out rows that cannot be asked, and say so, instead of refusing the file
     json: bool = False,        # print JSON instead of a table
 ):
     """Measure a model or a server: score, n and 95 % interval of each task.
@@ -197,11 +211,14 @@ def eval(
     llmcourse eval --url http://127.0.0.1:8080/v1 --data test.jsonl
     """
     from llmcourse import evals
-    from llmcourse.core import write_jsonl
-    from llmcourse.exam import exam_rows, examinee
+    from llmcourse.core import check_writable, write_jsonl
+    from llmcourse.exam import exam_rows, examinee, fitting
     from llmcourse.tutor import problems
-    rows = exam_rows(data, None if url else model or "tutor/sft") if data else problems(n, seed, split="test")
+    if output: check_writable(output)   # before an hour of questions
+    known = None if url else model or "tutor/sft"   # of a server nobody knows what it was trained on
+    rows = exam_rows(data, known, skip_bad, system or "") if data else problems(n, seed, split="test")
     generate = examinee(model, url, scale)
+    if data: rows = fitting(generate, rows, skip_bad)
     results = evals.evaluate(generate, rows, workers=8 if url else 1, progress=not json)
     if output: write_jsonl(output, results)
     table = evals.summary(results)
@@ -304,20 +321,10 @@ def usage() -> str:
 # %% ../nbs/workshop/cli.ipynb #65e5c347
 def _run(name: str, argv: list[str]) -> int:
     "Run one command. Its errors become one line and an exit code."
-    try:
+    def call():
         function = command(name)
-        return function(**parse(function, f"llmcourse {name}", argv)) or 0
-    except UserError as e:
-        print(f"llmcourse: {e}", file=sys.stderr)
-        return 2
-    except OSError as e:
-        if e.errno not in (28, 122): raise   # ENOSPC, EDQUOT: the disk filled while we wrote
-        print(f"llmcourse: no space left on the disk ({e.filename or 'while writing'}). "
-              "Free some and run the same command again", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nllmcourse: interrupted", file=sys.stderr)
-        return 130
+        return function(**parse(function, f"llmcourse {name}", argv))
+    return in_one_line(call)
 
 # %% ../nbs/workshop/cli.ipynb #199af1b8
 def main(

@@ -11,8 +11,8 @@ from pathlib import Path
 
 # %% auto #0
 __all__ = ['Message', 'Generate', 'ROLES', 'CHAPTERS', 'UserError', 'choose', 'scale', 'set_seed', 'weights', 'checkpoint_names',
-           'model_path', 'begins', 'is_run', 'check_free', 'write_aside', 'need_space', 'write_jsonl', 'json_lines',
-           'read_jsonl', 'check_messages', 'file_hash', 'stopwatch', 'home']
+           'model_path', 'begins', 'is_run', 'check_free', 'write_aside', 'check_writable', 'need_space', 'write_jsonl',
+           'json_lines', 'read_jsonl', 'check_messages', 'file_hash', 'stopwatch', 'home']
 
 # %% ../nbs/workshop/core.ipynb #a71c98b3
 Message = dict[str, str]                     # {"role": "user", "content": "What is 2 + 2?"}
@@ -70,6 +70,7 @@ def set_seed(
 ) -> int:            # the same seed, so that it can be logged
     "Seed Python, NumPy and, if it is loaded already or can be, torch."
     import numpy as np, torch
+    if not 0 <= seed < 2**32: raise UserError(f"seed={seed}: has to be a whole number from 0 to {2**32 - 1}")
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -140,6 +141,13 @@ def write_aside(
         os.replace(aside, path)
     finally:
         shutil.rmtree(aside.parent, ignore_errors=True)
+
+# %% ../nbs/workshop/core.ipynb #bc0a24e0
+def check_writable(path: str | Path) -> None:
+    "Make the folder of a file and try to write there. Raises `OSError` if that is not possible."
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path.parent): pass
 
 # %% ../nbs/workshop/core.ipynb #2ae7fec5
 def need_space(

@@ -4,44 +4,61 @@
 
 # %% ../nbs/workshop/datacheck.ipynb #105f2c4c
 from __future__ import annotations
-import json, math, time
+import math, time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from .copies import Seen
-from .core import Message, UserError, scale as read_scale
-from .data import tokenize
-from .faults import text_faults, turn_faults
+from .chats import check_fit, encode_chat
+from .core import Message, UserError, choose, model_path, scale as read_scale
+from .exam import examinable
+from .faults import chat_faults
 from .forms import PREFERENCES
-from .models import load, load_tokenizer
+from .intake import FEW, for_few
+from .loading import SETTINGS
+from .methods import METHODS, method
+from .models import encode, load, load_tokenizer
 from .report import Report
-from .rows import Fault, Row, conversations, walk
+from .rows import Fault, Row, conversations, walk, why_not
 
 # %% auto #0
-__all__ = ['Lengths', 'training_speed', 'check_data']
+__all__ = ['PURPOSES', 'Lengths', 'guess_purpose', 'acceptance', 'training_speed', 'context_of', 'check_data']
 
 # %% ../nbs/workshop/datacheck.ipynb #08772b08
 def _letters(chat: list[Message]) -> int:
     "The letters of a conversation, and 20 more a turn for what the template writes."
     return sum(len(m["content"]) for m in chat) + 20 * len(chat)
 
-def _cut(n: int, kept: int, room: int) -> Iterator[tuple[str, str]]:
-    "What the room does to a row of `n` tokens, of which `kept` are trained."
-    if not kept: yield "error", f"{n} tokens, max_length is {room}: nothing of it would be trained"
-    elif n > room:
+def _cut(n: int, room: int) -> Iterator[tuple[str, str]]:
+    "What the room does to a row of `n` tokens."
+    if n > room:
         yield "warning", (f"{n} tokens, max_length is {room}: the end is cut off, "
                           "and the model would not learn to stop")
 
 # %% ../nbs/workshop/datacheck.ipynb #fce369f7
 class Lengths:
     "Tokens of each row: measured for the first `sample` rows, estimated from the letters for the others."
-    def __init__(self, tokenizer, max_length: int, sample: int):
+    def __init__(self,
+        tokenizer,
+        max_length: int,              # tokens a row may have
+        sample: int,                  # rows that are measured
+        context: int | None = None,   # tokens that the model can read
+        reply: int | None = None,     # tokens kept free for a reply, where rows are questions; None: rows are trained
+    ):
         self.tokenizer, self.max_length, self.sample = tokenizer, max_length, sample
+        self.context, self.reply = context, reply
         self.measured = []
         self.letters = self.trained = self.rows = 0
         self.kept = self.longest = 0   # tokens that fit into the room, and the longest row
         silenced = getattr(tokenizer, "deprecation_warnings", {})
         silenced["sequence-length-is-longer-than-the-specified-maximum"] = True   # we say it ourselves
+
+    def measure(self, chat: list[Message], tools=None) -> dict:
+        "A row's tokens, as training or an exam would make them. Raises `UserError` if it would refuse."
+        if self.reply is None: return encode_chat(self.tokenizer, {"messages": chat, "tools": tools}, "row")
+        ids = encode(self.tokenizer, chat)
+        return {"input_ids": ids, "labels": ids}
 
     def faults(self, chat: list[Message], tools=None) -> Iterator[tuple[str, str]]:
         "What is wrong with the tokens of one conversation: (level, what)."
@@ -52,45 +69,82 @@ class Lengths:
             if n > self.max_length:
                 yield "warning", f"about {n} tokens, max_length is {self.max_length}: the end is cut off"
         else:
-            try: row = tokenize(self.tokenizer, chat, tools=tools)
-            except Exception as e:
-                yield "error", f"this model's chat template refuses it: {' '.join(str(e).split())[:120]}"
+            try:
+                encoded = self.measure(chat, tools)
+                n = len(encoded["input_ids"])
+                self.measured.append(n)
+                self.letters += letters
+                self.check(encoded)
+            except UserError as e:
+                yield "error", str(e).removeprefix("row: ")
                 return
-            n = len(row["input_ids"])
-            kept = sum(l != -100 for l in row["labels"][:self.max_length])
-            self.measured.append(n)
-            self.letters += letters
-            self.trained += kept
-            yield from _cut(n, kept, self.max_length)
+            self.trained += sum(label != -100 for label in encoded["labels"][:self.max_length])
+            if self.reply is None: yield from _cut(n, self.max_length)
         self.kept += min(n, self.max_length)
         self.longest = max(self.longest, n)
 
-# %% ../nbs/workshop/datacheck.ipynb #3f8330b6
-def _said(chat: list[Message]) -> str:
-    "All that is written in a conversation, calls of tools included."
-    return "\n".join(m["content"] + (json.dumps(m["tool_calls"]) if m.get("tool_calls") else "") for m in chat)
+    def check(self, encoded: dict) -> None:
+        "Raises `UserError` for a row that does not fit."
+        if self.reply is None: return check_fit(encoded, "row", self.max_length, self.context)
+        n, room = len(encoded["input_ids"]), (self.context or math.inf) - self.reply
+        if n > room:
+            raise UserError(f"row: a prompt of {n} tokens, and the model has room for {room} "
+                            f"beside a reply of {self.reply}. Shorten it")
 
-def _found(row: Row, lengths: Lengths) -> Iterator[tuple[str, str]]:
+# %% ../nbs/workshop/datacheck.ipynb #1c374a0f
+PURPOSES = (*METHODS, "eval", "preferences")
+
+def guess_purpose(
+    rows: Iterable[Row | Fault],   # the first of a file
+) -> str:                          # "sft", "grpo" or "preferences"
+    "What rows look like: comparisons or ratings, questions without an answer, or answered chats."
+    def looks(row):
+        if "messages" not in row.data: return "preferences"
+        last = row.data["messages"][-1]["role"] if row.data["messages"] else "assistant"
+        return "sft" if last == "assistant" else "grpo"
+    found = Counter(looks(row) for row in rows if isinstance(row, Row))
+    return found.most_common(1)[0][0] if found else "sft"
+
+def acceptance(purpose: str) -> Callable:   # (row), which raises `UserError` for one that would be refused
+    "What a purpose asks of a row before a model is loaded."
+    if purpose == "preferences": return lambda row: None
+    if purpose == "eval": return examinable
+    entry = method(purpose)
+    return lambda row: entry.take([row], SETTINGS | entry.settings)
+
+# %% ../nbs/workshop/datacheck.ipynb #3f8330b6
+def _chats(row: Row, purpose: str) -> list[list[Message]]:
+    "The conversations that are looked at: whole ones to train on, the question alone where replies are sampled."
+    if purpose in ("sft", "preferences") or "messages" not in row.data: return conversations(row.data)
+    last = row.data["messages"][-1:]
+    return [row.data["messages"][:-1] if last and last[0]["role"] == "assistant" else row.data["messages"]]
+
+def _found(row: Row, lengths: Lengths, purpose: str) -> Iterator[tuple[str, str]]:
     "What is wrong with the turns, letters and tokens of a row."
-    if "chosen" in row.data and row.data["chosen"] == row.data["rejected"]:
+    why = why_not(row, acceptance(purpose))
+    if why: yield "error", why
+    if purpose == "preferences" and "chosen" in row.data and row.data["chosen"] == row.data["rejected"]:
         yield "error", "chosen and rejected are the same: there is nothing to learn"
-    for chat in conversations(row.data):
-        faults = list(turn_faults(chat, row.data.get("tools")))
-        yield from faults
-        yield from text_faults(_said(chat))
-        if all(level == "warning" for level, _ in faults): yield from lengths.faults(chat, row.data.get("tools"))
+    for chat in _chats(row, purpose):
+        tools = row.data.get("tools")
+        faults = list(chat_faults(chat, tools, answered=lengths.reply is None))
+        refused = why or purpose == "preferences"
+        yield from ((level if refused else "warning", what) for level, what in faults)
+        if not why and all(level == "warning" for level, _ in faults): yield from lengths.faults(chat, tools)
 
 # %% ../nbs/workshop/datacheck.ipynb #ed738b3b
 def _examine(report: Report, code: int, row: Row | Fault, seen: Seen, lengths: Lengths, name: str) -> None:
     "One row: read it, then its turns, letters, tokens and copies."
     if isinstance(row, Fault):
         report.say("error", code, row.what)
+        report.refused += not code >> 40
         return
     where = row.split or name
     report.forms[row.form] += 1
     report.sides[where] += 1
     report.first.setdefault(row.form, code)
-    found = dict.fromkeys(_found(row, lengths))   # each fault once
+    found = dict.fromkeys(_found(row, lengths, report.purpose))   # each fault once
+    report.refused += not code >> 40 and any(level == "error" for level, _ in found)
     copies = seen.faults(code, row.data, where) if conversations(row.data)[0] else ()
     for level, what in [*found, *copies]: report.say(level, code, what)
 
@@ -103,18 +157,23 @@ def _mixed(report: Report) -> None:
     common = report.forms.most_common()
     for form, n in common[1:]:
         main, most = common[0]
-        other = _sort(form) != _sort(main)
-        what = f"mixed formats: {n:,} rows of the form {form} among {most:,} of {main}"
+        other = report.purpose == "preferences" and _sort(form) != _sort(main)
+        what = f"mixed formats: {n:,} of the form {form} among {most:,} of {main}"
         report.say("error" if other else "warning", report.first[form],
                    what + (": no trainer takes both" if other else ""))
 
 # %% ../nbs/workshop/datacheck.ipynb #aa952f65
-def _run(dial: dict, lengths: Lengths, sides: Counter, epochs: float) -> dict:
+def _run(dial: dict, lengths: Lengths, sides: Counter, epochs: float | None = None) -> dict:
     "What a training on these rows, test and validation left out, would take."
-    room, batch = dial["max_length"], dial["batch_size"] * dial["grad_accum"]
-    rows = sides.total() - sides["test"] - sides["validation"]
+    room, rows = lengths.max_length, sides.total() - sides["test"] - sides["validation"]
     inside = sum(min(n, room) for n in lengths.measured)
-    return dict(lengths=lengths.measured, longest=lengths.longest, max_length=room, rows=lengths.rows, batch=batch,
+    about = dict(lengths=lengths.measured, longest=max([lengths.longest, *lengths.measured]), max_length=room,
+                 context=lengths.context, estimated=max(0, lengths.rows - lengths.sample))
+    if lengths.reply is not None: return about
+    usual = dict(zip(FEW, (1, -1, dial["batch_size"], dial["grad_accum"])))
+    usual = for_few(usual, rows) if epochs is None else usual | {FEW[0]: epochs}   # as training does unless told
+    epochs, batch = usual[FEW[0]], usual[FEW[2]] * usual[FEW[3]]
+    return about | dict(batch=batch,
                 tokens=round(lengths.kept * rows / max(1, sides.total()) * epochs),
                 steps=math.ceil(math.ceil(rows / batch) * epochs), trained=lengths.trained / max(1, inside))
 
@@ -153,24 +212,41 @@ def _price(tokens: int, tokens_per_second: float, price: float) -> dict:
     return dict(tokens_per_second=tokens_per_second, seconds=seconds, cost=seconds / 3600 * price)
 
 # %% ../nbs/workshop/datacheck.ipynb #530936dd
+def context_of(model: str | Path) -> int | None:
+    "The tokens that a model can read; None if its config does not say."
+    from transformers import AutoConfig
+    try: config = AutoConfig.from_pretrained(model_path(model))
+    except (OSError, ValueError): return None   # such as the folder of an adapter
+    return getattr(config, "max_position_embeddings", None)
+
+def _lengths(dial: dict, model: str, tokenizer, purpose: str, sample: int, max_length: int) -> tuple[Lengths, Lengths]:
+    "The measure for the file, and one for the file that it is compared with."
+    context = None if tokenizer else context_of(model)
+    reply = None if purpose in ("sft", "preferences") or purpose not in PURPOSES else dial["max_new_tokens"]
+    tokenizer = tokenizer or load_tokenizer(model)
+    return tuple(Lengths(tokenizer, max_length or dial["max_length"], n, context, reply) for n in (sample, 0))
+
 def check_data(
     source: str | Path,                 # as for `files.lines`
     model: str = "",                    # whose tokenizer and template; the scale's by default
     scale: str = "cpu",                 # a section of settings.ini: decides max_length and the batch
     against: str | Path = "",           # another file that must share no question with this one: your test set
-    epochs: float = 1.0,                # times through the data
+    epochs: float | None = None,        # times through the data; None: as training does unless told
     tokens_per_second: float = 0.0,     # of training, as you measured it; 0: measured here if the model is the tutor
     price: float = 0.0,                 # of an hour of the device, in USD
     tokenizer=None,                     # instead of the model's
-    sample: int = 2000,                 # rows that are tokenized; the others are estimated
-    limit: int = 3,                     # findings of each kind that are shown
+    sample: int = 20_000,               # rows that are tokenized; the others are estimated
+    limit: int = 3,                     # places of each kind that are shown
+    purpose: str = "",                  # one of `PURPOSES`; guessed from the rows by default
+    max_length: int = 0,                # tokens a row may have; 0: the scale's
 ) -> Report:                            # shows itself; its `code` is the exit code
     "Examine a file of training rows, line by line, in bounded memory. Raises `UserError` if there are no rows at all."
     dial = read_scale(scale)
     model = model or dial["model"]
-    if not epochs > 0: raise UserError(f"epochs={epochs}: has to be more than 0")
-    report, seen = Report(source, against, limit), Seen()
-    lengths, other = (Lengths(tokenizer or load_tokenizer(model), dial["max_length"], n) for n in (sample, 0))
+    if epochs is not None and not epochs > 0: raise UserError(f"epochs={epochs}: has to be more than 0")
+    known = choose(purpose, PURPOSES, "purpose") if purpose else guess_purpose(islice(walk(source), 100))
+    report, seen = Report(source, against, limit, known, guessed=not purpose), Seen()
+    lengths, other = _lengths(dial, model, tokenizer, known, sample, max_length)
     report.rows = _pass(report, source, report.here if against else "all", seen, lengths)
     sides = report.sides.copy()   # of this file alone
     if against: _pass(report, against, report.there, seen, other, 1 << 40)
@@ -178,7 +254,7 @@ def check_data(
     _mixed(report)
     for code, level, what in seen.copies(): report.say(level, code, what)
     report.run = _run(dial, lengths, sides, epochs) | _not_looked_at(seen)
-    if not tokens_per_second and str(model).startswith("tutor/") and lengths.measured:
+    if not tokens_per_second and str(model).startswith("tutor/") and report.run.get("steps"):
         tokens_per_second = training_speed(model, scale)
-    if tokens_per_second: report.run |= _price(report.run["tokens"], tokens_per_second, price)
+    if tokens_per_second and "steps" in report.run: report.run |= _price(report.run["tokens"], tokens_per_second, price)
     return report

@@ -5,33 +5,36 @@
 # %% ../nbs/workshop/exam.ipynb #8293a452
 from __future__ import annotations
 import os
+from .asking import conversation
 from .core import UserError, scale as read_scale
+from .faults import chat_faults, refuse_faults
 from .progress import tell
-from .rows import Row, prompt, question, read, reference
+from .questions import check_prompt
+from .rows import Row, leave_out, prompt, question, read, reference, say_what_is_left
 from .runs import trained_rows
 
 # %% auto #0
-__all__ = ['exam_rows', 'examinee']
+__all__ = ['examinable', 'exam_rows', 'examinee', 'fitting']
 
 # %% ../nbs/workshop/exam.ipynb #c1d4b885
-def _with_reference(data: str) -> list[Row]:
-    "The rows of a file that are meant for an exam. Raises `UserError` for one without a question or a reference."
-    rows = read(data, "exam")
-    for row in rows:
-        prompt(row)
-        wanted = reference(row.data)
-        if wanted is None or isinstance(wanted, str) and not wanted.strip():   # such as a call of a tool: no text
-            raise UserError(f"{row.place}: no text to compare a reply with. "
-                            'Give it an "answer", or let the last turn be the assistant\'s')
-    return rows
+def examinable(row: Row) -> None:
+    "Raises `UserError` for a row that cannot be asked, or whose reply cannot be compared with anything."
+    refuse_faults(row.place, chat_faults(prompt(row), row.data.get("tools"), answered=False))
+    wanted = reference(row.data)
+    if wanted is None or isinstance(wanted, str) and not wanted.strip():   # such as a call of a tool: no text
+        raise UserError(f"{row.place}: no text to compare a reply with. "
+                        'Give it an "answer", or let the last turn be the assistant\'s')
+    if not isinstance(row.data.get("task", ""), str): raise UserError(f"{row.place}: its task is no name. Give a text")
 
 # %% ../nbs/workshop/exam.ipynb #db9c5495
 def exam_rows(
     data: str,           # a file in any usual form, or a data set on the Hub
     model: str | None,   # who is examined: a checkpoint, a run folder; None: a server, whose training nobody knows
+    skip_bad: bool = False,   # leave out rows that cannot be asked, and say so
+    system: str = "",         # a system prompt for questions that have none
 ) -> list[dict]:         # rows, each with its "place"
     "Rows to examine a model on: none of the split train, none that it was trained on. `UserError` if none are left."
-    rows = _with_reference(data)
+    rows = read(data, "exam", "", examinable, skip_bad, system)
     known = {question(row.data): file for file in trained_rows(model) for row in read(file)} if model else {}
     new = [row for row in rows if question(row.data) not in known]
     if len(new) < len(rows):
@@ -54,3 +57,19 @@ def examinee(
     room = read_scale(scale)["max_new_tokens"]
     if url: return remote(url, model or None, os.environ.get("LLMCOURSE_API_KEY"), max_tokens=room)
     return Local(*load(model or "tutor/sft", scale), max_new_tokens=room)
+
+# %% ../nbs/workshop/exam.ipynb #a212ca3a
+def fitting(
+    generate,                # from `examinee`
+    rows: list[dict],        # from `exam_rows`
+    skip_bad: bool = False,  # leave out rows that the model cannot read, and say so
+) -> list[dict]:
+    "The rows whose question leaves a model of ours room for a reply. Raises `UserError` for the others."
+    if not (net := getattr(generate, "model", None)): return rows   # a server knows itself what it can read
+    bad, room = [], generate.options.get("max_new_tokens", 160)
+    for row in rows:
+        try: check_prompt(net, generate.tokenizer, {"prompt": conversation(row, row["place"])}, row["place"], room)
+        except UserError as e: bad.append((row["place"], str(e).removeprefix(f"{row['place']}:").strip()))
+    kept = leave_out(rows, [row["place"] for row in rows], bad, len(rows), skip_bad)
+    say_what_is_left("eval", len(rows), len(kept), {}, bad)
+    return kept

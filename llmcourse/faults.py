@@ -6,19 +6,22 @@
 from __future__ import annotations
 import json, re
 from collections.abc import Iterator
-from .core import Message
+from .core import Message, UserError
 
 # %% auto #0
-__all__ = ['SECRETS', 'turn_faults', 'text_faults', 'printable']
+__all__ = ['SECRETS', 'turn_faults', 'text_faults', 'said_in', 'chat_faults', 'refuse_faults', 'printable']
 
 # %% ../nbs/workshop/faults.ipynb #2565549f
+def _answer_faults(messages: list[Message]) -> Iterator[tuple[str, str]]:
+    "What is wrong with the end of a conversation that has an answer."
+    if (last := messages[-1]["role"]) != "assistant":
+        yield "error", f"ends with a turn of the {last}: the last one must be the assistant's"
+    if all(m.get("weight") == 0 for m in messages if m["role"] == "assistant"):
+        yield "error", "every assistant turn has weight 0: nothing is trained"
+
 def _order_faults(messages: list[Message]) -> Iterator[tuple[str, str]]:
     "What is wrong with who speaks when."
     roles = [m["role"] for m in messages]
-    if roles[-1] != "assistant":
-        yield "error", f"ends with a turn of the {roles[-1]}: the last one must be the assistant's"
-    if all(m.get("weight") == 0 for m in messages if m["role"] == "assistant"):
-        yield "error", "every assistant turn has weight 0: nothing is trained"
     if "system" in roles[1:]:
         yield "warning", "a system turn that is not the first: many templates refuse it or drop it"
     talk = [m for m in messages if m["role"] in ("user", "assistant") and not m.get("tool_calls")]
@@ -31,7 +34,7 @@ def _one_turn(j: int, m: Message, before: list[Message]) -> Iterator[tuple[str, 
     if not m["content"].strip() and not m.get("tool_calls"): yield "error", f"turn {j} ({m['role']}) is empty"
     if m.get("weight", 1) not in (0, 1):
         yield "error", f"turn {j} has the weight {m['weight']!r}: only 0 and 1 mean something"
-    if m["role"] == "tool" and not any(x.get("tool_calls") for x in before):
+    if m["role"] == "tool" and not any(x["role"] == "assistant" for x in before):   # who may call a tool in plain text
         yield "warning", f"turn {j} is a tool's answer, and no tool was called"
 
 def _two_turns(j: int, a: Message, b: Message) -> Iterator[tuple[str, str]]:
@@ -58,8 +61,9 @@ def _misfit(arguments: dict, schema: dict) -> str:
     from jsonschema import Draft202012Validator
     from jsonschema.exceptions import best_match
     from referencing import Registry
-    validator = Draft202012Validator(schema, registry=Registry())   # which fetches nothing from the network
-    try: wrong = best_match(validator.iter_errors(arguments))
+    try:
+        validator = Draft202012Validator(schema, registry=Registry())   # which fetches nothing from the network
+        wrong = best_match(validator.iter_errors(arguments))
     except Exception as e: return f"the schema itself cannot be used ({type(e).__name__})"
     return " ".join(wrong.message.split())[:120] if wrong else ""
 
@@ -78,17 +82,28 @@ def _call_faults(j: int, m: Message, tools: dict[str, dict]) -> Iterator[tuple[s
         elif misfit := _misfit(arguments, tools.get(name, {})):
             yield "error", f"turn {j} calls {name!r} with arguments that do not fit: {misfit}"
 
+def _function(tool) -> dict:
+    "What a tool says of its function; nothing if it is no tool."
+    function = tool.get("function", tool) if isinstance(tool, dict) else None
+    return function if isinstance(function, dict) else {}
+
 def _schemas(tools) -> dict[str, dict]:
     "The row's tools: name → schema of the arguments."
-    functions = [t.get("function", t) for t in tools or [] if isinstance(t, dict)]
-    return {f["name"]: f.get("parameters") or {} for f in functions if isinstance(f, dict) and f.get("name")}
+    functions = [_function(tool) for tool in tools or []]
+    return {f["name"]: f.get("parameters") or {} for f in functions if isinstance(f.get("name"), str)}
 
 def _tool_faults(messages: list[Message], tools) -> Iterator[tuple[str, str]]:
     "What is wrong with calls and their answers."
-    schemas, asked = _schemas(tools), set()
+    schemas, asked = _schemas(tools), []
+    for i, tool in enumerate(tools or []):
+        function = _function(tool)
+        if not isinstance(function.get("name"), str) or not function["name"]:
+            yield "error", f"tools[{i}] has no name: nobody could call it"
+        elif not isinstance(function.get("parameters") or {}, dict):
+            yield "error", f"tools[{i}] ({function['name']}): its parameters are no object. Give a JSON schema"
     for j, m in enumerate(messages):
         yield from _call_faults(j, m, schemas)
-        asked |= {call.get("id") for call in m.get("tool_calls") or [] if isinstance(call, dict)}
+        asked += [call.get("id") for call in m.get("tool_calls") or [] if isinstance(call, dict)]
         answers = m.get("tool_call_id") if m["role"] == "tool" else None
         if answers is not None and answers not in asked:
             yield "error", f"turn {j} answers the call {answers!r}, which nobody made"
@@ -97,11 +112,13 @@ def _tool_faults(messages: list[Message], tools) -> Iterator[tuple[str, str]]:
 def turn_faults(
     messages: list[Message],
     tools: list[dict] | None = None,   # what the assistant may call
+    answered: bool = True,             # is the last turn the answer? False: a prompt alone
 ) -> Iterator[tuple[str, str]]:
     "What is wrong with the turns of one conversation: (level, what)."
-    if not any(m["role"] == "assistant" for m in messages):
-        yield "error", "no assistant turn: there is nothing to learn"
+    if not messages or answered and not any(m["role"] == "assistant" for m in messages):
+        yield "error", "no assistant turn: there is nothing to learn" if answered else "no turn: nothing is asked"
         return
+    if answered: yield from _answer_faults(messages)
     yield from _order_faults(messages)
     for j, m in enumerate(messages): yield from _one_turn(j, m, messages[:j])
     for j, (a, b) in enumerate(zip(messages, messages[1:]), 1): yield from _two_turns(j, a, b)
@@ -132,7 +149,9 @@ def text_faults(text: str) -> Iterator[tuple[str, str]]:
     "What is wrong with the letters of one conversation: (level, what). A secret is never printed whole."
     small = text.lower()   # a cheap look first
     if any(hint in small for hint in _HINTS) and (m := _SECRET.search(text)):
-        yield "error", f"holds {list(SECRETS)[m.lastindex - 1]} ({m[0][:4]}…): take it out, and revoke it"
+        name = list(SECRETS)[m.lastindex - 1]
+        sure = name != "a password" and "example" not in m[0].lower()   # a manual may show a password, or AWS's example
+        yield "error" if sure else "warning", f"holds {name} ({m[0][:4]}…): take it out, and revoke it"
     if "@" in text and (m := _EMAIL.search(text)):
         yield "warning", f"holds an e-mail address ({m[0][:2]}…@{m[0].rpartition('@')[2]})"
     if ("<" in text or "[" in text) and (m := _SPECIAL.search(text)):
@@ -141,6 +160,28 @@ def text_faults(text: str) -> Iterator[tuple[str, str]]:
     if not text.isascii() and (m := _GARBLED.search(text)):
         yield "warning", (f"wrongly decoded letters near {text[max(0, m.start() - 8):m.end() + 4]!r}: "
                           "read the source again as UTF-8")
+
+# %% ../nbs/workshop/faults.ipynb #95b5406a
+def said_in(messages: list[Message]) -> str:
+    "All that is written in a conversation, calls of tools included."
+    return "\n".join(m["content"] + (json.dumps(m["tool_calls"]) if m.get("tool_calls") else "") for m in messages)
+
+def chat_faults(
+    messages: list[Message],
+    tools: list[dict] | None = None,   # what the assistant may call
+    answered: bool = True,             # is the last turn the answer? False: a prompt alone
+) -> Iterator[tuple[str, str]]:
+    "What is wrong with one conversation: (level, what)."
+    yield from turn_faults(messages, tools, answered)
+    yield from text_faults(said_in(messages))
+
+def refuse_faults(
+    place: str,                          # for the error: "chats.jsonl:3"
+    faults: Iterator[tuple[str, str]],   # from `chat_faults`
+) -> None:
+    "Raises `UserError` for the first fault that is an error."
+    for level, what in faults:
+        if level == "error": raise UserError(f"{place}: {what}")
 
 # %% ../nbs/workshop/faults.ipynb #d13520c7
 def printable(text: str) -> str:

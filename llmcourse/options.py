@@ -10,10 +10,11 @@ from fastcore.docments import docments
 from .core import UserError, choose
 
 # %% auto #0
-__all__ = ['WORDS', 'option', 'parser', 'parse']
+__all__ = ['WORDS', 'MOST', 'option', 'parser', 'parse']
 
 # %% ../nbs/workshop/options.ipynb #5ab5d764
 WORDS = ("action", "file", "card")   # parameters that are given without `--`
+MOST = 2**32                         # no option is a larger number: seeds are 32 bits
 
 def _refuse(message: str): raise UserError(f"{message}. llmcourse COMMAND --help lists the options")
 
@@ -60,4 +61,7 @@ def parse(
     for word in rest:
         if word.startswith("-"): choose(word.split("=")[0], known, f"option of {prog}:")
     if rest: raise UserError(f"{rest[0]!r} is one word too many. {prog} --help shows what it takes")
+    for name, value in vars(found).items():
+        if isinstance(value, (int, float)) and not 0 <= value < MOST:
+            raise UserError(f"{option(name)} {value}: has to be a number from 0 up")
     return vars(found)

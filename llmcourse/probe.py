@@ -7,12 +7,13 @@ from __future__ import annotations
 import math, statistics
 from collections.abc import Callable
 from .core import UserError
-from .models import encode, generate
+from .models import generate
+from .questions import check_prompt
 from .progress import tell
 from .training import Work
 
 # %% auto #0
-__all__ = ['check_prompts', 'probe', 'look_at_prompts']
+__all__ = ['check_prompts', 'probe', 'prompt_as_taken', 'look_at_prompts']
 
 # %% ../nbs/workshop/probe.ipynb #54266047
 def check_prompts(
@@ -21,12 +22,7 @@ def check_prompts(
     max_completion_length: int,   # tokens kept free for the reply
 ) -> dict[str, int]:              # rows, prompts (different ones), shortest, longest (tokens)
     "Raise `UserError` for a prompt that does not fit into the model's context together with its reply."
-    lengths = [len(encode(tokenizer, row["prompt"])) for row in rows]
-    room = model.config.max_position_embeddings - max_completion_length
-    for i, n in enumerate(lengths):
-        if n <= room: continue
-        raise UserError(f"rows[{i}]: a prompt of {n} tokens, and the model has room for {room} "
-                        f"beside a reply of {max_completion_length}. Shorten it, or lower max_completion_length")
+    lengths = [check_prompt(model, tokenizer, row, f"rows[{i}]", max_completion_length) for i, row in enumerate(rows)]
     different = len({str(row["prompt"]) for row in rows})
     return dict(rows=len(rows), prompts=different, shortest=min(lengths), longest=max(lengths))
 
@@ -91,14 +87,21 @@ def probe(
     if silent == len(split): raise _silent_error(len(split), num_generations, mean)
     return dict(groups=len(split), silent=silent, reward=mean, best=statistics.fmean(map(max, split)))
 
+# %% ../nbs/workshop/probe.ipynb #697b1716
+def prompt_as_taken(work: Work, row: dict, place: str) -> dict:
+    "A row as TRL takes it: as it is, if its prompt fits. Raises `UserError`."
+    check_prompt(work.net, work.tokenizer, row, place, work.hyper["max_completion_length"])
+    return row
+
 # %% ../nbs/workshop/probe.ipynb #7e1eebc6
 def look_at_prompts(work: Work) -> dict:    # {"rows": …, "probe": …}
     "Look before the first step: enough rows, prompts that fit, and groups that are not all silent."
     args, hyper = work.args, work.hyper
     prompts = args.generation_batch_size // args.num_generations
     if len(work.rows) < prompts:
+        fits = len(work.rows) * args.num_generations
         raise UserError(f"{len(work.rows)} rows, but each step takes {prompts} different prompts. "
-                        "Give more rows, or a smaller per_device_train_batch_size")
+                        f"Give more rows, or --batch-size {fits} --grad-accum 1")
     found = check_prompts(work.net, work.tokenizer, work.rows, hyper["max_completion_length"])
     seen = {"rows": found}
     text = (f"{work.run.method.upper()}: {found['rows']:,} rows, {found['prompts']:,} different prompts "

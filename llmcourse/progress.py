@@ -56,6 +56,9 @@ def bar(
         def on_step_end(self, args, state, control, **kw): self.bar.update(state.global_step - self.bar.n)
         def on_log(self, args, state, control, logs=None, **kw):
             if what in (logs or {}): self.bar.set_postfix({what: f"{float(logs[what]):.3f}"})
+            if f"eval_{what}" in (logs or {}):
+                held = f"{name}: step {state.global_step}: {what} {float(logs[f'eval_{what}']):.3f} on the validation rows"
+                self.bar.write(held, file=stream())
         def on_train_end(self, args, state, control, **kw): self.bar.close()
     return Bar()
 

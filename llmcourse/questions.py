@@ -7,11 +7,12 @@ from __future__ import annotations
 import inspect, re
 from collections.abc import Callable
 from .core import Message, UserError
-from .models import render
+from .faults import chat_faults, refuse_faults
+from .models import encode, render
 from .rows import Row, prompt, reference
 
 # %% auto #0
-__all__ = ['reply_text', 'final_answer', 'problem_rows', 'as_batch']
+__all__ = ['reply_text', 'final_answer', 'problem_rows', 'check_prompt', 'as_batch']
 
 # %% ../nbs/workshop/questions.ipynb #4b92fa70
 def reply_text(completion) -> str:
@@ -42,7 +43,11 @@ def _needed(reward_funcs: list[Callable]) -> set[str]:
 
 def _with_answer(row: Row, needed: set[str]) -> dict:
     "A row's data, its prompt and its answer. Raises `UserError` if a needed column is missing."
-    data = {"prompt": prompt(row), **row.data}
+    data = row.data | {"prompt": prompt(row)}
+    refuse_faults(row.place, chat_faults(data["prompt"], answered=False))
+    calls = any(m.get("tool_calls") or m["role"] == "tool" for m in data["prompt"])
+    if calls or row.data.get("tools"):
+        raise UserError(f"{row.place}: has tools, and TRL would ask the model without them. Give rows without tools")
     answer = _right_answer(row)
     if answer is not None: data["answer"] = answer
     missing = sorted(k for k in needed if data.get(k) in (None, ""))
@@ -60,10 +65,32 @@ def problem_rows(
     needed = _needed(ours["reward_funcs"])
     full = [_with_answer(row, needed) for row in rows]
     def same_plain(column):
-        kinds = {type(data.get(column)) for data in full}
-        return len(kinds) == 1 and kinds <= {str, int, float, bool}
+        values = [data.get(column) for data in full]
+        if any(isinstance(x, int) and abs(x) >= 2**63 for x in values): return False   # no table holds it
+        return len(kinds := set(map(type, values))) == 1 and kinds <= {str, int, float, bool}
     keep = [column for column in full[0] if column not in ("messages", "prompt") and same_plain(column)]
-    return [{"prompt": data["prompt"], **{column: data[column] for column in keep}} for data in full]
+    plain = lambda turns: [{"role": m["role"], "content": m["content"]} for m in turns]   # a table has one type a column
+    return [{"prompt": plain(data["prompt"]), **{column: data[column] for column in keep}} for data in full]
+
+# %% ../nbs/workshop/questions.ipynb #31ee9f43
+def check_prompt(
+    model, tokenizer,
+    row: dict,                    # {"prompt": messages, …}
+    place: str,                   # where it came from, for the error
+    max_completion_length: int,   # tokens kept free for the reply
+) -> int:                         # tokens
+    "Raise `UserError` for a prompt that the model cannot read, or that leaves no room for a reply."
+    try: ids = encode(tokenizer, row["prompt"])
+    except UserError as e: raise UserError(f"{place}: {e}") from None
+    room = model.config.max_position_embeddings - max_completion_length
+    if len(ids) > room:
+        raise UserError(f"{place}: a prompt of {len(ids)} tokens, and the model has room for {room} "
+                        f"beside a reply of {max_completion_length}. Shorten it, or lower max_completion_length")
+    have = model.get_input_embeddings().num_embeddings
+    if ids and max(ids) >= have:
+        raise UserError(f"{place}: token {max(ids)} of its prompt, and the model has {have} embeddings. "
+                        "Use the tokenizer that belongs to the model")
+    return len(ids)
 
 # %% ../nbs/workshop/questions.ipynb #0a63813e
 def as_batch(

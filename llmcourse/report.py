@@ -8,27 +8,39 @@ import math, re
 from collections import Counter
 from pathlib import Path
 from .faults import printable
+from .tally import kind_of
 
 # %% auto #0
-__all__ = ['Report', 'plot_lengths']
+__all__ = ['ADVICE', 'Report', 'plot_lengths']
 
 # %% ../nbs/workshop/report.ipynb #91604185
-def _kind(what: str) -> str:
-    "The kind of a finding: its first words, without what differs from row to row."
-    kind = re.sub(r"\d+|'[^']*'|\(.*?\)|\S*…\S*", "", what)[:45]
-    return kind.replace("{}", "another row")
-
 def _how_many(n: int, what: str) -> str: return f"{n:,} {what}{'s' * (n != 1)}"
 def _listed(counter: Counter) -> str: return ", ".join(f"{k} {v:,}" for k, v in counter.most_common())
 
+ADVICE = [   # the beginning of a fault → what to do, where the fault does not say it itself
+    (r"turn .* is empty", "write its text"),
+    (r"turn .* (calls|answers)|tools\[", "correct the call as the tool's schema says"),
+    (r"a copy of", "the same row is trained twice: take one out, unless that is meant"),
+    (r"\d+% the same", "look at both: one of them may be enough"),
+    (r"the question is|nearly the question", "take one of the two out, or the score will measure memory"),
+    (r".*both the|a system turn|the assistant speaks", "no matter for Llama 3; join the turns for other models"),
+    (r"(about )?[\d,]+ tokens.*cut off", "raise --max-length, or split the row")]
+
+def _advice(what: str) -> str:
+    "What to do about a fault."
+    return next((way for pattern, way in ADVICE if re.match(pattern, what)), "")
+
 # %% ../nbs/workshop/report.ipynb #1edee82e
-def _bars(lengths: list[int], room: int, n: int = 8) -> list[str]:
-    "A histogram of text, with all rows that are longer than the room in its last line."
+def _bars(lengths: list[int], room: int, context: int | None = None, n: int = 8) -> list[str]:
+    "A histogram of text; rows that are longer than the room, or than the model's context, are in its last lines."
     width = max(1, math.ceil((min(max(lengths), room) + 1) / n))
-    bins = Counter(n if l > room else l // width for l in lengths)
-    name = lambda i: f"over {room}" if i == n else f"{i * width}–{(i + 1) * width - 1}"
+    place = lambda l: l // width if l <= room else n if not context or l <= context else n + 1
+    bins = Counter(map(place, lengths))
+    far = {n: f"over {room:,}", n + 1: f"over {context or 0:,}"}
+    note = {n: "  ← beyond max_length: the end is cut off", n + 1: "  ← beyond what the model can read"}
     bar = lambda i: "█" * math.ceil(30 * bins[i] / max(bins.values()))
-    return [f"{name(i):>12}  {bar(i)} {bins[i]:,}" for i in range(max(bins) + 1) if i < n or bins[n]]
+    name = lambda i: far.get(i) or f"{i * width:,}–{(i + 1) * width - 1:,}"
+    return [f"{name(i):>12}  {bar(i)} {bins[i]:,}{note.get(i, '')}" for i in range(max(bins) + 1) if i < n or bins[i]]
 
 # %% ../nbs/workshop/report.ipynb #c62863d6
 def _time(s: float) -> str:
@@ -48,11 +60,13 @@ def _numbers(r: dict) -> list[str]:
     "Lengths, steps, time and cost, as lines of text."
     if not r.get("lengths"): return []
     n = len(r["lengths"])
-    guess = f" (first {n:,} rows measured, the rest estimated)" if r["rows"] > n else ""
+    guess = f" (of {n:,} rows; {r['estimated']:,} more estimated from their letters)" if r.get("estimated") else ""
     full = [text.format(r[what]) for what, text in _LIMITS.items() if r.get(what)]
-    return [*full, f"tokens a row: median {sorted(r['lengths'])[n // 2]}, longest {r['longest']}, "
-            f"room {r['max_length']}{guess}", *_bars(r["lengths"], r["max_length"]),
-            f"a run: {r['tokens']:,} tokens ({r['trained']:.0%} of them trained), "
+    reads = f", the model reads {r['context']:,}" if r.get("context") else ""
+    shown = [f"tokens a row: median {sorted(r['lengths'])[n // 2]:,}, longest {r['longest']:,}, "
+             f"max_length {r['max_length']:,}{reads}{guess}", *_bars(r["lengths"], r["max_length"], r.get("context"))]
+    if not r.get("steps"): return [*full, *shown]
+    return [*full, *shown, f"a run: {r['tokens']:,} tokens ({r['trained']:.0%} of them trained), "
             f"{r['steps']:,} steps of {r['batch']} rows, {_price(r)}"]
 
 # %% ../nbs/workshop/report.ipynb #85c96a46
@@ -64,23 +78,26 @@ class Report:
     def __init__(self,
         source,              # the file, for the first line
         against="",          # the one that it is compared with
-        limit: int = 3,      # findings of each kind that are shown
+        limit: int = 3,      # places of each kind that are shown
+        purpose: str = "",   # what the rows are for
+        guessed: bool = False,   # is that a guess?
     ):
-        self.source, self.limit = str(source), limit
+        self.guessed = guessed
+        self.source, self.limit, self.purpose = str(source), limit, purpose
         self.here, self.there = Path(source).name, Path(against).name
         if self.here == self.there:   # train/data.jsonl against test/data.jsonl
             self.here, self.there = self.source, f"the other {self.there}"
-        self.rows = 0
+        self.rows = self.refused = 0
         self.count, self.kinds, self.forms, self.sides = (Counter() for _ in range(4))
-        self.findings, self.first, self.run = [], {}, {}
+        self.findings, self.first, self.run = {}, {}, {}
 
     def say(self, level: str, code: int, what: str) -> None:
         "Count a finding; keep the first few of each kind."
-        kind = _kind(what)
-        kind = kind if kind in self.kinds or len(self.kinds) < 500 else "other"
+        kind = (level, kind_of(what))
+        kind = kind if kind in self.kinds or len(self.kinds) < 500 else (level, "other")
         self.count[level] += 1
         self.kinds[kind] += 1
-        if self.kinds[kind] <= self.limit: self.findings.append((code, level, what))
+        if self.kinds[kind] <= max(self.limit, 1): self.findings.setdefault(kind, []).append((code, what))
 
     def where(self, code: int) -> str:
         "The place that a number stands for: a line of the file, or of the one that it is compared with."
@@ -92,24 +109,56 @@ class Report:
     def code(self) -> int: return 2 if self.count["error"] else int(bool(self.count["warning"]))
     def __repr__(self): return _written(self)
     def plot(self, ax=None): return plot_lengths(self.run, ax)
+    def as_dict(self) -> dict: return _as_dict(self)
 
 # %% ../nbs/workshop/report.ipynb #60e51999
+def _said(report: Report, what: str) -> str:
+    "A finding with its places filled in, and without what a terminal would obey."
+    return printable(re.sub(r"\{(\d+)\}", lambda m: report.where(int(m[1])), what))
+
 def _found(report: Report) -> list[tuple[str, str, str]]:
-    "The findings that are shown: (level, place, what), by line."
-    place = lambda what: re.sub(r"\{(\d+)\}", lambda m: report.where(int(m[1])), what)
-    by_line = sorted(report.findings, key=lambda finding: finding[0])
-    return [(level, report.where(code), printable(place(what))) for code, level, what in by_line]
+    "The findings that are kept: (level, place, what), by line."
+    kept = [(code, level, what) for (level, _), found in report.findings.items() for code, what in found]
+    return [(level, report.where(code), _said(report, what)) for code, level, what in sorted(kept)]
+
+def _kinds(report: Report) -> list[dict]:
+    "Each kind of finding: errors before warnings, leaks first, then the most frequent."
+    worst = lambda item: (item[0][0] != "error", "leak" not in item[0][1], -item[1])
+    ranked = sorted(report.kinds.items(), key=worst)
+    return [{"level": level, "count": n, "first": _said(report, report.findings[level, kind][0][1]),
+             "places": [report.where(code) for code, _ in report.findings[level, kind]],
+             "advice": _advice(report.findings[level, kind][0][1])} for (level, kind), n in ranked]
 
 # %% ../nbs/workshop/report.ipynb #16a3325d
+def _line(kind: dict) -> str:
+    "One kind of finding as one line: the first one word for word, where the others are, and what to do."
+    mark = "✗" if kind["level"] == "error" else "!"
+    others = [place.removeprefix("line ") for place in kind["places"][1:]]
+    rest = "…" if kind["count"] > len(kind["places"]) else ""
+    more = f" · {kind['count']:,} such rows" + (f", also {', '.join(others)}{', ' * bool(rest)}{rest}" if others else "")
+    advice = f" → {kind['advice']}" if kind["advice"] else ""
+    return f"{mark} {kind['places'][0]}: {kind['first']}{more * (kind['count'] > 1)}{advice}"
+
 def _written(report: Report) -> str:
     "The whole report as text."
     sides = f" · {_listed(report.sides)}" if len(report.sides) > 1 else ""
-    more = [f"  … and {n - report.limit:,} more like: {kind.strip()}…"
-            for kind, n in report.kinds.items() if n > report.limit]
-    found = [f"{'✗' if level == 'error' else '!'} {place}: {what}" for level, place, what in report.found]
+    top = [f"{report.source}: {report.rows:,} rows · {_listed(report.forms)}{sides}"]
+    if report.purpose:
+        fine = report.rows - report.refused
+        top.append(f"for {report.purpose}{' (guessed; --purpose names another)' * report.guessed}: "
+                   f"{_how_many(fine, 'row')} can be used, {report.refused:,} cannot"
+                   + ": correct them, or leave them out with --skip-bad" * bool(report.refused))
     totals = [_how_many(report.count[level], level) for level in ("error", "warning")]
-    top = f"{report.source}: {report.rows:,} rows · {_listed(report.forms)}{sides}"
-    return "\n".join([top, *found, *more, *_numbers(report.run), ", ".join(totals)])
+    return "\n".join([*top, *map(_line, _kinds(report)), *_numbers(report.run), ", ".join(totals)])
+
+def _as_dict(report: Report) -> dict:
+    "The report for a program; the lengths are a histogram of their own, so only their sum is here."
+    run = {name: value for name, value in report.run.items() if name != "lengths"}
+    if lengths := sorted(report.run.get("lengths") or []): run |= {"median": lengths[len(lengths) // 2]}
+    return {"source": report.source, "purpose": report.purpose, "rows": report.rows, "refused": report.refused,
+            "usable": report.rows - report.refused, "forms": dict(report.forms), "splits": dict(report.sides),
+            "errors": report.count["error"], "warnings": report.count["warning"], "code": report.code,
+            "findings": _kinds(report), "run": run}
 
 # %% ../nbs/workshop/report.ipynb #d037a11b
 def plot_lengths(

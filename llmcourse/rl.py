@@ -11,9 +11,9 @@ from pathlib import Path
 from .core import UserError, choose
 from .kl import saved_start
 from .models import DATE, stop_ids
-from .probe import look_at_prompts
+from .probe import look_at_prompts, prompt_as_taken
 from .questions import final_answer, problem_rows, reply_text
-from .training import Method, Work, train, upstream
+from .training import Method, Work, measured_on, train, upstream
 
 # %% auto #0
 __all__ = ['LOSS_TYPES', 'GRPO', 'RLOO', 'exact_reward', 'advantages', 'token_logps', 'grpo_loss', 'rl_defaults', 'grpo']
@@ -106,7 +106,7 @@ def _trainer(name: str) -> Callable:
         work.net.generation_config.eos_token_id = stop_ids(work.tokenizer)
         rewards, adapter = list(work.ours["reward_funcs"]), copy.deepcopy(work.ours["peft_config"])
         with saved_start(work):
-            return upstream(name)(work.net, rewards, work.args, Dataset.from_list(work.data),
+            return upstream(name)(work.net, rewards, work.args, Dataset.from_list(work.data), measured_on(work),
                                   processing_class=work.tokenizer, peft_config=adapter)
     return build
 
@@ -115,7 +115,7 @@ GRPO = Method(
     name="grpo", about="Reinforce by a reward: each reply against its siblings (GRPO).",
     example="llmcourse grpo --data problems.jsonl --model runs/sft --steps 100 --r 16",
     title="Reinforced by a reward", config="GRPOConfig", model="tutor/sft", own="llmcourse.checkpoints.grpo_rows",
-    take=problem_rows, defaults=_grpo_defaults, look=look_at_prompts, trainer=_trainer("GRPOTrainer"),
+    take=problem_rows, defaults=_grpo_defaults, encode=prompt_as_taken, look=look_at_prompts, trainer=_trainer("GRPOTrainer"),
     settings=dict(reward_funcs=[exact_reward], probe_groups=8),
     fixed=dict(chat_template_kwargs={"date_string": DATE}), shows="reward")
 RLOO = replace(

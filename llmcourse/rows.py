@@ -5,17 +5,19 @@
 # %% ../nbs/workshop/rows.ipynb #5b3f6672
 from __future__ import annotations
 import hashlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from .core import Message, UserError, choose
 from .files import lines
 from .forms import canonical, detect
 from .progress import tell
+from .tally import counted, refusal
 
 # %% auto #0
 __all__ = ['SIDES', 'TAKE', 'Row', 'Fault', 'walk', 'prompt', 'reference', 'conversations', 'same_text', 'question',
-           'check_leaks', 'read', 'opening', 'side']
+           'check_leaks', 'with_system', 'why_not', 'leave_out', 'say_what_is_left', 'read', 'opening', 'side']
 
 # %% ../nbs/workshop/rows.ipynb #b17a2289
 @dataclass(frozen=True)
@@ -133,34 +135,81 @@ def _say_if_mixed(rows: list[Row], who) -> None:
 # %% ../nbs/workshop/rows.ipynb #60abc8e9
 TAKE = {"train": ("train", None), "exam": ("test", "validation", None), "all": ("train", "test", "validation", None)}
 
-def _of_sides(found: list[Row], take: str, place, who) -> list[Row]:
-    "The rows of one side. Raises `UserError` if none is left."
+def _of_sides(found: list[Row], take: str, place) -> tuple[list[Row], dict[str, int]]:
+    "The rows of one side, and how many there are of the others. Raises `UserError` if all are others."
     kept = [row for row in found if row.split in TAKE[take]]
-    others = sorted({row.split for row in found} - set(TAKE[take]))
-    if not kept:
-        raise UserError(f"{place}: all rows are in {' and '.join(others)}, so none is left. "
+    others = Counter(row.split for row in found if row.split not in TAKE[take])
+    if found and not kept:
+        raise UserError(f"{place}: all rows are in {' and '.join(sorted(others))}, so none is left. "
                         "Give some of them another split")
-    if others: tell(f"{who}: {len(found) - len(kept):,} rows of the split {' and '.join(others)} are left out")
+    return kept, others
+
+# %% ../nbs/workshop/rows.ipynb #78d40ee6
+def with_system(
+    row: Row,
+    system: str,   # a system prompt; empty: none
+) -> Row:          # the row itself if it has a system turn already
+    "The row with a system prompt before its conversation."
+    column = "messages" if "messages" in row.data else "prompt"
+    turns = row.data[column]
+    if not system or turns and turns[0]["role"] == "system": return row
+    return replace(row, data=row.data | {column: [{"role": "system", "content": system}, *turns]})
+
+# %% ../nbs/workshop/rows.ipynb #c9e1977a
+def why_not(
+    row: Row,
+    accept: Callable,   # (row) raises `UserError` for one that cannot be used
+) -> str:               # without its place; empty if it can be used
+    "Why a row cannot be used."
+    try: accept(row)
+    except UserError as e: return str(e).removeprefix(f"{row.place}:").strip()
+    return ""
+
+def leave_out(
+    rows: list,                   # of any kind
+    places: list[str],            # one a row
+    bad: list[tuple[str, str]],   # (place, what) of those that cannot be used
+    read: int,                    # how many rows there were
+    skip_bad: bool,               # leave them out; False: refuse
+) -> list:                        # the rows that can be used
+    "Refuse bad rows, or leave them out. Raises `UserError`, also if nothing is left."
+    gone = {place for place, _ in bad}
+    kept = [row for row, place in zip(rows, places, strict=True) if place not in gone]
+    if bad and not (skip_bad and kept): raise refusal(bad, read)
     return kept
+
+def say_what_is_left(who, read: int, kept: int, others: dict[str, int], bad: list[tuple[str, str]]) -> None:
+    "One line if not all rows were taken; its numbers add up."
+    if read == kept: return
+    left = [f"{n:,} rows of the split {name} are left out" for name, n in sorted(others.items())]
+    if bad: left.append(f"{len(bad):,} rows cannot be used and are left out: {counted(bad)}")
+    tell(f"{who}: {read:,} rows read, {kept:,} taken; " + "; ".join(left))
 
 # %% ../nbs/workshop/rows.ipynb #4afbae6f
 def read(
     source,               # as for `walk`
     take: str = "all",    # "train": what may be trained on; "exam": what may be examined on; "all"
     who: str = "",        # who takes them, for the line that says what was left out
+    accept: Callable | None = None,   # (row) raises `UserError` for one of that side which cannot be used
+    skip_bad: bool = False,           # leave out rows that cannot be used, and say so
+    system: str = "",                 # a system prompt for conversations that have none
     **options,            # for `files.lines`
 ) -> list[Row]:
-    "Read the rows of one side; a row without a `split` is on every side. Raises `UserError` for a bad row or a leak."
+    "Read the rows of one side; a row without a `split` is on every side. Raises `UserError` for bad rows or a leak."
     choose(take, TAKE, "side")
     place = source if isinstance(source, (str, Path)) else "rows"
     found = list(walk(source, **options))
     if not found: raise UserError(f"{place}: empty, no rows. Give at least one")
-    for row in found:
-        if isinstance(row, Fault): raise UserError(f"{row.place}: {row.what}")
+    bad = {row.place: row.what for row in found if isinstance(row, Fault)}
+    kept, others = _of_sides([with_system(row, system) for row in found if isinstance(row, Row)], take, place)
+    if accept: bad |= {row.place: why for row in kept if (why := why_not(row, accept))}
+    bad = [(row.place, bad[row.place]) for row in found if row.place in bad]   # in the file's order
+    kept = leave_out(kept, [row.place for row in kept], bad, len(found), skip_bad)
     if take != "all":
-        check_leaks(found)
-        _say_if_mixed(found, who or place)
-    return _of_sides(found, take, place, who or place)
+        check_leaks(row for row in found if isinstance(row, Row))
+        _say_if_mixed(kept, who or place)
+    say_what_is_left(who or place, len(found), len(kept), others, bad)
+    return kept
 
 # %% ../nbs/workshop/rows.ipynb #4b7f7f2f
 def opening(row: dict) -> str:

@@ -7,9 +7,9 @@ from __future__ import annotations
 import copy
 from importlib.util import find_spec
 from pathlib import Path
-from .chats import encode_chats, look_at_chats, take_chats
+from .chats import encode_chat, look_at_chats, take_chats
 from .resume import seeded_batches
-from .training import Method, Work, train, upstream
+from .training import Method, Work, measured_on, train, upstream
 from .pretraining import has_bf16
 
 # %% auto #0
@@ -35,8 +35,9 @@ def sft_defaults(
         save_strategy="steps" if gpu else "no", save_steps=100)
 
 # %% ../nbs/06_sft.ipynb #06011fed
-def _encode(work: Work) -> list[dict]:
-    return encode_chats(work.tokenizer, work.rows, work.places, work.hyper["assistant_only_loss"])
+def _encode(work: Work, row: dict, place: str) -> dict:
+    hyper, context = work.hyper, getattr(work.net.config, "max_position_embeddings", None)
+    return encode_chat(work.tokenizer, row, place, hyper["assistant_only_loss"], hyper["max_length"], context)
 
 def _look(work: Work) -> dict:
     context = getattr(work.net.config, "max_position_embeddings", None)
@@ -49,7 +50,7 @@ def _trainer(work: Work):
     started = hasattr(work.net, "peft_config")                                   # the model is an adapter already
     adapter = None if started else copy.deepcopy(work.ours["peft_config"])       # PEFT writes into it
     trainer = seeded_batches(upstream("SFTTrainer"), work.run.seed)
-    return trainer(work.net, args=work.args, train_dataset=Dataset.from_list(work.data),
+    return trainer(work.net, args=work.args, train_dataset=Dataset.from_list(work.data), eval_dataset=measured_on(work),
                    processing_class=work.tokenizer, peft_config=adapter)
 
 # %% ../nbs/06_sft.ipynb #8cc56eeb

@@ -4,22 +4,23 @@
 
 # %% ../nbs/workshop/training.ipynb #026ffd4a
 from __future__ import annotations
-import importlib
+import importlib, math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from .card import Run
 from .core import UserError, choose, set_seed, write_jsonl, scale as read_scale
+from .intake import Intake, encode_rows, for_few, held_out, take_rows
 from .loading import SETTINGS, load_to_train, start_from_rounding
 from .models import weights_hash
-from .progress import quiet
+from .progress import quiet, tell
 from .rehearsal import rehearse
 from .resume import fit
-from .rows import read
 from .runs import base_name, check_output, finish, open_run, room_for_run, rows_hash, run_folder
 
 # %% auto #0
-__all__ = ['POSITIVE', 'Method', 'Work', 'upstream', 'check_fields', 'positive', 'to_card', 'from_card', 'train', 'retrain']
+__all__ = ['POSITIVE', 'HELD', 'Method', 'Work', 'upstream', 'check_fields', 'positive', 'hyperparameters', 'to_card',
+           'from_card', 'measured_on', 'train', 'retrain']
 
 # %% ../nbs/workshop/training.ipynb #8d4ca6b1
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Method:
     take: Callable        # (rows, ours) → the rows as kept in train.jsonl; raises `UserError` for one it cannot use
     defaults: Callable    # (dial, parameters of the model, is an adapter trained?) → our hyperparameters
     trainer: Callable     # (work) → TRL's trainer
-    encode: Callable = lambda work: work.rows        # → the rows as the trainer takes them
+    encode: Callable = lambda work, row, place: row  # → a row as the trainer takes it; raises `UserError` that names it
     look: Callable = lambda work: None               # look before the first step → the card's `before`
     settings: dict = field(default_factory=dict)     # ours, beside `loading.SETTINGS`: name → default
     fixed: dict = field(default_factory=dict)        # upstream's fields that are never another value
@@ -59,6 +60,7 @@ class Work:
     net: object = None          # the model
     tokenizer: object = None
     data: list[dict] = None     # the rows as the trainer takes them
+    held: Intake = None         # rows that are not trained: their loss is measured in between
     args: object = None         # TRL's config
     folder: Path = None         # where the run is written
 
@@ -87,7 +89,7 @@ def check_fields(
 
 # %% ../nbs/workshop/training.ipynb #e9f53df4
 POSITIVE = ("learning_rate", "num_train_epochs", "save_steps", "logging_steps", "per_device_train_batch_size",
-            "gradient_accumulation_steps", "max_length", "num_generations")
+            "gradient_accumulation_steps", "max_length", "num_generations", "max_completion_length")
 
 def positive(
     hyper: dict,   # hyperparameters, spelled as upstream does
@@ -97,10 +99,26 @@ def positive(
         value = hyper.get(name)
         if isinstance(value, str):
             raise UserError(f"{name}={value!r}: a text, not a number. YAML reads 4e-3 as text: write 0.004")
-        if value is not None and not value > 0: raise UserError(f"{name}={value}: has to be more than 0")
-    if hyper.get("max_steps") == 0:
-        raise UserError("max_steps=0: has to be more than 0, or -1 for as many as the epochs take")
+        if value is not None and not 0 < value < math.inf: raise UserError(f"{name}={value}: has to be more than 0")
+    steps = hyper.get("max_steps", -1)
+    if steps == 0 or steps < -1:
+        raise UserError(f"max_steps={steps}: has to be more than 0, or -1 for as many as the epochs take")
     return hyper
+
+# %% ../nbs/workshop/training.ipynb #f0723a55
+def hyperparameters(
+    method: Method,
+    **short,          # names of the command line: epochs, steps, warmup, batch_size, grad_accum, max_length …; None: not given
+) -> dict:            # those that are given, spelled as TRL spells them
+    "The command line's options as TRL's."
+    fields = upstream(method.config).__dataclass_fields__
+    names = dict(epochs="num_train_epochs", steps="max_steps", batch_size="per_device_train_batch_size",
+                 grad_accum="gradient_accumulation_steps", warmup="warmup_steps",
+                 max_length="max_length" if "max_length" in fields else "max_completion_length")
+    given = {names.get(name, name): value for name, value in short.items() if value is not None}
+    if "num_train_epochs" in given: given.setdefault("max_steps", -1)   # as many as the epochs take
+    if (warm := given.get("warmup_steps", 0)) >= 1: given["warmup_steps"] = int(warm)
+    return given
 
 # %% ../nbs/workshop/training.ipynb #e8c42bb0
 def _lora_fields(config) -> dict:
@@ -149,18 +167,27 @@ def from_card(name: str, value):
         return BitsAndBytesConfig(**value)
     return value
 
+# %% ../nbs/workshop/training.ipynb #10d3330b
+def measured_on(work: Work):
+    "The rows that are held out, as TRL takes them; None if there are none."
+    from datasets import Dataset
+    return Dataset.from_list(work.held.data) if work.held else None
+
 # %% ../nbs/workshop/training.ipynb #70752957
-def _begin(method: Method, rows, model, scale: str, seed: int, options: dict) -> tuple[Work, dict]:
+HELD = "validation.jsonl"   # in a run folder: the rows that were measured and not trained
+
+def _begin(method: Method, rows, validation, model, scale: str, seed: int, how: dict, options: dict) -> tuple:
     "Read the rows and sort the options; nothing heavy yet. Returns the work and the options that are TRL's."
     known = SETTINGS | method.settings
     ours = known | {k: v for k, v in options.items() if k in known}
     theirs = {k: v for k, v in options.items() if k not in known}
     check_fields(theirs, upstream(method.config))
     positive(theirs)
-    found = read(rows, "train", method.name.upper())
-    rows = method.take(found, ours)
-    run = Run(method.name, base_name(model), weights_hash(model), rows_hash(rows), seed, scale)
-    return Work(run, read_scale(scale), [row.place for row in found], rows, ours), theirs
+    found = take_rows(method, rows, "train", ours, **how)
+    run = Run(method.name, base_name(model), weights_hash(model), seed=seed, scale=scale)
+    work = Work(run, read_scale(scale), [row.place for row in found], method.take(found, ours), ours)
+    if validation: work.held = held_out(method, validation, found, ours, **how)
+    return work, theirs
 
 # %% ../nbs/workshop/training.ipynb #239ddf2e
 def _args(method: Method, work: Work):
@@ -168,19 +195,29 @@ def _args(method: Method, work: Work):
     config, seed = upstream(method.config), work.run.seed
     usual = dict(output_dir="unused", seed=seed, data_seed=seed, use_cpu=work.dial["device"] == "cpu",
                  report_to="none", disable_tqdm=True)
+    if work.held:   # five times in a run, in groups as large as the training's
+        usual |= dict(eval_strategy="steps", eval_steps=0.2,
+                      per_device_eval_batch_size=work.hyper.get("num_generations") or 8)
     try: return config(**usual | work.hyper | method.fixed)
     except (TypeError, ValueError) as e: raise UserError(f"{config.__name__}: {e}") from e
 
-def _prepare(method: Method, work: Work, theirs: dict) -> Work:
+def _prepare(method: Method, work: Work, theirs: dict, skip_bad: bool) -> Work:
     "Load the model, settle the hyperparameters, encode the rows, and look at them."
     work.net, work.tokenizer = load_to_train(work.run.model, work.dial, work.run.seed, work.ours)
     adapter = work.ours["peft_config"] is not None
     ours = method.defaults(work.dial, work.net.num_parameters(), adapter)
+    few = for_few(ours, len(work.rows), theirs)
+    if few != ours: tell(f"{method.name.upper()}: few rows: 3 epochs in small batches; --epochs and --batch-size change that")
+    ours = few
     if "save_steps" in theirs: ours["save_strategy"] = "steps"
     settings = {name: to_card(name, value) for name, value in work.ours.items()}
     work.run = replace(work.run, hyperparameters=positive(ours | theirs), settings=settings)
     work.args = _args(method, work)
-    work.data = method.encode(work)
+    encode_rows(method, work, work, skip_bad)
+    work.run.data_hash = rows_hash(work.rows)
+    if work.held:
+        encode_rows(method, work, work.held, skip_bad)
+        work.run.settings["validation"] = rows_hash(work.held.rows)
     work.run.before = method.look(work)
     return work
 
@@ -193,19 +230,24 @@ def train(
     scale: str = "cpu",               # a section of settings.ini
     seed: int = 42,                   # of data order, sampling, dropout and new weights
     callbacks=(),                     # transformers' `TrainerCallback`s, such as `progress.live_plot()`
+    validation=None,                  # rows whose loss is measured and shown, and which are not trained
+    system: str = "",                 # a system prompt for conversations that have none
+    skip_bad: bool = False,           # leave out rows that cannot be used, and say so; False: refuse them
     **options,                        # ours (`loading.SETTINGS`, `Method.settings`), and TRL's by TRL's names
 ) -> Path:                            # the run folder: weights, tokenizer, rows, log, card, README
     "Train. Raises `UserError` for rows, names or settings that cannot work, before anything is trained."
     model = model or (method.model if scale == "cpu" else read_scale(scale)["model"])
     output = check_output(output, model)
-    work, theirs = _begin(method, rows, model, scale, seed, options)
+    how = dict(skip_bad=skip_bad, system=system)
+    work, theirs = _begin(method, rows, validation, model, scale, seed, how, options)
     set_seed(seed)
     with quiet():
-        _prepare(method, work, theirs)
+        _prepare(method, work, theirs, skip_bad)
         keep = work.hyper["save_strategy"] != "no"
         room_for_run(output, work.net.num_parameters(), keep, adapter=work.ours["peft_config"] is not None)
         with run_folder(output, work.run, keep) as work.folder:
             write_jsonl(work.folder / "train.jsonl", work.rows)
+            if work.held: write_jsonl(work.folder / HELD, work.held.rows)
             work.args.output_dir = str(work.folder)
             trainer = method.trainer(work)
             if work.ours["loftq"]: start_from_rounding(trainer.model, model, scale)
@@ -225,4 +267,5 @@ def retrain(
     run, data = open_run(card)
     if run.method != method.name: raise UserError(f"{card}: the card of a {run.method}, not of a {method.name}")
     settings = {name: from_card(name, value) for name, value in run.settings.items() if name not in options}
+    if "validation" in settings: settings["validation"] = data.parent / HELD
     return train(method, data, output, run.model, run.scale, run.seed, **run.hyperparameters | settings | options)

@@ -725,7 +725,7 @@ def test_xray_file_names_the_line(tmp_path, tokenizer):
     gemma = dress(tokenizer, "Gemma")
     path = jsonl(tmp_path / "a.jsonl", {"messages": CHAT}, {"messages": [system("x"), *CHAT]})
     assert xray_file(path, tokenizer)[1]["rows"] == 2
-    with pytest.raises(UserError, match="a.jsonl:2: the model's chat template refuses"):
+    with pytest.raises(UserError, match="a.jsonl:2: this model's chat template refuses"):
         xray_file(path, gemma)
 
 
@@ -737,7 +737,7 @@ def chats(n=40):
 
 
 def test_healthy_rows_are_healthy(tmp_path):
-    report = check(tmp_path / "a.jsonl", *chats())
+    report = check(tmp_path / "a.jsonl", *chats(), epochs=1)
     assert report.code == 0 and report.found == [] and report.rows == 40, repr(report)
     assert report.run["steps"] == 3 and report.run["seconds"] == report.run["tokens"] / 1000
     exact = sum(len(tokenize(load_tokenizer("tutor/base"), r["messages"])["input_ids"]) for r in chats())
@@ -761,7 +761,7 @@ PLANTED = [
     ([b"{oops\n"], "error", "not JSON"),
     ([b'{"text": "\xff"}\n'], "error", "not UTF-8"),
     ([{"mesages": CHAT}], "error", "may be 'messages'"),
-    ([{"prompt": "a", "chosen": "b", "rejected": "c"}], "error", "no trainer takes both"),
+    ([{"prompt": "a", "chosen": "b", "rejected": "c"}], "error", "takes one answer a row"),
     ([{"instruction": "3 and 4", "input": "", "output": "7"}], "warning", "mixed formats"),
     ([chats()[2]], "warning", "a copy of line 3"),
     (
@@ -780,7 +780,7 @@ PLANTED = [
     ([{"messages": [user("q"), said("word " * 500)]}], "warning", "not learn to stop"),
     ([{"messages": [user("word " * 500), said("4")]}], "error", "nothing of it would be trained"),
     ([{"messages": [user("q"), said("token ghp_" + "a1" * 18)]}], "error", "a GitHub token (ghp_…)"),
-    ([{"messages": [user("password: hunter22x"), said("ok")]}], "error", "a password"),
+    ([{"messages": [user("password: hunter22x"), said("ok")]}], "warning", "a password"),
     ([{"messages": [user("q"), said("-----BEGIN RSA PRIVATE KEY-----")]}], "error", "a private key"),
     ([{"messages": [user("q"), said("sk-proj-" + "x1" * 15)]}], "error", "an API key"),
     ([{"messages": [user("mail jo@school.org"), said("ok")]}], "warning", "an e-mail address"),
@@ -839,7 +839,7 @@ def test_leaks_inside_a_file_and_between_two(tmp_path):
         "messages": [system("other"), user(rows[5]["messages"][1]["content"].upper()), said("x y z")],
         "split": "train",
     }
-    report = check(tmp_path / "a.jsonl", *rows, leak)
+    report = check(tmp_path / "a.jsonl", *rows, leak, epochs=1)
     assert ("error", "line 41", "the question is in test too, line 6: a leak between the splits") in report.found, repr(
         report
     )
@@ -859,7 +859,7 @@ def test_the_template_of_the_model_decides(tmp_path, tokenizer):
     gemma = dress(tokenizer, "Gemma")
     assert check(tmp_path / "a.jsonl", *chats(), tokenizer=tokenizer).code == 0
     report = check(tmp_path / "a.jsonl", *chats(), tokenizer=gemma)
-    assert report.count["error"] == 40 and "no system role" in repr(report) and "and 37 more like" in repr(report)
+    assert report.count["error"] == 40 and "no system role" in repr(report) and "40 such rows, also 2, 3, …" in repr(report)
 
 
 def test_dial_decides_length_and_steps(tmp_path):

@@ -206,7 +206,7 @@ def test_eight_times_one_is_one_times_eight(other, tmp_path):
 # what is refused before anything is trained
 
 
-def test_check_labels(tokenizer):
+def test_check_labels(tokenizer, capsys):
     good = [tokenize(tokenizer, r["messages"]) for r in ROWS]
     assert check_labels(tokenizer, good, 256) == dict(
         rows=16,
@@ -221,8 +221,8 @@ def test_check_labels(tokenizer):
         check_labels(tokenizer, [r | {"labels": [-100 if l in ends else l for l in r["labels"]]} for r in good])
     with pytest.raises(UserError, match=r"rows\[3\] begins with .* twice \(1 of 16"):
         check_labels(tokenizer, [{k: v[:1] + v for k, v in r.items()} if i == 3 else r for i, r in enumerate(good)])
-    with pytest.warns(UserWarning, match=r"4 of 16 rows are longer than max_length=110"):
-        assert check_labels(tokenizer, good, 110)["too_long"] == 4
+    assert check_labels(tokenizer, good, 110)["too_long"] == 4
+    assert "4 of 16 rows are longer than max_length=110 tokens" in capsys.readouterr().err
 
 
 def test_the_collator_of_the_museum_is_caught(own):
@@ -244,12 +244,12 @@ def test_the_collator_of_the_museum_is_caught(own):
     [
         ([], {}, "no rows"),
         ([{"messages": []}], {}, r"rows\[0\]"),
-        ([ROWS[0], {"messages": ROWS[0]["messages"][:-1]}], {}, r"rows\[1\].*last message"),
+        ([ROWS[0], {"messages": ROWS[0]["messages"][:-1]}], {}, r"rows\[1\].*the last one must be"),
         (["text"], {}, r"rows\[0\]"),
         (ROWS, {"learning_rat": 1}, "did you mean 'learning_rate'"),
         (ROWS, {"zzz": 1}, "SFTConfig has no 'zzz'"),
         (ROWS, {"scale": "t5"}, "did you mean 't4'"),
-        (ROWS, {"max_length": 20}, "nothing would be trained"),
+        (ROWS, {"max_length": 20}, "nothing of it would be trained"),
         (ROWS, {"max_length": 60}, "no end token"),
     ],
     ids=str,
@@ -601,7 +601,7 @@ def test_rows_of_another_split_are_left_out(capsys):
     )
     with pytest.raises(UserError, match="none is left"):
         taken([ROWS[0] | {"split": "test"}])
-    with pytest.raises(UserError, match=r"rows\[0\].*preferences"):
+    with pytest.raises(UserError, match=r"rows\[0\].*the better answer"):
         taken([{"prompt": "a", "chosen": "b", "rejected": "c"}])
 
 
