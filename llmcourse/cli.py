@@ -153,6 +153,7 @@ def training(
     learning_rate: float = None,  # peak learning rate; by default one that suits the model's size
     save_steps: int = None,       # keep a checkpoint every so many steps, so that an interrupted run can go on
     seed: int = 42,               # of data order, sampling, dropout and new weights
+    reward: str = None,           # a grader: number, choice, exact, contains, regex, json, judge; default: what fits
     name: str = "sft",            # the method
 ):
     "Train by any method of the table."
@@ -164,6 +165,7 @@ def training(
     rank = 0 if full else entry.r if r is None else r
     given = dict(num_train_epochs=epochs, max_steps=steps, learning_rate=learning_rate, save_steps=save_steps)
     if epochs is not None and steps is None: given["max_steps"] = -1   # as many as the epochs take
+    if reward: given["reward_funcs"] = [reward]
     given = {k: v for k, v in given.items() if v is not None}
     config = lora_config(r=rank, lora_alpha=2 * rank) if rank else None
     print(train(entry, data or entry.own_rows(seed), output, model, scale, seed, peft_config=config, **given))
@@ -189,6 +191,7 @@ def eval(
     seed: int = 1,             # draws the problems
     scale: str = "cpu",        # a section of settings.ini
     output: str = None,        # write every prediction to this JSONL
+    grade: str = None,         # number, choice, exact, contains, regex, json, judge; by default what fits the rows
     json: bool = False,        # print JSON instead of a table
 ):
     """Measure a model or a server: score, n and 95 % interval of each task.
@@ -198,11 +201,13 @@ def eval(
     """
     from llmcourse import evals
     from llmcourse.core import write_jsonl
-    from llmcourse.exam import exam_rows, examinee
+    from llmcourse.exam import exam_grader, exam_rows, examinee
     from llmcourse.tutor import problems
     rows = exam_rows(data, None if url else model or "tutor/sft") if data else problems(n, seed, split="test")
+    if data: grade = exam_grader(rows, grade, data)
     generate = examinee(model, url, scale)
-    results = evals.evaluate(generate, rows, workers=8 if url else 1, progress=not json)
+    workers = 8 if url or grade == "judge" else 1
+    results = evals.evaluate(generate, rows, grade, workers, progress=not json)
     if output: write_jsonl(output, results)
     table = evals.summary(results)
     print(dumps(table) if json else evals.show(table).to_string(index=False))
@@ -288,7 +293,8 @@ def command(name: str):
     if name not in METHODS: return function
     @functools.wraps(function)
     def trains(**options): return function(name=name, **options)
-    parameters = [p for p in inspect.signature(function).parameters.values() if p.name != "name"]
+    left_out = {"name"} if "reward_funcs" in method(name).settings else {"name", "reward"}
+    parameters = [p for p in inspect.signature(function).parameters.values() if p.name not in left_out]
     trains.__signature__ = inspect.Signature(parameters)
     trains.__doc__ = f"{method(name).about}\n\n{method(name).example}"
     return trains

@@ -6,12 +6,13 @@
 from __future__ import annotations
 import os
 from .core import UserError, scale as read_scale
+from .graders import grader_for, guess
 from .progress import tell
 from .rows import Row, prompt, question, read, reference
 from .runs import trained_rows
 
 # %% auto #0
-__all__ = ['exam_rows', 'examinee']
+__all__ = ['exam_rows', 'exam_grader', 'examinee']
 
 # %% ../nbs/workshop/exam.ipynb #c1d4b885
 def _with_reference(data: str) -> list[Row]:
@@ -20,7 +21,8 @@ def _with_reference(data: str) -> list[Row]:
     for row in rows:
         prompt(row)
         wanted = reference(row.data)
-        if wanted is None or isinstance(wanted, str) and not wanted.strip():   # such as a call of a tool: no text
+        empty = wanted is None or isinstance(wanted, str) and not wanted.strip()   # such as a call of a tool: no text
+        if empty and guess(row.data)[0] == "exact":
             raise UserError(f"{row.place}: no text to compare a reply with. "
                             'Give it an "answer", or let the last turn be the assistant\'s')
     return rows
@@ -41,6 +43,17 @@ def exam_rows(
         if not new: raise UserError(f"{data}: all are {said}. Give rows that it has not seen")
         tell(f"{data}: {said} are left out")
     return [row.data | {"place": row.place} for row in new]
+
+# %% ../nbs/workshop/exam.ipynb #fd3ff0b9
+def exam_grader(
+    rows: list[dict],    # from `exam_rows`
+    name: str | None,    # of `graders.GRADERS`; None: the one that fits
+    data: str,           # where the rows are from
+) -> str:                # the name
+    "The grader for an exam. Raises `UserError` for an unknown one, and for a row that it cannot grade."
+    used, why = grader_for([(row["place"], row) for row in rows], name)
+    if not name: tell(f"{data}: {why}. Another one: --grade NAME")
+    return used
 
 # %% ../nbs/workshop/exam.ipynb #8d94d224
 def examinee(
