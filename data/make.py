@@ -132,6 +132,26 @@ def gsm8k() -> list[dict]:
     return [{"question": p["question"], "answer": f"{p['working']}\n#### {p['answer']}"} for p in mixed(64, 8)]
 
 
+def choices() -> list[dict]:
+    "MMLU's form: the wrong choices are slips in the tens and the ones, and `answer` is the index of the right one."
+    rng, rows = random.Random(15), []
+    for p in mixed(40, 15, ("add", "sub", "story1")):
+        right = int(p["answer"])
+        slips = [n for n in (right + 10, right - 10, right + 1, right - 1, right + 11) if n > 0]
+        offered = [right, *rng.sample(slips, 3)]
+        rng.shuffle(offered)
+        texts = [str(n) for n in offered]
+        rows.append(
+            dict(
+                question=p["question"],
+                subject="elementary_mathematics",
+                choices=texts,
+                answer=offered.index(right),
+            )
+        )
+    return rows
+
+
 def topics() -> list[dict]:
     "AG News's form: which of four kinds is this message?"
     rng = random.Random(9)
@@ -517,6 +537,11 @@ FILES = {  # file: (form, rows, what to try on it)
         "GSM8K: question, answer with working and `#### N`",
         gsm8k,
         "llmcourse grpo --data data/gsm8k.jsonl --steps 3",
+    ),
+    "choices.jsonl": (
+        "MMLU: question, choices, answer as the index of the right one",
+        choices,
+        "llmcourse eval --data data/choices.jsonl",
     ),
     "sick.jsonl": (
         "every fault that the doctor knows, each on a line of its own",

@@ -76,16 +76,20 @@ def ask(
 
 # %% ../nbs/workshop/asking.ipynb #a126bb72
 def judged_by(
-    grade: Callable,  # grade(row, reply) → is it right?
+    grade: Callable,  # grade(row, reply) → is it right, or what share of it?
     row: dict,
     reply: str,
     place: str,       # what error lines call the row
-) -> bool:
+) -> bool | float: # a share from 0 to 1 stays one
     "The verdict on one reply. Raises `UserError` that names the row if there is none."
-    try: return bool(grade(row, reply))
+    try:
+        verdict = grade(row, reply)
+        if not isinstance(verdict, float): return bool(verdict)
     except UserError as e: raise UserError(f"{place}: {e}") from e
     except Exception as e:
         raise UserError(f"{place}: cannot be graded ({type(e).__name__}: {e}). The reply was {reply[:60]!r}") from e
+    if 0 <= verdict <= 1: return verdict
+    raise UserError(f"{place}: a grade of {verdict}, not of 0 to 1. The reply was {reply[:60]!r}")
 
 # %% ../nbs/workshop/asking.ipynb #361b8812
 def ask_batch(

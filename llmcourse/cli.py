@@ -165,6 +165,7 @@ def training(
     skip_bad: bool = False,       # leave out rows that cannot be used, and say so, instead of refusing the file
     save_steps: int = None,       # keep a checkpoint every so many steps, so that an interrupted run can go on
     seed: int = 42,               # of data order, sampling, dropout and new weights
+    reward: str = None,           # a grader: number, choice, exact, contains, regex, json, judge; default: what fits
     name: str = "sft",            # the method
 ):
     "Train by any method of the table."
@@ -176,6 +177,7 @@ def training(
     rank = 0 if full else entry.r if r is None else r
     given = hyperparameters(entry, epochs=epochs, steps=steps, learning_rate=learning_rate, save_steps=save_steps,
                             warmup=warmup, batch_size=batch_size, grad_accum=grad_accum, max_length=max_length)
+    if reward: given["reward_funcs"] = [reward]
     config = lora_config(r=rank, lora_alpha=2 * rank) if rank else None
     print(train(entry, data or entry.own_rows(seed), output, model, scale, seed, peft_config=config,
                 validation=validation, system=system or "", skip_bad=skip_bad, **given))
@@ -203,6 +205,7 @@ def eval(
     output: str = None,        # write every prediction to this JSONL
     system: str = None,        # a system prompt for questions of --data that have none
     skip_bad: bool = False,    # leave out rows that cannot be asked, and say so, instead of refusing the file
+    grade: str = None,         # number, choice, exact, contains, regex, json, judge; by default what fits the rows
     json: bool = False,        # print JSON instead of a table
 ):
     """Measure a model or a server: score, n and 95 % interval of each task.
@@ -212,14 +215,17 @@ def eval(
     """
     from llmcourse import evals
     from llmcourse.core import check_writable, write_jsonl
-    from llmcourse.exam import exam_rows, examinee, fitting
+    from llmcourse.exam import exam_grader, exam_rows, examinee, fitting
     from llmcourse.tutor import problems
     if output: check_writable(output)   # before an hour of questions
     known = None if url else model or "tutor/sft"   # of a server nobody knows what it was trained on
     rows = exam_rows(data, known, skip_bad, system or "") if data else problems(n, seed, split="test")
     generate = examinee(model, url, scale)
-    if data: rows = fitting(generate, rows, skip_bad)
-    results = evals.evaluate(generate, rows, workers=8 if url else 1, progress=not json)
+    if data:
+        rows = fitting(generate, rows, skip_bad)
+        grade = exam_grader(rows, grade, data)
+    workers = 8 if url or grade == "judge" else 1
+    results = evals.evaluate(generate, rows, grade, workers, progress=not json)
     if output: write_jsonl(output, results)
     table = evals.summary(results)
     print(dumps(table) if json else evals.show(table).to_string(index=False))
@@ -305,7 +311,8 @@ def command(name: str):
     if name not in METHODS: return function
     @functools.wraps(function)
     def trains(**options): return function(name=name, **options)
-    parameters = [p for p in inspect.signature(function).parameters.values() if p.name != "name"]
+    left_out = {"name"} if "reward_funcs" in method(name).settings else {"name", "reward"}
+    parameters = [p for p in inspect.signature(function).parameters.values() if p.name not in left_out]
     trains.__signature__ = inspect.Signature(parameters)
     trains.__doc__ = f"{method(name).about}\n\n{method(name).example}"
     return trains

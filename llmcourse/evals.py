@@ -4,15 +4,19 @@
 
 # %% ../nbs/04_evals.ipynb #aaead85e
 from __future__ import annotations
-import math, re
+import functools, math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from statistics import NormalDist
 # `X as X`: others may import it from here too
-from .asking import NO_REFERENCE, Completion as Completion, ask_all, conversation, judged_by, normal, place_of
+from .asking import Completion as Completion, ask_all, conversation, judged_by, place_of
+from .choices import names_choice
 from .core import Generate, UserError
+from .forms import canonical
+from .graders import grade_mixed, grader_for, mark_of, mean_share, verdict_of
 from .rows import reference
 from .tables import plot_scores as plot_scores, show as show
-from .tutor import TASKS, chat_answer, is_right
+from .tutor import TASKS, chat_answer
 
 # %% auto #0
 __all__ = ['grade_row', 'evaluate', 'wilson', 'score', 'summary', 'paired', 'compare', 'judge']
@@ -22,38 +26,32 @@ def grade_row(
     row: dict,    # one of the tutor's problems, or a row of yours with a reference
     reply: str,   # what the model said
 ) -> bool:        # was it right?
-    "Compare a reply with the row's `reference`; a tutor's must be in its format. Raises `UserError` if there is none."
-    wanted = reference(row)
-    if wanted is None: raise UserError(f"row without a reference: {NO_REFERENCE}")
-    if row.get("task") in TASKS and isinstance(wanted, (str, int)) and str(wanted).isdigit():
-        return is_right(reply, wanted)
-    def same(one):
-        number = chat_answer(str(one))
-        return chat_answer(reply) == number if number else normal(reply) == normal(one)
-    return any(same(one) for one in (wanted if isinstance(wanted, list) else [wanted]))
+    "Is a reply right, by the grader that fits the row? A share counts if it is whole. `UserError` without a reference."
+    return judged_by(grade_mixed, row, reply, place_of(row, 1)) == 1
 
 # %% ../nbs/04_evals.ipynb #b0a062ce
 def evaluate(
     generate: Generate,             # what to measure; its `.batch` is used when it has one
     rows: list[dict],               # problems, chats, or evals-style {"input", "ideal"}; "place" names a row in errors
-    grade: Callable | None = None,  # grade(row, reply) → bool; `grade_row` by default
+    grade: Callable | str | None = None,   # grade(row, reply) → bool, or a name of `graders.GRADERS`; None: what fits
     workers: int = 1,               # questions in flight at once, for a server
     progress: bool = True,          # show a progress bar
-) -> list[dict]:                    # task, question, answer, reply, format, right: one for each row, in order
+) -> list[dict]:                    # task, question, answer, reply, format, right, a share's `score`: one a row
     "Ask every question, grade every reply. Raises `UserError` that names the row when one cannot be asked or graded."
     if not rows: raise UserError("no rows to evaluate: give at least one")
     places = [place_of(row, i) for i, row in enumerate(rows, 1)]
+    rows = [canonical(row, place) if names_choice(row) else row for row, place in zip(rows, places)]
     chats = [conversation(row, place) for row, place in zip(rows, places)]
-    for row, place in zip(rows, places):
-        if grade is None and reference(row) is None:
-            raise UserError(f"{place}: no reference. {NO_REFERENCE}")
-    results = []
+    if not callable(grade): grade = functools.partial(verdict_of, grader_for(list(zip(places, rows)), grade)[0])
     replies = ask_all(generate, chats, places, workers, progress)
-    for row, place, chat, reply in zip(rows, places, chats, replies):
+    with ThreadPoolExecutor(workers) as pool:
+        verdicts = list(pool.map(judged_by, [grade] * len(rows), rows, replies, places))
+    def result(row, chat, reply, verdict):
         kept = chat_answer(reply) is not None if row.get("task") in TASKS else bool(reply.strip())
-        results.append({"task": row.get("task", "all"), "question": chat[-1]["content"], "answer": reference(row),
-                        "reply": reply, "format": kept, "right": judged_by(grade or grade_row, row, reply, place)})
-    return results
+        share = {"score": verdict} if isinstance(verdict, float) else {}
+        return {"task": row.get("task", "all"), "question": chat[-1]["content"], "answer": reference(row),
+                "reply": reply, "format": kept, "right": verdict == 1, **share}
+    return list(map(result, rows, chats, replies, verdicts))
 
 # %% ../nbs/04_evals.ipynb #c8a4644e
 def wilson(
@@ -81,11 +79,11 @@ def summary(
     results: list[dict],   # from `evaluate`
     key: str = "right",    # what to count: "right" or "format"
     overall: bool = False, # add a last line over all tasks
-) -> list[dict]:           # task, n, correct, accuracy, low, high
+) -> list[dict]:           # task, n, correct, accuracy, low, high; `score`, their mean, if there are shares
     "The score of each task, in order of first appearance."
-    groups = {t: [r[key] for r in results if r["task"] == t] for t in dict.fromkeys(r["task"] for r in results)}
-    if overall: groups["all"] = [r[key] for r in results]
-    return [{"task": t, **score(sum(g), len(g))} for t, g in groups.items()]
+    groups = {t: [r for r in results if r["task"] == t] for t in dict.fromkeys(r["task"] for r in results)}
+    if overall: groups["all"] = results
+    return [{"task": t, **score(sum(r[key] for r in g), len(g)), **mean_share(g)} for t, g in groups.items()]
 
 # %% ../nbs/04_evals.ipynb #4f1fdf36
 def paired(
@@ -136,5 +134,4 @@ def judge(
     "Ask a model for a mark. Measure the judge itself, on answers whose worth you know, before you believe it."
     request = (f"Question:\n{question}\n\nAnswer:\n{answer}\n\nIs the answer right? "
                f"Reply with one line, Score: N, where N goes from 0 (wrong) to {top} (right).")
-    found = re.search(r"Score:\s*(\d+)(?![\d.])", generate([{"role": "user", "content": request}]))
-    return int(found[1]) if found and int(found[1]) <= top else None
+    return mark_of(generate([{"role": "user", "content": request}]), top)

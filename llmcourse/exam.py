@@ -8,20 +8,22 @@ import os
 from .asking import conversation
 from .core import UserError, scale as read_scale
 from .faults import chat_faults, refuse_faults
+from .graders import grader_for, guess
 from .progress import tell
 from .questions import check_prompt
 from .rows import Row, leave_out, prompt, question, read, reference, say_what_is_left
 from .runs import trained_rows
 
 # %% auto #0
-__all__ = ['examinable', 'exam_rows', 'examinee', 'fitting']
+__all__ = ['examinable', 'exam_rows', 'exam_grader', 'examinee', 'fitting']
 
 # %% ../nbs/workshop/exam.ipynb #c1d4b885
 def examinable(row: Row) -> None:
     "Raises `UserError` for a row that cannot be asked, or whose reply cannot be compared with anything."
     refuse_faults(row.place, chat_faults(prompt(row), row.data.get("tools"), answered=False))
     wanted = reference(row.data)
-    if wanted is None or isinstance(wanted, str) and not wanted.strip():   # such as a call of a tool: no text
+    empty = wanted is None or isinstance(wanted, str) and not wanted.strip()   # such as a call of a tool: no text
+    if empty and guess(row.data)[0] == "exact":
         raise UserError(f"{row.place}: no text to compare a reply with. "
                         'Give it an "answer", or let the last turn be the assistant\'s')
     if not isinstance(row.data.get("task", ""), str): raise UserError(f"{row.place}: its task is no name. Give a text")
@@ -44,6 +46,17 @@ def exam_rows(
         if not new: raise UserError(f"{data}: all are {said}. Give rows that it has not seen")
         tell(f"{data}: {said} are left out")
     return [row.data | {"place": row.place} for row in new]
+
+# %% ../nbs/workshop/exam.ipynb #fd3ff0b9
+def exam_grader(
+    rows: list[dict],    # from `exam_rows`
+    name: str | None,    # of `graders.GRADERS`; None: the one that fits
+    data: str,           # where the rows are from
+) -> str:                # the name
+    "The grader for an exam. Raises `UserError` for an unknown one, and for a row that it cannot grade."
+    used, why = grader_for([(row["place"], row) for row in rows], name)
+    if not name: tell(f"{data}: {why}. Another one: --grade NAME")
+    return used
 
 # %% ../nbs/workshop/exam.ipynb #8d94d224
 def examinee(

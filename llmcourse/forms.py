@@ -5,6 +5,7 @@
 # %% ../nbs/workshop/forms.ipynb #98676520
 from __future__ import annotations
 import difflib, json, re
+from .choices import lettered, names_choice
 from .core import ROLES, Message, UserError, choose
 from .tutor import TASKS, to_chat
 
@@ -64,7 +65,7 @@ def _turn(m, place: str) -> Message:
 
 # %% ../nbs/workshop/forms.ipynb #23469f60
 FORMATS = ("messages", "sharegpt", "alpaca", "dolly", "prompt-completion", "chatml", "text")   # one answer
-READ_ONLY = ("problem", "classification", "evals", "prompt")   # also read as a chat: a problem of the tutor, a label, …
+READ_ONLY = ("problem", "choice", "classification", "evals", "prompt")   # also read as a chat: a tutor's problem, …
 PREFERENCES = ("preference", "openai-dpo", "ultrafeedback")    # a better and a worse answer
 PAIRS = (("prompt", "completion"), ("prompt", "response"), ("question", "answer"), ("input", "output"))
 
@@ -74,7 +75,7 @@ _BY_COLUMNS = [   # columns that a row must have → its form; the first that fi
     ("instruction completions", "ultrafeedback"), ("prompt completions", "ultrafeedback"),
     ("prompt completion label", "unpaired"), ("messages label", "unpaired"), ("messages", "messages"),
     ("conversations", "sharegpt"),
-    ("task question", "problem"), ("input ideal", "evals"), ("instruction output", "alpaca"),
+    ("task question", "problem"), ("question", "choice"), ("input ideal", "evals"), ("instruction output", "alpaca"),
     ("instruction response", "dolly"), *((f"{a} {b}", "prompt-completion") for a, b in PAIRS),
     ("text label", "classification"), ("text", "text"), ("prompt", "prompt"), ("question", "prompt")]
 
@@ -82,6 +83,7 @@ def _fits(row: dict, columns: str, form: str) -> bool:
     "Has the row these columns? A problem names one of the tutor's tasks; a whole chat is rated by true or false."
     if not all(row.get(k) is not None for k in columns.split()): return False
     if columns == "messages label": return isinstance(row["label"], bool)
+    if form == "choice": return names_choice(row)
     return form != "problem" or row["task"] in TASKS
 
 # %% ../nbs/workshop/forms.ipynb #3a36348d
@@ -144,6 +146,7 @@ def _question_and_answer(row: dict, form: str) -> tuple[list, tuple]:
 def _turns(row: dict, form: str, place: str) -> tuple[list, tuple]:
     "The turns of a row, still in the row's own names, and the columns that they came from."
     if form == "messages": return row["messages"], ("messages",)
+    if form == "choice": return lettered(row, place)
     if form in READ_ONLY: return _asked(row, form)
     if form == "sharegpt":
         return _say("system", row.get("system") or []) + list(row["conversations"]), ("conversations", "system")

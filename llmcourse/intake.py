@@ -29,7 +29,7 @@ def take_rows(
     system: str = "",        # a system prompt for conversations that have none
 ) -> list[Row]:
     "The rows of one side that a method can use. Raises `UserError` for bad rows."
-    def accept(row): method.take([row], ours)
+    def accept(row): method.take([row], dict(ours))   # a copy: one row does not settle what is open
     return read(source, side, method.name.upper(), accept, skip_bad, system)
 
 # %% ../nbs/workshop/intake.ipynb #fed94bd1

@@ -4,16 +4,17 @@
 
 # %% ../nbs/workshop/probe.ipynb #f23aa3df
 from __future__ import annotations
-import math, statistics
+import functools, math, statistics
 from collections.abc import Callable
 from .core import UserError
 from .models import generate
 from .questions import check_prompt
 from .progress import tell
+from .questions import reply_text
 from .training import Work
 
 # %% auto #0
-__all__ = ['check_prompts', 'probe', 'prompt_as_taken', 'look_at_prompts']
+__all__ = ['check_prompts', 'watched', 'places_of', 'probe', 'prompt_as_taken', 'look_at_prompts']
 
 # %% ../nbs/workshop/probe.ipynb #54266047
 def check_prompts(
@@ -27,35 +28,69 @@ def check_prompts(
     return dict(rows=len(rows), prompts=different, shortest=min(lengths), longest=max(lengths))
 
 # %% ../nbs/workshop/probe.ipynb #daf210b2
-def _checked(f: Callable, scored, replies: list[str]) -> list[float | None]:
+def _checked(name: str, scored, replies: list[str], where: list[str]) -> list[float | None]:
     "What a reward returned. Raises `UserError` unless it is a finite number, or None, for each reply."
-    name = getattr(f, "__name__", type(f).__name__)
     if not isinstance(scored, (list, tuple)):
         raise UserError(f"the reward {name} returned a {type(scored).__name__}. Return a list of floats, one a reply")
     if len(scored) != len(replies):
         raise UserError(f"the reward {name} returned {len(scored)} scores for {len(replies)} replies. "
                         "Return one a reply")
-    for score, reply in zip(scored, replies):
+    for score, reply, place in zip(scored, replies, where):
         if score is None or isinstance(score, (int, float)) and math.isfinite(score): continue
-        raise UserError(f"the reward {name} gave {score!r} to the reply {reply[:60]!r}. Return a finite float, or None")
+        raise UserError(f"{place}: the reward {name} gave {score!r} to the reply {reply[:60]!r}. "
+                        "Return a finite float, or None")
     return list(scored)
 
-def _call(f: Callable, replies: list[str], columns: dict):
+def _first_failure(f: Callable, columns: dict) -> int:
+    "The first reply on which a reward fails by itself; 0 if it fails only on all together."
+    n = len(columns["completions"])
+    for i in range(n):
+        one = {k: v[i:i + 1] if isinstance(v, list) and len(v) == n else v for k, v in columns.items()}
+        try: f(**one)
+        except Exception: return i
+    return 0
+
+def _call(f: Callable, name: str, columns: dict, replies: list[str], where: list[str]):
     "Call a reward as TRL does. An exception of its own becomes a `UserError`."
-    try: return f(completions=[[{"role": "assistant", "content": t}] for t in replies], **columns)
+    try: return f(**columns)
     except Exception as e:
-        name = getattr(f, "__name__", type(f).__name__)
-        raise UserError(f"the reward {name} failed ({type(e).__name__}: {' '.join(str(e).split())[:120]}). "
-                        "It gets completions and every column of the rows, by name") from e
+        i = _first_failure(f, columns)
+        raise UserError(f"{where[i]}: the reward {name} failed ({type(e).__name__}: {' '.join(str(e).split())[:120]}) "
+                        f"on the reply {replies[i][:60]!r}. It gets completions and all columns by name") from e
 
 # %% ../nbs/workshop/probe.ipynb #3b5c119c
-def _total_rewards(reward_funcs: list[Callable], rows: list[dict], replies: list[str]) -> list[float]:
+def _asked(prompt) -> str:
+    "A prompt as one text."
+    return prompt if isinstance(prompt, str) else "\n".join(turn["content"] for turn in prompt)
+
+def watched(
+    f: Callable,                            # a reward
+    places: dict[str, str] | None = None,   # prompt as one text → where its row is
+) -> Callable:                              # the same reward, looked at each time it is called
+    "Raises `UserError` that names row and reply when it fails, or returns anything but one finite number a reply."
+    name = getattr(f, "__name__", type(f).__name__)
+    def looked(prompts, completions, **columns):
+        texts = [_asked(prompt) for prompt in prompts]
+        where = [(places or {}).get(text, f"the question {text[-60:]!r}") for text in texts]
+        replies = [reply_text(completion) or "" for completion in completions]
+        columns |= {"prompts": prompts, "completions": completions}
+        return _checked(name, _call(f, name, columns, replies, where), replies, where)
+    functools.update_wrapper(looked, f)
+    looked.__name__ = name
+    return looked
+
+def places_of(work: Work) -> dict[str, str]:
+    "Where the row of each prompt is."
+    return {_asked(row["prompt"]): place for row, place in zip(work.rows, work.places)}
+
+def _total_rewards(reward_funcs: list[Callable], rows: list[dict], replies: list[str], places=None) -> list[float]:
     "The sum of all rewards for each reply, called as TRL calls them."
     columns = {k: [row[k] for row in rows] for k in rows[0] if k != "prompt"}
     columns["prompts"] = [row["prompt"] for row in rows]
+    columns["completions"] = [[{"role": "assistant", "content": text}] for text in replies]
     totals = [0.0] * len(rows)
     for f in reward_funcs:
-        scored = _checked(f, _call(f, replies, columns), replies)
+        scored = watched(f, places)(**columns)
         totals = [total + (s or 0.0) for total, s in zip(totals, scored, strict=True)]
     return totals
 
@@ -75,12 +110,13 @@ def probe(
     num_generations: int = 8,      # replies a prompt
     temperature: float = 1.0,
     max_new_tokens: int = 160,
+    places: dict | None = None,    # from `places_of`, for errors
 ) -> dict:                         # groups, silent, reward (mean), best (mean over groups of the best reply's reward)
     "Sample some groups before training. Raises `UserError` if all are silent: then nothing can be learned."
     rows = [rows[i * len(rows) // groups] for i in range(min(groups, len(rows)))]
     asked = [row for row in rows for _ in range(num_generations)]
     replies = generate(model, tokenizer, [row["prompt"] for row in asked], max_new_tokens, temperature)
-    totals = _total_rewards(reward_funcs, asked, replies)
+    totals = _total_rewards(reward_funcs, asked, replies, places)
     split = [totals[i:i + num_generations] for i in range(0, len(totals), num_generations)]
     silent = sum(max(group) - min(group) < 1e-8 for group in split)
     mean = statistics.fmean(totals)
@@ -105,10 +141,12 @@ def look_at_prompts(work: Work) -> dict:    # {"rows": …, "probe": …}
     found = check_prompts(work.net, work.tokenizer, work.rows, hyper["max_completion_length"])
     seen = {"rows": found}
     text = (f"{work.run.method.upper()}: {found['rows']:,} rows, {found['prompts']:,} different prompts "
-            f"of {found['shortest']} to {found['longest']} tokens")
+            f"of {found['shortest']} to {found['longest']} tokens, rewarded by "
+            + " + ".join(f.__name__ for f in work.ours["reward_funcs"]))
     if groups := work.ours["probe_groups"]:
         seen["probe"] = tried = probe(work.net, work.tokenizer, work.rows, work.ours["reward_funcs"], groups,
-                                      hyper["num_generations"], hyper["temperature"], hyper["max_completion_length"])
+                                      hyper["num_generations"], hyper["temperature"], hyper["max_completion_length"],
+                                      places_of(work))
         text += (f"; tried first: {tried['silent']} of {tried['groups']} groups silent, "
                  f"mean reward {tried['reward']:.2f}")
     tell(text)

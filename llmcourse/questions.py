@@ -4,7 +4,7 @@
 
 # %% ../nbs/workshop/questions.ipynb #419eb339
 from __future__ import annotations
-import inspect, re
+import inspect, json, re
 from collections.abc import Callable
 from .core import Message, UserError
 from .faults import chat_faults, refuse_faults
@@ -50,6 +50,8 @@ def _with_answer(row: Row, needed: set[str]) -> dict:
         raise UserError(f"{row.place}: has tools, and TRL would ask the model without them. Give rows without tools")
     answer = _right_answer(row)
     if answer is not None: data["answer"] = answer
+    if "graded_against" in needed:    # the whole row, for a reward that is a grader
+        data.setdefault("graded_against", json.dumps(row.data, ensure_ascii=False, default=str))
     missing = sorted(k for k in needed if data.get(k) in (None, ""))
     if missing:
         raise UserError(f"{row.place}: no {missing[0]!r}, which the reward asks for. "

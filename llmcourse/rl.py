@@ -7,12 +7,14 @@ from __future__ import annotations
 import copy, statistics
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from .core import UserError, choose
+from .graders import rewarded_rows
 from .kl import saved_start
 from .models import DATE, stop_ids
-from .probe import look_at_prompts, prompt_as_taken
-from .questions import final_answer, problem_rows, reply_text
+from .probe import look_at_prompts, places_of, prompt_as_taken, watched
+from .questions import final_answer, reply_text
 from .training import Method, Work, measured_on, train, upstream
 
 # %% auto #0
@@ -104,7 +106,8 @@ def _trainer(name: str) -> Callable:
     def build(work: Work):
         from datasets import Dataset
         work.net.generation_config.eos_token_id = stop_ids(work.tokenizer)
-        rewards, adapter = list(work.ours["reward_funcs"]), copy.deepcopy(work.ours["peft_config"])
+        rewards = [watched(f, places_of(work)) for f in work.ours["reward_funcs"]]
+        adapter = copy.deepcopy(work.ours["peft_config"])
         with saved_start(work):
             return upstream(name)(work.net, rewards, work.args, Dataset.from_list(work.data), measured_on(work),
                                   processing_class=work.tokenizer, peft_config=adapter)
@@ -115,8 +118,8 @@ GRPO = Method(
     name="grpo", about="Reinforce by a reward: each reply against its siblings (GRPO).",
     example="llmcourse grpo --data problems.jsonl --model runs/sft --steps 100 --r 16",
     title="Reinforced by a reward", config="GRPOConfig", model="tutor/sft", own="llmcourse.checkpoints.grpo_rows",
-    take=problem_rows, defaults=_grpo_defaults, encode=prompt_as_taken, look=look_at_prompts, trainer=_trainer("GRPOTrainer"),
-    settings=dict(reward_funcs=[exact_reward], probe_groups=8),
+    take=partial(rewarded_rows, tutor=exact_reward), settings=dict(reward_funcs=None, probe_groups=8),
+    defaults=_grpo_defaults, encode=prompt_as_taken, look=look_at_prompts, trainer=_trainer("GRPOTrainer"),
     fixed=dict(chat_template_kwargs={"date_string": DATE}), shows="reward")
 RLOO = replace(
     GRPO, name="rloo", about="Reinforce by a reward: each reply against the mean of the others (RLOO).",
@@ -128,13 +131,13 @@ def grpo(
     rows,                               # problems or chats with an `answer`: a file of any usual form, or in memory
     output: str | Path,                 # the run folder; an earlier run there is replaced
     model: str | Path | None = None,    # `tutor/NAME`, a folder or a Hub name; default: tutor/sft, or the scale's own
-    reward_funcs=exact_reward,          # one function or a list of them, (completions, **columns) → list of floats
+    reward_funcs=None,                  # one or a list: (completions, **columns) → floats, or names of graders
     scale: str = "cpu",                 # a section of settings.ini
     method: str = "grpo",               # or "rloo"
     seed: int = 42,                     # of sampling and data order
     **options,                          # probe_groups (0: none), peft_config, callbacks, or as in `trl.GRPOConfig`
 ) -> Path:                              # the run folder: weights, tokenizer, rows, log, card (run.yaml), README
     "Reinforcement learning with TRL. Raises `UserError` for rows, names or rewards that cannot work, before training."
-    funcs = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
+    funcs = reward_funcs if isinstance(reward_funcs, (list, tuple, type(None))) else [reward_funcs]
     entry = {"grpo": GRPO, "rloo": RLOO}[choose(method, ("grpo", "rloo"), "method")]
     return train(entry, rows, output, model, scale, seed, reward_funcs=funcs, **options)

@@ -169,11 +169,12 @@ def own(reference):
         (own("Paris"), "", False),
         (own(""), "", True),
         (own("so 85.\nAnswer: 85"), "I see: Answer 85\nAnswer: 85", True),
-        (own("Answer: 85"), "85", False),
+        (own("Answer: 85"), "85", True),
         ({"input": [{"role": "user", "content": "Q"}], "ideal": ["Paris", "Lutetia"]}, " LUTETIA\n", True),
         ({"question": "Q", "answer": 42}, "42", True),
         ({"question": "Q", "answer": "-4"}, "4", False),
-        (own("50 %"), "50", False),
+        (own("50 %"), "50", True),
+        (own("50 %"), "5", False),
         (own("C++"), "C", False),
         (own("C++"), '"C++".', True),
         ({"question": "Q", "answer": "New  York"}, "new york", True),
@@ -185,7 +186,7 @@ def test_own_rows(row, reply, right):
 
 
 def test_row_without_reference():
-    with pytest.raises(UserError, match="without a reference"):
+    with pytest.raises(UserError, match="no reference"):
         grade_row({"messages": [{"role": "user", "content": "Q"}]}, "x")
 
 

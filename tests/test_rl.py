@@ -447,7 +447,7 @@ def test_settings_that_cannot_work(tiny, rows, tmp_path, given, message):
     "bad,message",
     [
         ([], "no rows"),
-        ([{"question": "1+1?"}], r"rows\[0\]: no 'answer'"),
+        ([{"question": "1+1?"}], r"rows\[0\]: no reference"),
         ([{"answer": "2"}], r"rows\[0\]"),
         (["text"], r"rows\[0\]"),
         ([{"question": "1+1?", "answer": "2"}, {"messages": [{"role": "assistant", "content": "2"}]}], r"rows\[1\]"),

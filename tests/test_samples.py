@@ -39,9 +39,12 @@ FORMS = {
     "thumbs.jsonl": "unpaired",
     "topics.csv": "classification",
     "gsm8k.jsonl": "prompt-completion",
+    "choices.jsonl": "choice",
 }
 CHATS = [
-    n for n in FORMS if n not in ("tools.jsonl", "preferences.jsonl", "thumbs.jsonl", "topics.csv")
+    n
+    for n in FORMS
+    if n not in ("tools.jsonl", "preferences.jsonl", "thumbs.jsonl", "topics.csv", "choices.jsonl")
 ]  # what the tutor can be tuned on
 
 
