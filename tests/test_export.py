@@ -339,13 +339,15 @@ def test_broken_weights_are_named(tmp_path):
         file.write_bytes(broken)
         with pytest.raises(UserError, match="model.safetensors: not a whole safetensors file"):
             to_gguf(tmp_path / "m", tmp_path / "out.gguf")
-    file.write_bytes(whole)
-    for text in ('{"weight_map":', "[]", '{"weights": {}}'):
+    file.unlink()
+    (tmp_path / "m/model-1.safetensors").write_bytes(whole)
+    ints, outside = '{"weight_map": {"a": 1}}', '{"weight_map": {"a": "../m/model-1.safetensors"}}'
+    for text in ('{"weight_map":', "[]", '{"weights": {}}', '{"weight_map": {}}', '{"weight_map": ["a"]}', ints, outside):
         index.write_text(text)
         with pytest.raises(UserError, match="no index of weights"):
             to_gguf(tmp_path / "m", tmp_path / "out.gguf")
-    index.write_text('{"weight_map": {"a": "model-1.safetensors"}}')
-    with pytest.raises(UserError, match="model-1.safetensors is missing"):
+    index.write_text('{"weight_map": {"a": "model-2.safetensors"}}')
+    with pytest.raises(UserError, match="model-2.safetensors is missing"):
         to_gguf(tmp_path / "m", tmp_path / "out.gguf")
     with pytest.raises(UserError, match="not on the Hub"), pytest.MonkeyPatch.context() as patch:
         patch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: (_ for _ in ()).throw(OSError("no network")))
