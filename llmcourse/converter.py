@@ -4,18 +4,18 @@
 
 # %% ../nbs/workshop/converter.ipynb #fd2c1ca7
 from __future__ import annotations
-import contextlib, functools, math
+import contextlib, functools, math, sys
 from pathlib import Path
 from .core import Scratch, UserError, choose, model_path, need_space
-from .gguf_file import check_file, write_gguf
+from .gguf_file import check_file, tensor_bytes, write_gguf
 from .gguf_tokens import add_tokenizer, check_tokens, pre_tokenizer
 from .models import load, load_tokenizer
 from .quantizers import KINDS, add_kind, mixture, packed
-from .tensors import check_tensors, check_values, slabs, tensor_index
+from .tensors import check_tensors, check_values, expected_tensors, slabs, tensor_index
 
 # %% auto #0
-__all__ = ['DTYPES', 'plain_model', 'read_config', 'gguf_name', 'permute', 'rope_factors', 'add_general', 'add_sizes',
-           'add_attention', 'add_config', 'stored_as', 'file_plan', 'converted', 'to_gguf']
+__all__ = ['ROPE_NUMBERS', 'DTYPES', 'TINY', 'plain_model', 'read_config', 'gguf_name', 'permute', 'rope_factors', 'add_general',
+           'add_sizes', 'add_attention', 'add_config', 'stored_as', 'file_plan', 'converted', 'check_words', 'to_gguf']
 
 # %% ../nbs/workshop/converter.ipynb #822e7983
 @contextlib.contextmanager
@@ -47,6 +47,9 @@ def plain_model(
         yield merged, path.name
 
 # %% ../nbs/workshop/converter.ipynb #7b609ec8
+ROPE_NUMBERS = {"default": (), "linear": ("factor",),
+                "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
+
 def _refusals(config: dict):
     "Why a model of this config cannot be exported exactly, one reason at a time."
     names = config.get("architectures")
@@ -55,7 +58,10 @@ def _refusals(config: dict):
     if names != ["LlamaForCausalLM"]: yield f"a {(names or ['model without architecture'])[0]}"
     if config.get("quantization_config"): yield "quantised already; merge into the 16-bit base instead"
     if config.get("hidden_act") != "silu": yield f"its activation is {config.get('hidden_act')}, not silu"
-    if kind not in ("default", "llama3", "linear"): yield f"its rope scaling is {kind!r}"
+    if kind not in ROPE_NUMBERS: yield f"its rope scaling is {kind!r}"
+    numbers = [rope.get(key) for key in ROPE_NUMBERS.get(kind, ())]
+    if not all(isinstance(n, (int, float)) and n > 0 for n in numbers) or kind == "llama3" and numbers[1] == numbers[2]:
+        yield f"its rope numbers make no sense: {dict(zip(ROPE_NUMBERS[kind], numbers))}"
     if rope.get("partial_rotary_factor", 1) != 1: yield "it rotates only a part of each head"
 
 # %% ../nbs/workshop/converter.ipynb #95374cf7
@@ -111,6 +117,15 @@ def rope_factors(
     return torch.tensor([stretch(2 * math.pi / freq) for freq in freqs], dtype=torch.float32).numpy()
 
 # %% ../nbs/workshop/converter.ipynb #4557ae3e
+def _card(folder: Path, name: str | None, parameters: int):
+    "What config and model card say about a model. A card that cannot be read is left out, and said."
+    import gguf
+    try: return gguf.Metadata.load(None, folder, name, parameters)
+    except Exception as e:   # YAML, encodings, types: whatever people put there
+        why = (str(e).splitlines() or [type(e).__name__])[0][:80]
+        print(f"{folder}/README.md: left out, its header cannot be read ({why})", file=sys.stderr)
+        return gguf.Metadata(name=name)
+
 def add_general(
     writer,             # `gguf.GGUFWriter` that knows its tensors already
     folder: Path,       # config and model card are read from here
@@ -118,12 +133,16 @@ def add_general(
 ) -> None:
     "Add what the model is called and who made it."
     import gguf
-    count = writer.get_total_parameter_count()
-    about = gguf.Metadata.load(None, folder, name, count[0])
+    count, before = writer.get_total_parameter_count(), set(writer.kv_data[0])
+    about = _card(folder, name, count[0])
     about.name = about.name or folder.name
     about.size_label = about.size_label or gguf.size_label(*count)
     writer.add_type(gguf.GGUFType.MODEL)
     about.set_gguf_meta_model(writer)
+    for key in writer.kv_data[0].keys() - before:   # a card may hold anything; only text and lists of texts are for us
+        value = writer.kv_data[0][key].value
+        texts = value if isinstance(value, list) else [value]
+        if not all(isinstance(text, (str, int)) for text in texts): del writer.kv_data[0][key]
 
 # %% ../nbs/workshop/converter.ipynb #1c4b8f4d
 def add_sizes(writer, config: dict) -> None:
@@ -204,6 +223,25 @@ def converted(
         if head > 1: rows = permute(rows, len(rows) // head)
         yield packed(rows, kind, threads)
 
+# %% ../nbs/workshop/converter.ipynb #521667f5
+TINY = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1,
+            head_dim=32, tie_word_embeddings=True, attention_bias=False, mlp_bias=False)
+
+def check_words(
+    path: Path,      # a GGUF file; the tiny model is written to a folder beside it
+    config: dict,    # its model's
+    said: dict,      # the metadata in that file
+    tokenizer,       # of transformers
+) -> None:
+    "Raise `UserError` if llama.cpp does not read the vocabulary and the chat template as transformers does."
+    tiny = config | TINY
+    plan = {gguf_name(name): (stored_as(shape, "f16"), shape) for name, shape in expected_tensors(tiny).items()}
+    def about(writer):
+        add_config(writer, tiny, "f16")
+        writer.kv_data[0].update((key, value) for key, value in said.items() if key.startswith("tokenizer."))
+    zeros = ([bytes(tensor_bytes(shape, kind))] for kind, shape in plan.values())
+    check_tokens(write_gguf(path.parent / "words" / path.name, about, plan, zeros), tokenizer)
+
 # %% ../nbs/workshop/converter.ipynb #6a45b63b
 def to_gguf(
     model: str | Path,     # `tutor/NAME`, a folder (model or adapter), or a Hub name
@@ -223,14 +261,17 @@ def to_gguf(
         check_tensors(folder, config, index)
         pre = pre_tokenizer(tokenizer)
         plan, source = file_plan(config, index, dtype), {gguf_name(n): n for n in index}
+        said = {}
         def about(writer):
             add_general(writer, folder, name)
             add_config(writer, config, dtype)
             add_tokenizer(writer, folder, tokenizer, config["vocab_size"], pre)
             if dtype in KINDS: add_kind(writer, dtype)
+            said.update(writer.kv_data[0])
         def data():
             for made, (kind, shape) in plan.items():
                 theirs = source.get(made)
                 yield (converted(theirs, shape, index[theirs][2], config, kind, threads) if theirs
                        else [rope_factors(config)])
-        return write_gguf(output, about, plan, data(), lambda path: check_tokens(path, tokenizer) if verify else None)
+        def check(path): check_words(path, config, said, tokenizer)
+        return write_gguf(output, about, plan, data(), check if verify else None)

@@ -10,7 +10,7 @@ from pathlib import Path
 from .core import UserError, begins, check_free, need_space, write_aside
 
 # %% auto #0
-__all__ = ['tensor_bytes', 'reader_class', 'read_gguf', 'contents', 'check_file', 'write_gguf']
+__all__ = ['tensor_bytes', 'reader_class', 'writer_class', 'read_gguf', 'contents', 'check_file', 'write_gguf']
 
 # %% ../nbs/workshop/gguf_file.ipynb #aa2b08f6
 def tensor_bytes(
@@ -54,6 +54,20 @@ def reader_class():
             return end - orig_offs, [item, count, *found], list(range(2, 2 + len(found))), [raw_array, kind]
     raw_array = gguf.GGUFValueType.ARRAY
     return Reader
+
+# %% ../nbs/workshop/gguf_file.ipynb #8780512b
+@functools.cache
+def writer_class():
+    "The library's writer of GGUF files, with long lists of texts packed at once."
+    import gguf
+    class Writer(gguf.GGUFWriter):
+        def _pack_val(self, val, vtype, add_vtype, sub_type=None):
+            texts = vtype == gguf.GGUFValueType.ARRAY and isinstance(val, list) and {*map(type, val)} == {str}
+            if not (texts and add_vtype): return super()._pack_val(val, vtype, add_vtype, sub_type)
+            raw = [text.encode() for text in val]
+            head = struct.pack("<IIQ", vtype, gguf.GGUFValueType.STRING, len(val))
+            return head + b"".join(part for word in raw for part in (struct.pack("<Q", len(word)), word))
+    return Writer
 
 # %% ../nbs/workshop/gguf_file.ipynb #ba6a27a9
 def read_gguf(path: str | Path):
@@ -103,7 +117,7 @@ def write_gguf(
     check_file(output)
     with write_aside(output, begins(b"GGUF")) as aside:
         need_space(output, sum(sizes.values()) + 10_000_000)   # and the vocabulary
-        writer = gguf.GGUFWriter(aside, "llama")
+        writer = writer_class()(aside, "llama")
         for name, (kind, shape) in plan.items():
             writer.add_tensor_info(name, shape, "float32", sizes[name], gguf.GGMLQuantizationType[kind])
         about(writer)
