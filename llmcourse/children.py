@@ -4,10 +4,10 @@
 
 # %% ../nbs/workshop/children.ipynb #67566a24
 from __future__ import annotations
-import atexit, contextlib, json, os, pkgutil, re, shutil, subprocess, sys, tempfile, threading, time, traceback
+import atexit, contextlib, json, os, pkgutil, re, shutil, subprocess, sys, threading, time, traceback
 from collections.abc import Callable
 from pathlib import Path
-from .core import UserError
+from .core import Scratch, UserError
 
 # %% auto #0
 __all__ = ['run_child', 'cause', 'Child']
@@ -61,11 +61,12 @@ class Child:
         target: str,                       # "module:function", importable in a new Python
         job,                               # the function's one argument: anything that JSON can hold
         label: str,                        # what errors call it
-        folder: str | Path | None = None,  # for its log and whatever it writes; goes away with it
+        scratch: Scratch | None = None,    # for its log and whatever it writes; goes away with it
         env: dict | None = None,           # environment variables, on top of ours
     ):
         self.label = label
-        self.folder = Path(folder or tempfile.mkdtemp(prefix="llmcourse-child-"))
+        self.scratch = scratch or Scratch()
+        self.folder = self.scratch.path
         self.process = _start({"target": target, "job": job, "folder": str(self.folder)}, env or {})
         atexit.register(self.stop)
 
@@ -101,7 +102,7 @@ class Child:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self.scratch.close()
 
     def __enter__(self): return self
     def __exit__(self, *error): self.stop()

@@ -4,17 +4,18 @@
 
 # %% ../nbs/workshop/converter.ipynb #fd2c1ca7
 from __future__ import annotations
-import contextlib, json, math, tempfile
+import contextlib, functools, math, sys
 from pathlib import Path
-from .core import UserError, begins, check_free, choose, model_path, need_space
-from .gguf_file import write_gguf
+from .core import Scratch, UserError, choose, model_path, need_space
+from .gguf_file import check_file, tensor_bytes, write_gguf
 from .gguf_tokens import add_tokenizer, check_tokens, pre_tokenizer
 from .models import load, load_tokenizer
+from .quantizers import KINDS, add_kind, mixture, packed
+from .tensors import check_tensors, check_values, expected_tensors, slabs, tensor_index
 
 # %% auto #0
-__all__ = ['BUFFERS', 'DTYPES', 'plain_model', 'read_config', 'tensors_of_layer', 'expected_tensors', 'weight_files',
-           'tensor_index', 'read_tensor', 'check_tensors', 'gguf_name', 'permute', 'rope_factors', 'add_general',
-           'add_sizes', 'add_attention', 'add_config', 'stored_as', 'converted', 'to_gguf']
+__all__ = ['ROPE_NUMBERS', 'DTYPES', 'TINY', 'plain_model', 'read_config', 'gguf_name', 'permute', 'rope_factors', 'add_general',
+           'add_sizes', 'add_attention', 'add_config', 'stored_as', 'file_plan', 'converted', 'check_words', 'to_gguf']
 
 # %% ../nbs/workshop/converter.ipynb #822e7983
 @contextlib.contextmanager
@@ -37,14 +38,18 @@ def plain_model(
         return
     import torch
     net, tokenizer = load(path, dtype=torch.float32)
-    need_space(tempfile.gettempdir(), 4 * net.num_parameters())
-    with tempfile.TemporaryDirectory() as tmp:
-        net.save_pretrained(tmp)
-        tokenizer.save_pretrained(tmp)
+    with Scratch() as room:
+        need_space(room, 4 * net.num_parameters())
+        merged = room / path.name   # the name goes into the file
+        net.save_pretrained(merged)
+        tokenizer.save_pretrained(merged)
         del net
-        yield Path(tmp), path.name
+        yield merged, path.name
 
 # %% ../nbs/workshop/converter.ipynb #7b609ec8
+ROPE_NUMBERS = {"default": (), "linear": ("factor",),
+                "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
+
 def _refusals(config: dict):
     "Why a model of this config cannot be exported exactly, one reason at a time."
     names = config.get("architectures")
@@ -53,7 +58,10 @@ def _refusals(config: dict):
     if names != ["LlamaForCausalLM"]: yield f"a {(names or ['model without architecture'])[0]}"
     if config.get("quantization_config"): yield "quantised already; merge into the 16-bit base instead"
     if config.get("hidden_act") != "silu": yield f"its activation is {config.get('hidden_act')}, not silu"
-    if kind not in ("default", "llama3", "linear"): yield f"its rope scaling is {kind!r}"
+    if kind not in ROPE_NUMBERS: yield f"its rope scaling is {kind!r}"
+    numbers = [rope.get(key) for key in ROPE_NUMBERS.get(kind, ())]
+    if not all(isinstance(n, (int, float)) and n > 0 for n in numbers) or kind == "llama3" and numbers[1] == numbers[2]:
+        yield f"its rope numbers make no sense: {dict(zip(ROPE_NUMBERS[kind], numbers))}"
     if rope.get("partial_rotary_factor", 1) != 1: yield "it rotates only a part of each head"
 
 # %% ../nbs/workshop/converter.ipynb #95374cf7
@@ -69,94 +77,20 @@ def read_config(folder: Path) -> dict:
                         "for others use llama.cpp's convert_hf_to_gguf.py")
     return config
 
-# %% ../nbs/workshop/converter.ipynb #d6cb37c5
-def tensors_of_layer(config: dict) -> dict[str, tuple]:
-    "Name → shape of the tensors in each layer of a Llama."
-    d, ff, hd = config["hidden_size"], config["intermediate_size"], config["head_dim"]
-    q, kv = config["num_attention_heads"] * hd, config["num_key_value_heads"] * hd
-    norms = {"input_layernorm": (d,), "post_attention_layernorm": (d,)}
-    mlp = {"mlp.gate_proj": (ff, d), "mlp.up_proj": (ff, d), "mlp.down_proj": (d, ff)}
-    attention = {"self_attn.q_proj": (q, d), "self_attn.k_proj": (kv, d), "self_attn.v_proj": (kv, d),
-                 "self_attn.o_proj": (d, q)}
-    biased = (attention if config.get("attention_bias") else {}) | (mlp if config.get("mlp_bias") else {})
-    weights = {f"{name}.weight": shape for name, shape in (norms | mlp | attention).items()}
-    return weights | {f"{name}.bias": shape[:1] for name, shape in biased.items()}
-
-# %% ../nbs/workshop/converter.ipynb #f2f53b4f
-def expected_tensors(config: dict) -> dict[str, tuple]:
-    "Name → shape of every tensor that a Llama of this config needs."
-    d = config["hidden_size"]
-    out = {"model.embed_tokens.weight": (config["vocab_size"], d), "model.norm.weight": (d,)}
-    if not config["tie_word_embeddings"]: out["lm_head.weight"] = (config["vocab_size"], d)
-    for i in range(config["num_hidden_layers"]):
-        out |= {f"model.layers.{i}.{name}": shape for name, shape in tensors_of_layer(config).items()}
-    return out
-
-# %% ../nbs/workshop/converter.ipynb #249fcf7f
-BUFFERS = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
-
-def weight_files(folder: Path) -> list[Path]:
-    "The safetensors files of a model, sorted. Raises `UserError` if one is missing."
-    names = sorted(p.name for p in folder.glob("model*.safetensors"))
-    if (index := folder / "model.safetensors.index.json").is_file():
-        try: names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"{index}: no index of weights that we can read. Download the model again") from None
-    if not names: raise UserError(f"{folder}: no model.safetensors. Save the model with model.save_pretrained(folder)")
-    if gone := [n for n in names if not (folder / n).is_file()]:
-        raise UserError(f"{folder}: {gone[0]} is missing, the index names it. Download the model again")
-    return [folder / n for n in names]
-
-# %% ../nbs/workshop/converter.ipynb #b7a1231c
-def tensor_index(folder: Path) -> dict[str, tuple]:
-    "Tensor name → (dtype, shape, file), in file order; only the headers are read."
-    from safetensors import SafetensorError, safe_open
-    found = {}
-    for file in weight_files(folder):
-        try:
-            with safe_open(file, "pt") as f:
-                slices = {name: f.get_slice(name) for name in sorted(f.keys()) if not name.endswith(BUFFERS)}
-                found |= {name: (s.get_dtype(), tuple(s.get_shape()), file) for name, s in slices.items()}
-        except SafetensorError as e:
-            why = str(e)[:60]
-            raise UserError(f"{file}: not a whole safetensors file ({why}). Download or save it again") from None
-    return found
-
-# %% ../nbs/workshop/converter.ipynb #1d73c78b
-def read_tensor(
-    name: str,
-    file: Path,   # a safetensors file
-):                # numpy array: float16 stays, any other type becomes float32
-    "One tensor, read from disk when it is needed. (numpy has no bfloat16, so torch reads the file.)"
-    import torch
-    from safetensors import safe_open
-    with safe_open(file, "pt") as f: tensor = f.get_tensor(name)
-    return (tensor if tensor.dtype == torch.float16 else tensor.float()).numpy()
-
-# %% ../nbs/workshop/converter.ipynb #94c8d066
-def check_tensors(folder: Path, config: dict, index: dict) -> None:
-    "Raise `UserError` if a tensor is missing, unknown, stored in a type that is not a float, or of another shape."
-    want = expected_tensors(config)
-    if "lm_head.weight" in index: want["lm_head.weight"] = index["lm_head.weight"][1]   # even if it is tied
-    wrong = {"is missing": want.keys() - index.keys(), "is not part of a Llama": index.keys() - want.keys()}
-    for what, names in ((what, names) for what, names in wrong.items() if names):
-        raise UserError(f"{folder}: the tensor {min(names)} {what} ({len(names)} in total). "
-                        "Save the model again from LlamaForCausalLM")
-    for name, (dtype, shape, _) in index.items():
-        if shape != want[name]:
-            raise UserError(f"{folder}: {name} has shape {shape}, config.json makes it {want[name]}. "
-                            "One of the two belongs to another model")
-        if dtype not in ("F64", "F32", "F16", "BF16"):
-            raise UserError(f"{folder}: {name} is stored as {dtype}. Export the model before it is quantised")
-
 # %% ../nbs/workshop/converter.ipynb #345e8e22
+@functools.cache
+def _names():
+    import gguf
+    return gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 1)
+
 def gguf_name(
     name: str,  # "model.layers.0.self_attn.q_proj.weight"
 ) -> str:       # "blk.0.attn_q.weight"
     "llama.cpp's name for a tensor of a Llama."
-    import gguf
-    layers = int(name.split(".")[2]) + 1 if name.startswith("model.layers.") else 0
-    return gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, layers).get_name(name, (".weight", ".bias"))
+    words = name.split(".")
+    if words[:2] != ["model", "layers"]: return _names().get_name(name, (".weight", ".bias"))
+    first = _names().get_name(".".join(["model", "layers", "0", *words[3:]]), (".weight", ".bias"))
+    return first.replace("blk.0.", f"blk.{words[2]}.")
 
 # %% ../nbs/workshop/converter.ipynb #5ab56e26
 def permute(
@@ -183,6 +117,15 @@ def rope_factors(
     return torch.tensor([stretch(2 * math.pi / freq) for freq in freqs], dtype=torch.float32).numpy()
 
 # %% ../nbs/workshop/converter.ipynb #4557ae3e
+def _card(folder: Path, name: str | None, parameters: int):
+    "What config and model card say about a model. A card that cannot be read is left out, and said."
+    import gguf
+    try: return gguf.Metadata.load(None, folder, name, parameters)
+    except Exception as e:   # YAML, encodings, types: whatever people put there
+        why = (str(e).splitlines() or [type(e).__name__])[0][:80]
+        print(f"{folder}/README.md: left out, its header cannot be read ({why})", file=sys.stderr)
+        return gguf.Metadata(name=name)
+
 def add_general(
     writer,             # `gguf.GGUFWriter` that knows its tensors already
     folder: Path,       # config and model card are read from here
@@ -190,12 +133,16 @@ def add_general(
 ) -> None:
     "Add what the model is called and who made it."
     import gguf
-    count = writer.get_total_parameter_count()
-    about = gguf.Metadata.load(None, folder, name, count[0])
+    count, before = writer.get_total_parameter_count(), set(writer.kv_data[0])
+    about = _card(folder, name, count[0])
     about.name = about.name or folder.name
     about.size_label = about.size_label or gguf.size_label(*count)
     writer.add_type(gguf.GGUFType.MODEL)
     about.set_gguf_meta_model(writer)
+    for key in writer.kv_data[0].keys() - before:   # a card may hold anything; only text and lists of texts are for us
+        value = writer.kv_data[0][key].value
+        texts = value if isinstance(value, list) else [value]
+        if not all(isinstance(text, (str, int)) for text in texts): del writer.kv_data[0][key]
 
 # %% ../nbs/workshop/converter.ipynb #1c4b8f4d
 def add_sizes(writer, config: dict) -> None:
@@ -246,29 +193,66 @@ def stored_as(
     if len(shape) == 1: return "F32"
     return "F16" if dtype == "q8_0" and shape[-1] % 32 else dtype.upper()
 
+# %% ../nbs/workshop/converter.ipynb #a62a6c60
+def file_plan(
+    config: dict,
+    index: dict,   # from `tensor_index`
+    dtype: str,    # one of `DTYPES` or `KINDS`
+) -> dict[str, tuple]:   # llama.cpp's name → (GGUF type, shape), in file order
+    "What the file will hold: in the order of llama.cpp's converter, or of its quantiser."
+    shapes = {gguf_name(name): shape for name, (_, shape, _) in index.items()}
+    rope = {} if rope_factors(config) is None else {"rope_freqs.weight": ("F32", (config["head_dim"] // 2,))}
+    if dtype in DTYPES: return rope | {name: (stored_as(shape, dtype), shape) for name, shape in shapes.items()}
+    about = dict(layers=config["num_hidden_layers"], heads=config["num_attention_heads"],
+                 kv_heads=config["num_key_value_heads"], tied="output.weight" not in shapes)
+    return mixture(rope | {name: ("F32", shape) for name, shape in shapes.items()}, dtype, **about)
+
 # %% ../nbs/workshop/converter.ipynb #60024468
 def converted(
     name: str,       # transformers' name
-    array,
+    shape: tuple,
+    file: Path,      # where it is stored
     config: dict,
     kind: str,       # a GGUF type
-):
-    "A tensor as llama.cpp wants it: q and k in its row order, in the type asked for."
-    import gguf
-    if ".q_proj." in name: array = permute(array, config["num_attention_heads"])
-    if ".k_proj." in name: array = permute(array, config["num_key_value_heads"])
-    return gguf.quants.quantize(array, gguf.GGMLQuantizationType[kind])
+    threads: int = 1,
+):                   # yields arrays, one slab of rows after the other
+    "A tensor as llama.cpp wants it: q and k in its row order, in the type asked for. `UserError` for bad numbers."
+    head = config["head_dim"] if ".q_proj." in name or ".k_proj." in name else 1
+    for rows in slabs(name, shape, file, head):
+        check_values(rows, f"{file}: {name}", kind)
+        if head > 1: rows = permute(rows, len(rows) // head)
+        yield packed(rows, kind, threads)
+
+# %% ../nbs/workshop/converter.ipynb #521667f5
+TINY = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1,
+            head_dim=32, tie_word_embeddings=True, attention_bias=False, mlp_bias=False)
+
+def check_words(
+    path: Path,      # a GGUF file; the tiny model is written to a folder beside it
+    config: dict,    # its model's
+    said: dict,      # the metadata in that file
+    tokenizer,       # of transformers
+) -> None:
+    "Raise `UserError` if llama.cpp does not read the vocabulary and the chat template as transformers does."
+    tiny = config | TINY
+    plan = {gguf_name(name): (stored_as(shape, "f16"), shape) for name, shape in expected_tensors(tiny).items()}
+    def about(writer):
+        add_config(writer, tiny, "f16")
+        writer.kv_data[0].update((key, value) for key, value in said.items() if key.startswith("tokenizer."))
+    zeros = ([bytes(tensor_bytes(shape, kind))] for kind, shape in plan.values())
+    check_tokens(write_gguf(path.parent / "words" / path.name, about, plan, zeros), tokenizer)
 
 # %% ../nbs/workshop/converter.ipynb #6a45b63b
 def to_gguf(
     model: str | Path,     # `tutor/NAME`, a folder (model or adapter), or a Hub name
     output: str | Path,    # the .gguf file to write
-    dtype: str = "f32",    # f32, f16, bf16 or q8_0; vectors stay float32
+    dtype: str = "f32",    # f32, f16, bf16 or q8_0 (vectors stay float32), or a mixture such as Q4_K_M
     verify: bool = True,   # let llama.cpp tokenize texts and conversations, and compare with transformers
+    threads: int = 1,      # processor threads, for the mixtures
 ) -> Path:                 # `output`
     "Write a Llama as one GGUF file. Raises `UserError` for a model that we cannot export exactly."
-    choose(dtype, DTYPES, "GGUF type")
-    check_free(output, begins(b"GGUF"))   # before an adapter is merged
+    choose(dtype, [*DTYPES, *KINDS], "GGUF type")
+    check_file(output)   # before an adapter is merged
     with plain_model(model) as (folder, name):
         config = read_config(folder)
         tokenizer = load_tokenizer(folder)
@@ -276,16 +260,18 @@ def to_gguf(
         index = tensor_index(folder)
         check_tensors(folder, config, index)
         pre = pre_tokenizer(tokenizer)
-        factors = rope_factors(config)
-        plan = {} if factors is None else {"rope_freqs.weight": ("F32", factors.shape)}
-        plan |= {gguf_name(n): (stored_as(shape, dtype), shape) for n, (_, shape, _) in index.items()}
+        plan, source = file_plan(config, index, dtype), {gguf_name(n): n for n in index}
+        said = {}
         def about(writer):
             add_general(writer, folder, name)
             add_config(writer, config, dtype)
             add_tokenizer(writer, folder, tokenizer, config["vocab_size"], pre)
-        def arrays():
-            if factors is not None: yield factors
-            for n, (*_, file) in index.items():
-                yield converted(n, read_tensor(n, file), config, plan[gguf_name(n)][0])
-        def check(path): return check_tokens(path, tokenizer)
-        return write_gguf(output, about, plan, arrays(), check if verify else None)
+            if dtype in KINDS: add_kind(writer, dtype)
+            said.update(writer.kv_data[0])
+        def data():
+            for made, (kind, shape) in plan.items():
+                theirs = source.get(made)
+                yield (converted(theirs, shape, index[theirs][2], config, kind, threads) if theirs
+                       else [rope_factors(config)])
+        def check(path): check_words(path, config, said, tokenizer)
+        return write_gguf(output, about, plan, data(), check if verify else None)

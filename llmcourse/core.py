@@ -4,15 +4,17 @@
 
 # %% ../nbs/workshop/core.ipynb #877e1a2f
 from __future__ import annotations
-import configparser, contextlib, difflib, hashlib, itertools, json, os, random, shutil, sys, tempfile, time
+import configparser, contextlib, difflib, glob, hashlib, itertools, json, os, random, shutil, sys, tempfile, time
 from collections.abc import Callable, Iterable, Iterator
 from importlib import resources
 from pathlib import Path
+from filelock import FileLock, Timeout
 
 # %% auto #0
-__all__ = ['Message', 'Generate', 'ROLES', 'CHAPTERS', 'UserError', 'choose', 'scale', 'set_seed', 'weights', 'checkpoint_names',
-           'model_path', 'begins', 'is_run', 'check_free', 'write_aside', 'check_writable', 'need_space', 'write_jsonl',
-           'json_lines', 'read_jsonl', 'check_messages', 'file_hash', 'stopwatch', 'home']
+__all__ = ['Message', 'Generate', 'MARK', 'ROLES', 'CHAPTERS', 'UserError', 'choose', 'scale', 'set_seed', 'weights',
+           'checkpoint_names', 'model_path', 'begins', 'is_run', 'no_way', 'check_free', 'sweep', 'Scratch',
+           'write_aside', 'check_writable', 'need_space', 'write_jsonl', 'json_lines', 'read_jsonl', 'check_messages',
+           'file_hash', 'stopwatch', 'home']
 
 # %% ../nbs/workshop/core.ipynb #a71c98b3
 Message = dict[str, str]                     # {"role": "user", "content": "What is 2 + 2?"}
@@ -110,19 +112,65 @@ def is_run(path: str | Path) -> bool:
     "Is this the folder of a run? Each has a card."
     return (Path(path) / "run.yaml").is_file()
 
+def no_way(path: str | Path, error: OSError) -> UserError:
+    "One line for an output that the system does not let us write, to be raised in its place."
+    why = "a file is in the way" if isinstance(error, (FileExistsError, NotADirectoryError)) else error.strerror
+    return UserError(f"{path}: cannot write there ({why}). Choose another output")
+
 def check_free(
     path: str | Path,                                # the file or folder to make
     earlier: Callable[[Path], bool] | None = None,   # is what exists there an earlier result of the same kind?
 ) -> Path:                                           # where to write: `path`, or what it links to
     "Raise `UserError` if something is at `path` that must not be replaced. An empty folder may always be."
     path = Path(path)
-    if path.is_symlink(): path = path.resolve()
-    if not path.exists() or path.is_dir() and not any(path.iterdir()): return path
+    try:
+        if path.is_symlink(): path = path.resolve()
+        free = not path.exists() or path.is_dir() and not any(path.iterdir())
+    except OSError as e: raise no_way(path, e) from None
+    if free: return path
     if earlier is None or not earlier(path):
         kind = "folder" if path.is_dir() else "file"
         raise UserError(f"{path}: a {kind} is already there, and it is not an earlier result of this command. "
                         "Choose another output")
     return path
+
+# %% ../nbs/workshop/core.ipynb #0575a9a1
+MARK = ".llmcourse.lock"   # the file by which a folder of ours is known
+
+def sweep(
+    parent: Path,   # where to look
+    prefix: str,    # of the folders' names
+) -> list[Path]:    # the folders that were removed
+    "Remove what killed processes have left: folders that hold our mark while no living process holds its lock."
+    gone = []
+    for mark in Path(parent).glob(f"{glob.escape(prefix)}*/{MARK}"):
+        with contextlib.suppress(OSError, Timeout), FileLock(mark, timeout=0):
+            shutil.rmtree(mark.parent, ignore_errors=True)
+            gone.append(mark.parent)
+    return gone
+
+# %% ../nbs/workshop/core.ipynb #8980a8c1
+class Scratch:
+    "A folder for work in progress, ours until `.close()`, the end of its `with` block, or the end of this process."
+    def __init__(self,
+        parent: str | Path | None = None,   # where to make it; the system's folder for such things by default
+        prefix: str = "llmcourse-",         # of its name; what is left there of the same prefix is swept first
+    ):
+        parent = Path(parent or tempfile.gettempdir())
+        sweep(parent, prefix)
+        for _ in range(3):   # another process may sweep between the two lines
+            self.path = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+            self.lock = FileLock(self.path / MARK, timeout=0, thread_local=False)
+            with contextlib.suppress(OSError, NotImplementedError, Timeout): self.lock.acquire()
+            if self.path.exists(): return
+
+    def close(self) -> None:
+        "Remove it. Twice is once."
+        self.lock.release()
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def __enter__(self): return self.path
+    def __exit__(self, *error): self.close()
 
 # %% ../nbs/workshop/core.ipynb #70683490
 @contextlib.contextmanager
@@ -132,15 +180,17 @@ def write_aside(
 ):
     "Yield a path beside `path` to write to; rename it into place on success, remove it on any error or interrupt."
     path = check_free(path, earlier)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent)) / path.name
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        room = Scratch(path.parent, f".{path.name}.")
+    except OSError as e: raise no_way(path, e) from None
+    with room as folder:
+        aside, old = folder / path.name, folder / f"{path.name}.old"
         yield aside
         check_free(path, earlier)   # somebody else may have written there meanwhile
-        if path.is_dir(): shutil.rmtree(path)
+        if path.is_dir() and not aside.is_dir(): raise UserError(f"{path}: a folder. Name a file in it")
+        if path.is_dir(): os.replace(path, old)
         os.replace(aside, path)
-    finally:
-        shutil.rmtree(aside.parent, ignore_errors=True)
 
 # %% ../nbs/workshop/core.ipynb #bc0a24e0
 def check_writable(path: str | Path) -> None:

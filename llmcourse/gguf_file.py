@@ -4,13 +4,13 @@
 
 # %% ../nbs/workshop/gguf_file.ipynb #6b9aafaf
 from __future__ import annotations
-import math
+import functools, math, struct
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from .core import UserError, begins, need_space, write_aside
+from .core import UserError, begins, check_free, need_space, write_aside
 
 # %% auto #0
-__all__ = ['tensor_bytes', 'read_gguf', 'contents', 'write_gguf']
+__all__ = ['tensor_bytes', 'reader_class', 'writer_class', 'read_gguf', 'contents', 'check_file', 'write_gguf']
 
 # %% ../nbs/workshop/gguf_file.ipynb #aa2b08f6
 def tensor_bytes(
@@ -21,15 +21,62 @@ def tensor_bytes(
     import gguf
     return math.prod(gguf.quants.quant_shape_to_byte_shape(shape, gguf.GGMLQuantizationType[kind]))
 
+# %% ../nbs/workshop/gguf_file.ipynb #ccd6893f
+def _texts(data, offset: int, n: int):
+    "Where `n` texts lie in the bytes `data`, each behind its length: (views, first byte behind them)."
+    views = []
+    for _ in range(n):
+        size = struct.unpack_from("<Q", data, offset)[0]
+        if offset + 8 + size > len(data): raise ValueError("a text ends behind the file")
+        views.append(data[offset + 8:offset + 8 + size])
+        offset += 8 + size
+    return views, offset
+
+# %% ../nbs/workshop/gguf_file.ipynb #aab2dfd9
+@functools.cache
+def reader_class():
+    "The library's reader of GGUF files, with long lists read at once."
+    import gguf, numpy as np
+    class Reader(gguf.GGUFReader):
+        def _get_field_parts(self, orig_offs, raw_type):
+            if raw_type != gguf.GGUFValueType.ARRAY or self.byte_order != "I":
+                return super()._get_field_parts(orig_offs, raw_type)
+            item, count = self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)
+            n, start = int(count[0]), orig_offs + 12
+            kind = gguf.GGUFValueType(int(item[0]))
+            if kind == gguf.GGUFValueType.STRING and n:
+                found, end = _texts(np.asarray(self.data), start, n)
+            elif kind in self.gguf_scalar_to_np and n:
+                found = [self._get(start, self.gguf_scalar_to_np[kind], n)]
+                if len(found[0]) < n: raise ValueError("a list ends behind the file")
+                end = start + found[0].nbytes
+            else: return super()._get_field_parts(orig_offs, raw_type)
+            return end - orig_offs, [item, count, *found], list(range(2, 2 + len(found))), [raw_array, kind]
+    raw_array = gguf.GGUFValueType.ARRAY
+    return Reader
+
+# %% ../nbs/workshop/gguf_file.ipynb #8780512b
+@functools.cache
+def writer_class():
+    "The library's writer of GGUF files, with long lists of texts packed at once."
+    import gguf
+    class Writer(gguf.GGUFWriter):
+        def _pack_val(self, val, vtype, add_vtype, sub_type=None):
+            texts = vtype == gguf.GGUFValueType.ARRAY and isinstance(val, list) and {*map(type, val)} == {str}
+            if not (texts and add_vtype): return super()._pack_val(val, vtype, add_vtype, sub_type)
+            raw = [text.encode() for text in val]
+            head = struct.pack("<IIQ", vtype, gguf.GGUFValueType.STRING, len(val))
+            return head + b"".join(part for word in raw for part in (struct.pack("<Q", len(word)), word))
+    return Writer
+
 # %% ../nbs/workshop/gguf_file.ipynb #ba6a27a9
 def read_gguf(path: str | Path):
     "Open a GGUF file; its data is read page by page. Raises `UserError` if it is missing, cut short, or no GGUF."
-    import gguf
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file. Make one first: llmcourse export --output FOLDER")
-    try: return gguf.GGUFReader(path)
-    except (ValueError, IndexError, KeyError):
+    try: return reader_class()(path)
+    except (ValueError, IndexError, KeyError, struct.error):
         raise UserError(f"{path}: not a whole GGUF file. Export it again") from None
 
 # %% ../nbs/workshop/gguf_file.ipynb #bc1f6800
@@ -42,27 +89,43 @@ def contents(
     path = Path(reader.data.filename).name
     raise UserError(f"{path}: no {key} in its metadata. We handle GGUF files of the Llama architecture")
 
+# %% ../nbs/workshop/gguf_file.ipynb #e5da7c95
+def check_file(output: str | Path) -> None:
+    "Raise `UserError` if a GGUF file cannot be written at `output`, before anything is computed."
+    if Path(output).is_dir(): raise UserError(f"{output}: a folder. Choose another output, a .gguf file in it")
+    check_free(output, begins(b"GGUF"))
+
+def _append(file, arrays: Iterable, size: int) -> None:
+    "Write the data of one tensor, behind zeros up to the next multiple of 32 bytes. It has to be `size` bytes."
+    file.write(bytes(-file.tell() % 32))
+    start = file.tell()
+    for array in arrays: file.write(array)   # and not `array.tofile`, which hides why a disk took no more
+    if file.tell() - start != size: raise ValueError(f"{file.tell() - start} bytes of data, planned were {size}")
+    file.write(bytes(-size % 32))
+
 # %% ../nbs/workshop/gguf_file.ipynb #b8007d27
 def write_gguf(
     output: str | Path,                         # the .gguf file to write
     about: Callable,                            # about(writer) adds the metadata
     plan: dict[str, tuple[str, tuple]],         # tensor → (GGUF type, shape), in file order
-    arrays: Iterable,                           # the data of each tensor, in the same order and already in its type
+    data: Iterable[Iterable],                   # of each tensor, in the same order: arrays, one behind the other
     check: Callable[[Path], None] | None = None,  # called with the finished file, before it gets its name
 ) -> Path:                                      # `output`
     "Write a GGUF file. Raises `UserError` if the disk is too full, or something else is at `output`."
     import gguf
     sizes = {name: tensor_bytes(shape, kind) for name, (kind, shape) in plan.items()}
+    check_file(output)
     with write_aside(output, begins(b"GGUF")) as aside:
         need_space(output, sum(sizes.values()) + 10_000_000)   # and the vocabulary
-        writer = gguf.GGUFWriter(aside, "llama")
+        writer = writer_class()(aside, "llama")
         for name, (kind, shape) in plan.items():
             writer.add_tensor_info(name, shape, "float32", sizes[name], gguf.GGMLQuantizationType[kind])
         about(writer)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for array in arrays: writer.write_tensor_data(array)
         writer.close()
+        with aside.open("ab") as f:
+            for size, arrays in zip(sizes.values(), data, strict=True): _append(f, arrays, size)
         if check: check(aside)
     return Path(output)

@@ -12,7 +12,8 @@ from .models import DATE
 
 # %% auto #0
 __all__ = ['LLAMA3', 'QWEN2', 'GPT2', 'SPLITS', 'TEXTS', 'CHATS', 'splits', 'merges_matter', 'pre_tokenizer', 'adds',
-           'vocabulary', 'add_tokenizer', 'chat_text', 'golden_chats', 'parts_at', 'both_read', 'check_tokens']
+           'vocabulary', 'add_tokenizer', 'chat_text', 'golden_chats', 'parts_at', 'overlaps', 'special_texts',
+           'both_read', 'check_tokens']
 
 # %% ../nbs/workshop/gguf_tokens.ipynb #cd131eae
 LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -190,15 +191,37 @@ def parts_at(
     if ours == theirs: return None
     return next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), min(len(ours), len(theirs)))
 
+# %% ../nbs/workshop/gguf_tokens.ipynb #82a9b191
+def overlaps(
+    words: list[str],
+) -> list[str]:        # one text for each word that begins where another is not over yet, or inside of it
+    "Texts in which two added tokens want the same characters, so that the programs have to choose alike."
+    known, begins = set(words), {}
+    for word in words:
+        for i in range(1, len(word) + 1): begins.setdefault(word[:i], []).append(word)
+    out = []
+    for word in words:
+        starts = range(1, len(word))
+        for i in starts: out += [word[:i] + other for other in begins.get(word[i:], []) if other != word]   # share an end
+        inside = any(word[i:j] in known for i in starts for j in range(i + 1, len(word)))
+        if inside or any(word[:i] in known for i in starts): out += [f"x{word}y", f"x{word[:-1]}y"]
+    return list(dict.fromkeys(out))
+
+def special_texts(tokenizer) -> list[str]:
+    "Texts with every added token: alone between letters, in a row, and where two of them overlap."
+    words = sorted(t.content for t in tokenizer.added_tokens_decoder.values())
+    singles = [f"a{word}b {word}\nc" for word in words]
+    return singles + ["".join(words), "".join(words[::-1]), *overlaps(words)]
+
 # %% ../nbs/workshop/gguf_tokens.ipynb #f24db92d
 def both_read(
     gguf: str | Path,
     tokenizer,                                   # of transformers
 ) -> list[tuple[str, list[int], list[int]]]:     # (text, llama.cpp's ids, transformers' ids)
     "Texts, special tokens and conversations as both programs read them."
-    specials = [f"a{t.content}b {t.content}\nc" for t in tokenizer.added_tokens_decoder.values()][:40]
     with Engine(gguf) as engine:
-        pairs = [(text, engine.tokenize(text), tokenizer(text)["input_ids"]) for text in TEXTS + specials]
+        texts = TEXTS + special_texts(tokenizer)
+        pairs = [(text, engine.tokenize(text), tokenizer(text)["input_ids"]) for text in texts]
         for chat, text in golden_chats(tokenizer):
             theirs = tokenizer(text, add_special_tokens=False)["input_ids"]
             pairs.append((text, engine.tokenize(engine.template(chat)), theirs))

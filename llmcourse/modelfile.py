@@ -12,20 +12,21 @@ from .gguf_tokens import adds, chat_text, golden_chats
 from .models import load_tokenizer, stop_ids
 
 # %% auto #0
-__all__ = ['fill', 'chat_pieces', 'go_template', 'modelfile']
+__all__ = ['fill', 'takes_system', 'chat_pieces', 'go_template', 'missing', 'modelfile']
 
 # %% ../nbs/workshop/modelfile.ipynb #26a51e88
-def _asked(say) -> dict[str, str]:
+def _asked(say, system: bool = True) -> dict[str, str]:
     "The constant text around each role's words, from what `say(*messages)` makes of four short conversations."
-    words = ["sysword", "userword", "botword", "lastword"]
-    roles = ["system", "user", "assistant", "user"]
-    system, user, answer, last = ({"role": r, "content": w} for r, w in zip(roles, words))
+    words = ["sysword"] * system + ["userword", "botword", "lastword"]
+    roles = ["system"] * system + ["user", "assistant", "user"]
+    turns = [{"role": r, "content": w} for r, w in zip(roles, words)]
+    user, answer = turns[-3:-1]
     one, two = say(user), say(user, answer)
-    cut = re.split("|".join(words), say(system, user, answer, last))   # what comes before, between and behind the words
-    p = {"system": cut[0], "user_end": one.split("userword")[1], "assistant_end": two.split("botword")[1]}
-    p["assistant"] = cut[2].removeprefix(p["user_end"])
-    p["user"] = cut[3].removeprefix(p["assistant_end"])
-    p["system_end"] = cut[1].removesuffix(p["user"])
+    cut = re.split("|".join(words), say(*turns))   # what comes before, between and behind the words
+    p = {"user_end": one.split("userword")[1], "assistant_end": two.split("botword")[1]}
+    p["assistant"] = cut[-3].removeprefix(p["user_end"])
+    p["user"] = cut[-2].removeprefix(p["assistant_end"])
+    if system: p |= {"system": cut[0], "system_end": cut[1].removesuffix(p["user"])}
     p["start"] = one.split("userword")[0].removesuffix(p["user"])      # a default system prompt
     p["answer"] = say(user, ask=True).removeprefix(one)
     return p
@@ -41,17 +42,23 @@ def fill(
     return start + "".join(turns) + pieces["answer"]
 
 # %% ../nbs/workshop/modelfile.ipynb #b33919ed
+def takes_system(tokenizer) -> bool:
+    "Does the chat template render a system prompt?"
+    try: return "sysword" in chat_text(tokenizer, [{"role": "system", "content": "sysword"},
+                                                   {"role": "user", "content": "userword"}])
+    except Exception: return False   # templates refuse what they do not want, in their own words
+
 def chat_pieces(
     tokenizer,           # of transformers
-) -> dict[str, str]:     # start, system, system_end, user, user_end, assistant, assistant_end, answer
+) -> dict[str, str]:     # start, user, user_end, assistant, assistant_end, answer; system, system_end if it takes one
     "The constant text that a chat template puts around each role's words. Raises `UserError` if it does more."
     place = tokenizer.name_or_path
-    if not tokenizer.chat_template: raise UserError(f"{place}: no chat template to write. Set tokenizer.chat_template")
+    system = takes_system(tokenizer)
     bos = tokenizer.bos_token if adds(tokenizer)[0] else ""
     def say(*messages, ask=False): return chat_text(tokenizer, list(messages), ask).removeprefix(bos)
-    try: pieces = _asked(say)
+    try: pieces = _asked(say, system)
     except Exception as e:
-        raise UserError(f"{place}: its chat template refuses a system, user or assistant turn "
+        raise UserError(f"{place}: its chat template refuses a user or an assistant turn "
                         f"({str(e)[:80]}). Write the Modelfile by hand") from None
     for chat, text in golden_chats(tokenizer):
         if fill(pieces, chat) != text.removeprefix(bos):
@@ -67,13 +74,19 @@ def go_template(
     for text in pieces.values():
         if re.search(r'\{\{|\}\}|"""', text) or not re.sub(r"\s", "", text).isprintable():
             raise UserError(f"the chat template holds {text!r}, which a Modelfile cannot. Write it by hand")
-    def turn(word: str, role: str) -> str:
-        return f'{{{{ {word} eq .Role "{role}" }}}}' + pieces[role] + "{{ .Content }}" + pieces[role + "_end"]
-    start = "{{ if not .System }}" + pieces["start"] + "{{ end }}" if pieces["start"] else ""
-    turns = turn("if", "system") + turn("else if", "user") + turn("else if", "assistant") + "{{ end }}"
-    return start + "{{ range .Messages }}" + turns + "{{ end }}" + pieces["answer"]
+    roles = [role for role in ("system", "user", "assistant") if role in pieces]
+    turns = [f'if eq .Role "{r}" }}}}{pieces[r]}{{{{ .Content }}}}{pieces[r + "_end"]}{{{{ ' for r in roles]
+    start = pieces["start"]
+    if start and "system" in pieces: start = "{{ if not .System }}" + start + "{{ end }}"
+    return start + "{{ range .Messages }}{{ " + "else ".join(turns) + "end }}{{ end }}" + pieces["answer"]
 
 # %% ../nbs/workshop/modelfile.ipynb #4b9f392a
+def missing(tokenizer) -> list[str]:
+    "What a model cannot do in Ollama, and why: one line each."
+    if not tokenizer.chat_template: return ["The model has no chat template: it goes on with a text, it does not chat."]
+    if takes_system(tokenizer): return []
+    return ["Its chat template takes no system prompt, so Ollama's SYSTEM changes nothing."]
+
 def modelfile(
     gguf: str | Path,
     tokenizer,                     # of transformers, or the name or folder of a model
@@ -87,9 +100,9 @@ def modelfile(
     if num_ctx and num_ctx > made_for:
         raise UserError(f"num_ctx {num_ctx}: {Path(gguf).name} was made for {made_for} tokens. Give at most that")
     near = Path(os.path.relpath(gguf, output.parent)).as_posix()
-    lines = [f"# ollama create NAME -f {output.name}",
-             f"FROM {near if near.startswith('.') else './' + near}",
-             f'TEMPLATE """{go_template(chat_pieces(tokenizer))}"""']
+    template = go_template(chat_pieces(tokenizer)) if tokenizer.chat_template else "{{ .Prompt }}"
+    lines = [f"# ollama create NAME -f {output.name}", *(f"# {line}" for line in missing(tokenizer)),
+             f"FROM {near if near.startswith('.') else './' + near}", f'TEMPLATE """{template}"""']
     lines += [f'PARAMETER stop "{token}"' for token in tokenizer.convert_ids_to_tokens(stop_ids(tokenizer))]
     lines += [f"PARAMETER num_ctx {num_ctx or min(made_for, 8192)}"]
     with write_aside(output, begins(b"# ollama create")) as aside:

@@ -10,8 +10,8 @@ from .card import read_card
 from .core import UserError, choose, file_hash, model_path, scale as read_scale
 
 # %% auto #0
-__all__ = ['TOKENIZER_FILES', 'PADS', 'WAY_OUT', 'absent', 'adapter_base', 'load_tokenizer', 'device_of', 'hush', 'weights_hash',
-           'same_weights', 'fitted', 'with_adapter', 'from_files', 'load']
+__all__ = ['TOKENIZER_FILES', 'PADS', 'WAY_OUT', 'absent', 'adapter_base', 'adapter_shapes', 'same_vocabulary', 'load_tokenizer',
+           'device_of', 'hush', 'weights_hash', 'same_weights', 'fitted', 'with_adapter', 'from_files', 'load']
 
 # %% ../nbs/workshop/pretrained.ipynb #38a8e00e
 def absent(
@@ -32,12 +32,37 @@ def absent(
 def adapter_base(
     path: Path,  # an adapter's folder, with its adapter_config.json
 ) -> str:        # a folder, a checkpoint or a Hub name
-    "The base that an adapter says it belongs to. Raises `UserError` if it names none."
+    "The base that an adapter says it belongs to. Raises `UserError` if it names none, or its config is broken."
     place = path / "adapter_config.json"
-    try: base = json.loads(place.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except json.JSONDecodeError: raise UserError(f"{place}: not JSON. Save the adapter again") from None
-    if base: return base
+    try: config = json.loads(place.read_text(encoding="utf-8"))
+    except ValueError: raise UserError(f"{place}: not JSON. Save the adapter again") from None
+    if not isinstance(config, dict): raise UserError(f"{place}: not an adapter's config. Save the adapter again")
+    base = config.get("base_model_name_or_path")
+    if base and isinstance(base, str): return base
     raise UserError(f'{place}: names no base. Set "base_model_name_or_path" to the model that it was trained on')
+
+# %% ../nbs/workshop/pretrained.ipynb #4a4e0625
+def adapter_shapes(
+    path: Path,         # an adapter's folder
+) -> dict[str, tuple]:  # tensor → shape
+    "What is in an adapter's file. Raises `UserError` if there is none, or it is not whole."
+    from safetensors import SafetensorError, safe_open
+    file = path / "adapter_model.safetensors"
+    if not file.is_file():
+        pickled = (path / "adapter_model.bin").is_file()
+        raise UserError(f"{path}: no adapter_model.safetensors" + (", only a pickled .bin, which can run code" * pickled) +
+                        ". Save the adapter again with model.save_pretrained(folder)")
+    try:
+        with safe_open(file, "pt") as f: return {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}
+    except (SafetensorError, OSError) as e:
+        raise UserError(f"{file}: not a whole safetensors file ({str(e)[:80]}). Save or download it again") from None
+
+def same_vocabulary(path: Path, shapes: dict[str, tuple], rows: int, base: str) -> None:
+    "Raise `UserError` if an adapter brings embeddings for another number of tokens than its base has."
+    for name, shape in shapes.items():
+        if name.endswith(("embed_tokens.weight", "lm_head.weight")) and shape[0] != rows:
+            raise UserError(f"{path}: this adapter was trained with {shape[0]} token embeddings, {base} has {rows}. "
+                            f"Resize the base first: model.resize_token_embeddings({shape[0]}), and save it")
 
 # %% ../nbs/workshop/pretrained.ipynb #7decf578
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -103,11 +128,11 @@ def fitted(
 ):               # a PEFT model
     "Put an adapter on a base. Raises `UserError` if a matrix of either has no partner in the other."
     from peft import PeftModel, get_peft_model_state_dict
-    from safetensors import SafetensorError, safe_open
-    try:
-        net = PeftModel.from_pretrained(net, str(path))
-        with safe_open(path / "adapter_model.safetensors", "pt") as f: saved = {k for k in f.keys() if "lora_" in k}
-    except (RuntimeError, ValueError, OSError, SafetensorError) as e:
+    shapes = adapter_shapes(path)
+    same_vocabulary(path, shapes, net.get_input_embeddings().weight.shape[0], base)
+    saved = {k for k in shapes if "lora_" in k}
+    try: net = PeftModel.from_pretrained(net, str(path))
+    except (RuntimeError, ValueError, OSError, TypeError, KeyError) as e:
         raise UserError(f"{path}: this adapter does not fit {base} ({str(e).splitlines()[0][:100]}). {WAY_OUT}") from e
     here = {k for k in get_peft_model_state_dict(net, save_embedding_layers=False) if "lora_" in k}
     if odd := saved ^ here:

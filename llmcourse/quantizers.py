@@ -9,10 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from .core import UserError, choose
 from .gguf_file import contents, read_gguf, tensor_bytes, write_gguf
+from .tensors import check_values, rows_in_slab
 
 # %% auto #0
-__all__ = ['PIN', 'KINDS', 'FALLBACK', 'FLOATS', 'open_library', 'quantize_rows', 'ggml', 'requantized', 'block_size',
-           'wanted_type', 'tensor_type', 'shape_of', 'llama_order', 'stays_float', 'plan_types', 'quantize']
+__all__ = ['PIN', 'KINDS', 'FALLBACK', 'FLOATS', 'open_library', 'quantize_rows', 'ggml', 'packed', 'requantized', 'block_size',
+           'wanted_type', 'tensor_type', 'shape_of', 'llama_order', 'stays_float', 'mixture', 'plan_types', 'add_kind',
+           'quantize']
 
 # %% ../nbs/workshop/quantizers.ipynb #cf877f58
 PIN = "Install xllamacpp==2026.10.11549"
@@ -57,21 +59,45 @@ def ggml():
         raise UserError(f"xllamacpp: its ggml_quantize_chunk does not do what it did. {PIN}")
     return lib
 
+# %% ../nbs/workshop/quantizers.ipynb #2bd32d24
+def packed(
+    rows,              # torch tensor in float32: some rows, or a vector
+    kind: str,         # a GGUF type
+    threads: int = 1,  # processor threads
+):                     # array: the same numbers as they lie in a GGUF file
+    "Numbers in another type."
+    import numpy as np, torch
+    if kind == "F32": return rows.contiguous().numpy()
+    if kind == "F16": return rows.half().numpy()
+    if kind == "BF16": return rows.bfloat16().contiguous().view(torch.int16).numpy()
+    parts = np.array_split(rows.numpy(), min(threads, len(rows)))
+    if len(parts) == 1: return quantize_rows(parts[0], kind)
+    with ThreadPoolExecutor(threads) as pool:
+        return np.concatenate(list(pool.map(lambda part: quantize_rows(part, kind), parts)))
+
 # %% ../nbs/workshop/quantizers.ipynb #c8f5c2b4
+def _floats(raw, have: str, shape: tuple):
+    "Bytes of a GGUF file as a torch tensor in float32."
+    import torch
+    stored = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[have]
+    return torch.from_numpy(raw).view(stored).view(shape).float()
+
 def requantized(
-    tensor,         # of a `gguf.GGUFReader`, in F32, F16 or BF16
+    path: Path,     # a GGUF file
+    tensor,         # one of its tensors, in F32, F16 or BF16
     kind: str,      # a GGUF type
     threads: int,
-):
-    "The data of a tensor in another type."
-    import gguf, numpy as np
-    have, want = tensor.tensor_type, gguf.GGMLQuantizationType[kind]
-    if have == want: return tensor.data
-    if kind == "F16": return gguf.quants.quantize(gguf.quants.dequantize(tensor.data, have), want)
-    def slab(rows): return quantize_rows(gguf.quants.dequantize(rows, have), kind)
-    step = max(1, 2**22 // int(tensor.shape[0]))   # rows of 4 million weights
-    with ThreadPoolExecutor(threads) as pool:
-        return np.concatenate(list(pool.map(lambda i: slab(tensor.data[i:i + step]), range(0, len(tensor.data), step))))
+):                  # yields arrays, one slab of rows after the other
+    "The data of a tensor in another type. Raises `UserError` for NaN, and for numbers that are too large for it."
+    import numpy as np
+    have, (length, *columns) = tensor.tensor_type.name, (int(n) for n in tensor.shape[::-1])
+    row, step = int(tensor.n_bytes) // length, rows_in_slab((length, *columns))
+    for start in range(0, length, step):
+        n = min(step, length - start)
+        raw = np.fromfile(path, np.uint8, n * row, offset=int(tensor.data_offset) + start * row)
+        rows = _floats(raw, have, (n, *columns))
+        check_values(rows, f"{path}: {tensor.name}", kind)
+        yield raw if have == kind else packed(rows, kind, threads)
 
 # %% ../nbs/workshop/quantizers.ipynb #56abf8cb
 KINDS = ("Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_0", "Q4_K_M", "Q4_K_S", "Q4_0", "Q3_K_M", "Q2_K")
@@ -133,13 +159,25 @@ def shape_of(
                 tied=all(t.name != "output.weight" for t in reader.tensors))
 
 # %% ../nbs/workshop/quantizers.ipynb #fb555344
-def llama_order(tensor) -> tuple[int, str]:
+def llama_order(name: str) -> tuple[int, str]:
     "Where llama.cpp puts a tensor: what belongs to no layer first, then layer by layer."
-    return (int(tensor.name.split(".")[1]) if tensor.name.startswith("blk.") else -1, tensor.name)
+    return (int(name.split(".")[1]) if name.startswith("blk.") else -1, name)
 
-def stays_float(tensor) -> bool:
+def stays_float(name: str, shape: tuple) -> bool:
     "Vectors and norms are small, and quantising them would cost much."
-    return len(tensor.shape) < 2 or not tensor.name.endswith("weight") or "_norm.weight" in tensor.name
+    return len(shape) < 2 or not name.endswith("weight") or "_norm.weight" in name
+
+def mixture(
+    tensors: dict[str, tuple],  # llama.cpp's name → (GGUF type, shape), of floats
+    kind: str,                  # one of `KINDS`
+    **about,                    # layers, heads, kv_heads and tied, as for `tensor_type`
+) -> dict[str, tuple]:          # tensor → (GGUF type, shape), in llama.cpp's order
+    "What type each tensor of a model gets."
+    out = {}
+    for name in sorted(tensors, key=llama_order):
+        have, shape = tensors[name]
+        out[name] = (have if stays_float(name, shape) else tensor_type(name, shape[-1], kind, **about), shape)
+    return out
 
 # %% ../nbs/workshop/quantizers.ipynb #0a3d71a9
 def plan_types(
@@ -148,14 +186,24 @@ def plan_types(
 ) -> dict[str, tuple]:     # tensor → (type, shape, bytes), in llama.cpp's order
     "What `quantize` will make of each tensor. Raises `UserError` for an unknown kind or a quantised file."
     choose(kind, KINDS, "quantisation")
-    reader = read_gguf(gguf)
-    about, out = shape_of(reader), {}
-    for t in sorted(reader.tensors, key=llama_order):
-        shape, have = tuple(int(n) for n in t.shape[::-1]), t.tensor_type.name
-        if have not in FLOATS: raise UserError(f"{gguf}: {t.name} is {have} already. Give a file of floats")
-        want = have if stays_float(t) else tensor_type(t.name, shape[-1], kind, **about)
-        out[t.name] = (want, shape, tensor_bytes(shape, want))
-    return out
+    reader, have = read_gguf(gguf), {}
+    about = shape_of(reader)
+    for t in reader.tensors:
+        if t.tensor_type.name not in FLOATS:
+            raise UserError(f"{gguf}: {t.name} is {t.tensor_type.name} already. Give a file of floats")
+        have[t.name] = t.tensor_type.name, tuple(int(n) for n in t.shape[::-1])
+    return {name: (want, shape, tensor_bytes(shape, want)) for name, (want, shape) in mixture(have, kind, **about).items()}
+
+def add_kind(
+    writer,     # `gguf.GGUFWriter`
+    kind: str,  # one of `KINDS`
+) -> None:
+    "Say which mixture it is, at the end of the metadata, as llama.cpp's quantiser does."
+    from gguf import GGML_QUANT_VERSION, LlamaFileType
+    said = {"general.quantization_version": GGML_QUANT_VERSION, "general.file_type": LlamaFileType[f"MOSTLY_{kind}"]}
+    for key, value in said.items():
+        writer.kv_data[0].pop(key, None)
+        writer.add_uint32(key, int(value))
 
 # %% ../nbs/workshop/quantizers.ipynb #bad7a60b
 def quantize(
@@ -165,19 +213,18 @@ def quantize(
     threads: int = 1,       # processor threads
 ) -> Path:                  # `output`
     "Quantise a GGUF file as llama.cpp does. Raises `UserError` for an unknown kind or a quantised file."
-    from gguf import GGML_QUANT_VERSION, GGUFValueType, LlamaFileType
-    if Path(output).resolve() == Path(gguf).resolve():
+    from gguf import GGUFValueType
+    gguf = Path(gguf)
+    if Path(output).resolve() == gguf.resolve():
         raise UserError(f"{output}: the file to read. Choose another output")
     plan = plan_types(gguf, kind)
     reader = read_gguf(gguf)
     tensors = {t.name: t for t in reader.tensors}
-    last = {"general.quantization_version": GGML_QUANT_VERSION,
-            "general.file_type": int(LlamaFileType[f"MOSTLY_{kind}"])}
     def about(writer):
         for key, field in reader.fields.items():
-            if key.startswith("GGUF.") or key in last or key == "general.architecture": continue
+            if key.startswith("GGUF.") or key == "general.architecture": continue
             array = field.types[0] == GGUFValueType.ARRAY
             writer.add_key_value(key, field.contents(), field.types[0], field.types[-1] if array else None)
-        for key, value in last.items(): writer.add_uint32(key, value)
-    arrays = (requantized(tensors[name], want, threads) for name, (want, *_) in plan.items())
-    return write_gguf(output, about, {name: (want, shape) for name, (want, shape, _) in plan.items()}, arrays)
+        add_kind(writer, kind)
+    data = (requantized(gguf, tensors[name], want, threads) for name, (want, *_) in plan.items())
+    return write_gguf(output, about, {name: (want, shape) for name, (want, shape, _) in plan.items()}, data)

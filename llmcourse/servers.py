@@ -4,11 +4,11 @@
 
 # %% ../nbs/workshop/servers.ipynb #c30f468a
 from __future__ import annotations
-import contextlib, hmac, ipaddress, json, os, re, shutil, socket, sys, tempfile, threading
+import contextlib, hmac, ipaddress, json, os, re, socket, sys, threading
 from pathlib import Path
 from urllib.parse import urlsplit
 from .children import Child
-from .core import UserError, choose, model_path
+from .core import Scratch, UserError, choose, model_path
 from .models import load
 
 # %% auto #0
@@ -173,7 +173,7 @@ def connect(
 # %% ../nbs/workshop/servers.ipynb #93d1cd7e
 class Server(Child):
     "A model behind a URL, until `.stop()`, the end of its `with` block, or the end of this Python."
-    def __init__(self, job: dict, folder: Path):
+    def __init__(self, job: dict, scratch: Scratch):
         self.engine, self.name, self.key = job["engine"], job["name"], job["key"]
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(job["host"], job["host"])
         self.root = f"http://{f'[{host}]' if ':' in host else host}:{job['port']}"
@@ -181,7 +181,7 @@ class Server(Child):
         env = {"OMP_NUM_THREADS": str(job["n_threads"]), "TOKENIZERS_PARALLELISM": "false"}
         if Path(job["path"]).exists(): env["HF_HUB_OFFLINE"] = "1"
         run = "run_llama" if self.engine == "llama.cpp" else "run_transformers"
-        super().__init__(f"llmcourse.servers:{run}", job, f"{self.name}: the {self.engine} server", folder, env)
+        super().__init__(f"llmcourse.servers:{run}", job, f"{self.name}: the {self.engine} server", scratch, env)
 
     def client(self, **options): return connect(self.url, self.key, **options)
 
@@ -221,14 +221,14 @@ def serve(
     job = dict(engine=engine, path=path, host=host, port=check_address(host, port, key), key=key, n_ctx=n_ctx,
                n_parallel=n_parallel, n_threads=n_threads or max(1, (os.cpu_count() or 2) // 2), options=options)
     job["name"] = Path(path).stem if engine == "llama.cpp" else path
-    folder = Path(tempfile.mkdtemp(prefix="llmcourse-serve-"))
+    scratch = Scratch(prefix="llmcourse-serve-")
     server = None
     try:
-        if Path(path).is_dir(): job |= _model_folder(path, folder)
-        server = Server(job, folder)
+        if Path(path).is_dir(): job |= _model_folder(path, scratch.path)
+        server = Server(job, scratch)
         server.until(server.healthy, timeout)
     except BaseException:
         if server: server.stop()
-        shutil.rmtree(folder, ignore_errors=True)
+        scratch.close()
         raise
     return server

@@ -4,33 +4,47 @@
 
 # %% ../nbs/workshop/shipping.ipynb #4e7d039f
 from __future__ import annotations
-import contextlib, tempfile
+import contextlib, os, sys
 from pathlib import Path
-from .core import UserError, begins, check_free, choose
+from .core import Scratch, UserError, begins, check_free, choose
 
 # %% auto #0
-__all__ = ['export_folder', 'served']
+__all__ = ['PLAIN', 'gguf_name_of', 'export_folder', 'served']
 
 # %% ../nbs/workshop/shipping.ipynb #78d50309
+PLAIN = ("F32", "F16", "BF16")   # types that round, and no more
+
+def gguf_name_of(
+    model: str | Path,   # a checkpoint, a model or adapter folder, or a Hub name
+    quant: str,          # "Q8_0", "q4_k_m": upper or lower case
+) -> tuple[str, str]:    # (name of the file, type for `to_gguf`)
+    "What an export of a model is called. Raises `UserError` for a type that there is not."
+    from llmcourse.export import KINDS
+    quant = choose(str(quant).upper(), [*PLAIN, *KINDS], "GGUF type")
+    return f"{Path(model).resolve().name}-{quant}.gguf", quant.lower() if quant in PLAIN else quant
+
 def export_folder(
     model: str | Path,     # a checkpoint, a model or adapter folder, or a Hub name
     output: str | Path,    # folder to make
-    quant: str = "Q8_0",   # F32, F16, or what `llmcourse.export.quantize` knows
-) -> list[Path]:           # the GGUF and the Modelfile
+    quant: str = "Q8_0",   # F32, F16, BF16, or what `llmcourse.export.quantize` knows
+) -> list[Path]:           # the GGUF, and the Modelfile if Ollama can say the chat template
     "Export a model to a folder that Ollama, llama.cpp and LM Studio take."
-    from llmcourse.export import KINDS, modelfile, quantize, to_gguf
+    from llmcourse.export import modelfile, to_gguf
+    from llmcourse.gguf_file import check_file
     from llmcourse.models import load_tokenizer
-    output, plain = Path(output), ("F32", "F16", "BF16")
+    output = Path(output)
     if output.is_file(): raise UserError(f"{output}: a file. Name a folder for the GGUF and its Modelfile")
-    choose(quant, [*plain, *KINDS], "GGUF type")
-    name = output / f"{Path(model).resolve().name}-{quant}.gguf"
-    check_free(name, begins(b"GGUF"))
-    check_free(output / "Modelfile", begins(b"# ollama create"))
-    if quant in plain: to_gguf(model, name, quant.lower())
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            quantize(to_gguf(model, Path(folder) / "f32.gguf", "f32"), name, quant)
-    return [name, modelfile(name, load_tokenizer(model), output / "Modelfile")]
+    name, dtype = gguf_name_of(model, quant)
+    gguf, place = output / name, output / "Modelfile"
+    check_file(gguf)
+    check_free(place, begins(b"# ollama create"))
+    to_gguf(model, gguf, dtype, threads=os.cpu_count())
+    try: return [gguf, modelfile(gguf, load_tokenizer(model), place)]
+    except UserError as e:
+        place.unlink(missing_ok=True)   # an earlier one would be about another model
+        print(f"no Modelfile for Ollama: {e}\nllama.cpp reads the chat template from the GGUF itself: "
+              f"llmcourse serve --model {gguf}", file=sys.stderr)
+        return [gguf]
 
 # %% ../nbs/workshop/shipping.ipynb #701db594
 @contextlib.contextmanager
@@ -44,12 +58,16 @@ def served(
     n_parallel: int = 4,              # conversations at once (llama.cpp)
 ):
     "Serve any model, exporting it first where the engine needs that. Yields the server. `UserError` for a bad address."
+    from llmcourse.export import to_gguf
     from llmcourse.serve import check_address, serve
     check_address(host, port, key)
     choose(engine, ["llama.cpp", "transformers"], "engine")
     found = list(Path(model).glob("*.gguf"))
     if len(found) == 1: model = found[0]      # the folder that `export_folder` made
-    with tempfile.TemporaryDirectory(prefix="llmcourse-") as folder:
-        if engine == "llama.cpp" and not str(model).endswith(".gguf"): model = export_folder(model, folder, quant)[0]
+    if len(found) > 1: raise UserError(f"{model}: holds {len(found)} GGUF files. Name one, such as {min(found)}")
+    with Scratch() as folder:
+        if engine == "llama.cpp" and not Path(model).is_file() and not str(model).endswith(".gguf"):
+            name, dtype = gguf_name_of(model, quant)
+            model = to_gguf(model, folder / name, dtype, threads=os.cpu_count())
         with serve(model, port=port, engine=engine, host=host, key=key, n_parallel=n_parallel) as server:
             yield server

@@ -227,9 +227,10 @@ def test_each_pre_tokenizer_reads_as_transformers_does(name, options, tmp_path):
     tok = make_tokenizer(**options)
     assert pre_tokenizer(tok) == name
     make_model(tmp_path / "m", tokenizer=tok, num_hidden_layers=1)
+    in_a_row = 2  # all added tokens, forwards and backwards
     assert check_tokens(to_gguf(tmp_path / "m", tmp_path / "m.gguf", "q8_0"), tok) == len(TEXTS) + len(
         tok.added_tokens_decoder
-    ) + len(CHATS)
+    ) + in_a_row + len(CHATS)
 
 
 def test_ignore_merges_is_noticed_only_where_it_matters():
@@ -260,6 +261,27 @@ def test_tokenizers_that_we_cannot_prove_are_refused(tmp_path):
     with pytest.raises(UserError, match="pre-tokenizer"):
         to_gguf(tmp_path / "m", tmp_path / "m.gguf")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m"]  # nothing half-written
+
+
+def test_added_tokens_that_overlap_are_compared(tmp_path):
+    "llama.cpp looks for the longest added token first, tokenizers for the leftmost."
+    from tokenizers import AddedToken
+
+    tok = make_tokenizer()
+    tok.add_tokens([AddedToken("<ab", normalized=False), AddedToken("b<c>", normalized=False)])
+    make_model(tmp_path / "m", tokenizer=tok, num_hidden_layers=1)
+    with pytest.raises(UserError, match="reads '<ab<c>'"):
+        to_gguf(tmp_path / "m", tmp_path / "m.gguf")
+
+
+def test_all_added_tokens_are_compared(tmp_path):
+    "Also the last of very many."
+    from llmcourse.gguf_tokens import special_texts
+
+    tok = make_tokenizer()
+    tok.add_special_tokens({"additional_special_tokens": [f"<|extra_{i}|>" for i in range(300)]})
+    texts = special_texts(tok)
+    assert all(any(f"a{t.content}b" in text for text in texts) for t in tok.added_tokens_decoder.values())
 
 
 @pytest.mark.parametrize("wrong", ["default", "gpt-2", "qwen2"])
@@ -339,18 +361,198 @@ def test_broken_weights_are_named(tmp_path):
         file.write_bytes(broken)
         with pytest.raises(UserError, match="model.safetensors: not a whole safetensors file"):
             to_gguf(tmp_path / "m", tmp_path / "out.gguf")
-    file.write_bytes(whole)
-    for text in ('{"weight_map":', "[]", '{"weights": {}}'):
+    file.unlink()
+    (tmp_path / "m/model-1.safetensors").write_bytes(whole)
+    ints, outside = '{"weight_map": {"a": 1}}', '{"weight_map": {"a": "../m/model-1.safetensors"}}'
+    for text in ('{"weight_map":', "[]", '{"weights": {}}', '{"weight_map": {}}', '{"weight_map": ["a"]}', ints, outside):
         index.write_text(text)
         with pytest.raises(UserError, match="no index of weights"):
             to_gguf(tmp_path / "m", tmp_path / "out.gguf")
-    index.write_text('{"weight_map": {"a": "model-1.safetensors"}}')
-    with pytest.raises(UserError, match="model-1.safetensors is missing"):
+    index.write_text('{"weight_map": {"a": "model-2.safetensors"}}')
+    with pytest.raises(UserError, match="model-2.safetensors is missing"):
         to_gguf(tmp_path / "m", tmp_path / "out.gguf")
     with pytest.raises(UserError, match="not on the Hub"), pytest.MonkeyPatch.context() as patch:
         patch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: (_ for _ in ()).throw(OSError("no network")))
         to_gguf("nobody/nothing", tmp_path / "out.gguf")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m"]
+
+
+def test_the_weights_that_transformers_loads_are_exported(tmp_path):
+    "An older file beside model.safetensors, or an index left behind, changes nothing."
+    import shutil
+
+    from transformers import AutoModelForCausalLM
+
+    make_model(tmp_path / "m", num_hidden_layers=1)
+    want = to_gguf(tmp_path / "m", tmp_path / "want.gguf", verify=False).read_bytes()
+    new, old = tmp_path / "m/model.safetensors", tmp_path / "m/model_old.safetensors"
+    with_norm(shutil.copy(new, old), 5.0)
+    index = {"metadata": {}, "weight_map": {"model.norm.weight": "model_old.safetensors"}}
+    (tmp_path / "m/model.safetensors.index.json").write_text(json.dumps(index))
+    assert to_gguf(tmp_path / "m", tmp_path / "got.gguf", verify=False).read_bytes() == want
+    index["weight_map"]["model.norm.weight"] = "model-00001-of-00002.safetensors"  # which is long gone
+    (tmp_path / "m/model.safetensors.index.json").write_text(json.dumps(index))
+    assert to_gguf(tmp_path / "m", tmp_path / "got.gguf", verify=False).read_bytes() == want
+    shutil.copy(tmp_path / "m/model.safetensors", tmp_path / "m/model-00001-of-00001.safetensors")
+    new.unlink()
+    index["weight_map"] = dict.fromkeys(tensor_index_of(old), "model_old.safetensors")
+    (tmp_path / "m/model.safetensors.index.json").write_text(json.dumps(index))
+    norm = AutoModelForCausalLM.from_pretrained(tmp_path / "m").model.norm.weight
+    tensors = gguf.GGUFReader(to_gguf(tmp_path / "m", tmp_path / "got.gguf", verify=False)).tensors
+    assert (next(t.data for t in tensors if t.name == "output_norm.weight") == norm.tolist()).all() and norm[0] == 5
+    (tmp_path / "m/model.safetensors.index.json").unlink()  # transformers loads nothing without one of the two
+    with pytest.raises(UserError, match="no model.safetensors"):
+        to_gguf(tmp_path / "m", tmp_path / "got.gguf")
+
+
+def tensor_index_of(file):
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as f:
+        return list(f.keys())
+
+
+def with_norm(file, value, name="model.norm.weight", at=...):
+    "Change numbers in a safetensors file."
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(file)
+    tensors[name][at] = value
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+UP = "model.layers.0.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    "kind, value, why",
+    [(kind, v, why) for kind in (*DTYPES, "Q4_K_M") for v, why in ((np.nan, "NaN"), (-np.inf, "an infinity"))]
+    + [("f16", 1e5, "F16 ends at"), ("q8_0", -1e7, "Q8_0 ends at"), ("Q4_0", 1e6, "Q4_0 ends at")],
+)
+def test_numbers_that_are_none_or_do_not_fit_are_refused(kind, value, why, tmp_path):
+    make_model(tmp_path / "m", num_hidden_layers=1)
+    with_norm(tmp_path / "m/model.safetensors", value, UP, (3, 4))
+    with pytest.raises(UserError, match=f"model.safetensors: {UP} holds .*{why}"):
+        to_gguf(tmp_path / "m", tmp_path / "out.gguf", kind, verify=False)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m"]
+
+
+def test_numbers_that_fit_pass(tmp_path):
+    make_model(tmp_path / "m", num_hidden_layers=1)
+    with_norm(tmp_path / "m/model.safetensors", 65504.0, UP, (3, 4))
+    for kind in (*DTYPES, "Q4_0", "Q4_K_M"):
+        reader = gguf.GGUFReader(to_gguf(tmp_path / "m", tmp_path / "out.gguf", kind, verify=False))
+        data = next(t for t in reader.tensors if t.name == "blk.0.ffn_up.weight")
+        assert np.isfinite(gguf.quants.dequantize(data.data, data.tensor_type)).all(), kind
+
+
+def test_nan_in_a_gguf_is_not_quantised(gqa, tmp_path):
+    reader = gguf.GGUFReader(gqa[3])
+    norm = next(t for t in reader.tensors if t.name == "output_norm.weight")
+    raw = bytearray(gqa[3].read_bytes())
+    raw[norm.data_offset : norm.data_offset + 4] = np.float32(np.nan).tobytes()
+    (tmp_path / "nan.gguf").write_bytes(raw)
+    with pytest.raises(UserError, match="nan.gguf: output_norm.weight holds NaN"):
+        quantize(tmp_path / "nan.gguf", tmp_path / "q.gguf")
+    assert [p.name for p in tmp_path.iterdir()] == ["nan.gguf"]
+
+
+@pytest.mark.parametrize("edit", ["shorter", "shifted", "alias", "other type", "negative", "nothing"])
+def test_a_header_that_contradicts_itself_is_refused(edit, tmp_path):
+    make_model(tmp_path / "m", num_hidden_layers=1)
+    file = tmp_path / "m/model.safetensors"
+    raw = file.read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + size])
+    low, high = header[UP]["data_offsets"]
+    header[UP] |= {
+        "shorter": {"data_offsets": [low, high - 4]},
+        "shifted": {"data_offsets": [low + 4, high + 4]},
+        "alias": {"data_offsets": header[UP.replace("up", "gate")]["data_offsets"]},
+        "other type": {"dtype": "BF16"},
+        "negative": {"shape": [-1, 256]},
+        "nothing": {"shape": []},
+    }[edit]
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + size :])
+    with pytest.raises(UserError, match="model.safetensors: not a whole safetensors file"):
+        to_gguf(tmp_path / "m", tmp_path / "out.gguf")
+
+
+@pytest.mark.parametrize(
+    "text, why",
+    [
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1234\n", "a pointer of Git LFS"),
+        ("<!DOCTYPE html>\n<html><body>Please log in</body></html>", "a web page"),
+        ("", "empty"),
+    ],
+)
+def test_what_lies_in_the_place_of_weights_is_named(text, why, tmp_path):
+    make_model(tmp_path / "m", num_hidden_layers=1)
+    (tmp_path / "m/model.safetensors").write_text(text)
+    with pytest.raises(UserError, match=why):
+        to_gguf(tmp_path / "m", tmp_path / "out.gguf")
+
+
+@pytest.mark.parametrize(
+    "broken",
+    {
+        "text for a number": dict(factor="8"),
+        "no ramp": dict(low_freq_factor=1.0, high_freq_factor=1.0),
+        "a key is missing": dict(factor=None),
+    }.items(),
+    ids=str,
+)
+def test_rope_that_cannot_be_computed_is_refused(broken, tmp_path):
+    make_model(tmp_path / "m", "head_dim", num_hidden_layers=1)
+    path = tmp_path / "m/config.json"
+    config = json.loads(path.read_text())
+    config["rope_parameters"] = {k: v for k, v in (ROPE | broken[1]).items() if v is not None}
+    path.write_text(json.dumps(config))
+    with pytest.raises(UserError, match="m: .*rope"):
+        to_gguf(tmp_path / "m", tmp_path / "out.gguf", verify=False)
+
+
+@pytest.mark.parametrize("text", ["license: [", "tags: 5\nlicense: {a: b}\nbase_model: 7\ndatasets: {}", "- a"])
+def test_a_broken_model_card_does_not_stop_an_export(text, tmp_path):
+    make_model(tmp_path / "m", num_hidden_layers=1)
+    (tmp_path / "m/README.md").write_text(f"---\n{text}\n---\n# A model\n")
+    assert to_gguf(tmp_path / "m", tmp_path / "out.gguf", verify=False).is_file()
+
+
+def test_a_disk_that_fills_while_writing(gqa, tmp_path, monkeypatch):
+    "The system's own error comes through, so that the command line can say it; nothing is left."
+    import errno
+
+    import llmcourse.gguf_file as gguf_file
+
+    def full(file, arrays, size):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(gguf_file, "_append", full)
+    with pytest.raises(OSError) as e:
+        to_gguf(gqa[1], tmp_path / "out.gguf", verify=False)
+    assert e.value.errno == errno.ENOSPC and not list(tmp_path.iterdir())
+    from llmcourse.gguf_file import write_gguf
+
+    monkeypatch.undo()
+    with open("/dev/full", "wb", buffering=0) as device, pytest.raises(OSError) as e:
+        gguf_file._append(Device(device), [np.zeros(2**20, np.float32)], 2**22)
+    assert e.value.errno == errno.ENOSPC and write_gguf
+
+
+class Device:
+    "A file on a full disk, which still knows where it is."
+
+    def __init__(self, device):
+        self.device, self.at = device, 0
+
+    def tell(self):
+        return self.at
+
+    def write(self, data):
+        self.at += len(memoryview(data).cast("B")) if len(data) else 0
+        return self.device.write(data) if len(data) else 0
 
 
 def test_another_architecture_is_not_quantised(tmp_path):
@@ -392,6 +594,75 @@ def test_an_adapter_is_merged_first(room, tmp_path):
 
 
 # --- quantising ------------------------------------------------------------------------------------------------------
+
+
+def test_at_once_is_the_same_as_in_two_steps(exported, tmp_path):
+    shape, folder, _, f32 = exported
+    for kind in KINDS:
+        one = to_gguf(folder, tmp_path / "one.gguf", kind, verify=False, threads=2)
+        assert one.read_bytes() == quantize(f32, tmp_path / "two.gguf", kind).read_bytes(), kind
+
+
+def test_slabs_make_the_same_file(gqa, tmp_path, monkeypatch):
+    import llmcourse.tensors as tensors
+
+    whole = to_gguf(gqa[1], tmp_path / "whole.gguf", "bf16", verify=False).read_bytes()
+    monkeypatch.setattr(tensors, "SLAB", 3000)  # 11 rows, or one head where a head must stay together
+    assert to_gguf(gqa[1], tmp_path / "slabs.gguf", "bf16", verify=False).read_bytes() == whole
+
+
+def test_a_large_tensor_needs_no_large_memory(tmp_path):
+    "640 MB of embeddings in float32, in a process of its own: at most a tenth of them more than for a small model."
+    import subprocess
+    import sys
+
+    import torch
+    from safetensors.torch import save_file
+
+    make_model(tmp_path / "small", num_hidden_layers=1, tie_word_embeddings=True)
+    make_model(tmp_path / "large", num_hidden_layers=1, tie_word_embeddings=True)
+    config = tmp_path / "large/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"vocab_size": 625_000}))
+    tensors = {n: torch.zeros(s) for n, s in llama_shapes(tmp_path / "large").items()}
+    save_file(tensors, tmp_path / "large/model.safetensors", metadata={"format": "pt"})
+    del tensors
+    code = (
+        "import sys, resource; from llmcourse.converter import to_gguf; "
+        "from pathlib import Path; import llmcourse.converter as c; c.add_tokenizer = lambda *_: None; "
+        "to_gguf(sys.argv[1], sys.argv[2], 'Q8_0', verify=False); "
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)"
+    )
+    peak = {}
+    for name in ("small", "large"):
+        words = [sys.executable, "-c", code, tmp_path / name, tmp_path / f"{name}.gguf"]
+        peak[name] = float(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
+    assert peak["large"] - peak["small"] < 100, peak
+
+
+def llama_shapes(folder):
+    from llmcourse.tensors import expected_tensors
+
+    return expected_tensors(json.loads((folder / "config.json").read_text()))
+
+
+def test_long_lists_are_read_as_the_library_reads_them(gqa):
+    from llmcourse.gguf_file import read_gguf
+
+    ours, theirs = read_gguf(gqa[3]), gguf.GGUFReader(gqa[3])
+    assert list(ours.fields) == list(theirs.fields)
+    for key, field in theirs.fields.items():
+        assert ours.fields[key].contents() == field.contents() and ours.fields[key].types == field.types, key
+    assert all((a.data == b.data).all() and a.name == b.name for a, b in zip(ours.tensors, theirs.tensors, strict=True))
+
+
+def test_a_gguf_cut_anywhere_is_refused(gqa, tmp_path):
+    from llmcourse.gguf_file import read_gguf
+
+    whole = gqa[3].read_bytes()
+    for size in (4, 10, 30, 300, 5000, 6001, 9003, 20_000, len(whole) - 1):
+        (tmp_path / "cut.gguf").write_bytes(whole[:size])
+        with pytest.raises(UserError, match="not a whole GGUF"):
+            read_gguf(tmp_path / "cut.gguf")
 
 
 def test_sizes_are_known_beforehand(gqa, tmp_path):
@@ -542,16 +813,23 @@ DATED = (
 )
 
 
+NO_SYSTEM = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    "{{ '<' + m['role'] + '>' + m['content'] + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
+
+
 @pytest.mark.parametrize(
     "template, bos",
-    [(TEMPLATE, True), (CHATML, False), (DATED, True)],
-    ids=["llama3", "chatml with a default system", "llama3.1 with a date"],
+    [(TEMPLATE, True), (CHATML, False), (DATED, True), (NO_SYSTEM, True)],
+    ids=["llama3", "chatml with a default system", "llama3.1 with a date", "no system prompt"],
 )
 def test_modelfile_says_what_the_chat_template_says(template, bos, gqa, tmp_path):
     tok = make_tokenizer(template=template, bos=bos)
     text = modelfile(gqa[3], tok, tmp_path / "Modelfile").read_text()
     body = text.split('"""')[1]
-    for chat in CHATS:
+    for chat in [c for c in CHATS if template != NO_SYSTEM or c[0]["role"] != "system"]:
         want = tok.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, date_string="26 Jul 2024")
         assert go(body, chat) == want.removeprefix(tok.bos_token if bos else "")
 
@@ -575,14 +853,9 @@ def test_modelfile_has_all_it_needs(gqa, tmp_path):
             TEMPLATE.replace("'<|eot_id|>'", "('' if loop.index == 3 else '<|eot_id|>')"),
             "more than",
         ),  # counts the turns
-        (
-            "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}{{ "
-            "m['content'] }}{% endfor %}",
-            "refuses",
-        ),
+        ("{% for m in messages %}{{ raise_exception('no') }}{% endfor %}", "refuses a user"),
         (TEMPLATE.replace("\n\n", " {{ ", 1), "cannot"),
         (TEMPLATE.replace("\n\n", "\u200b", 1), "cannot"),
-        (None, "no chat template"),
     ],
 )
 def test_templates_that_a_modelfile_cannot_say_are_refused(template, message, gqa, tmp_path):
