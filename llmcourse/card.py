@@ -80,6 +80,10 @@ def read_card(
     for name in ("hyperparameters", "settings", "environment", "files"):
         if not isinstance(card.get(name, {}), dict):
             raise UserError(f"{path}: {name} is a {type(card[name]).__name__}, not a mapping")
+    for name, kinds in (("seed", int), ("seconds", (int, float)), ("model", str), ("scale", str), ("data", str)):
+        if not isinstance(card.get(name), (kinds, type(None))) or isinstance(card.get(name), bool):
+            raise UserError(f"{path}: {name} is {card[name]!r}, a {type(card[name]).__name__}. "
+                            f"Write {'a number' if name[0] == 's' and name != 'scale' else 'a text'}")
     if "settings" not in card:
         given = card.get("hyperparameters", {})
         card["settings"] = {k: v for k, v in given.items() if k in OURS}

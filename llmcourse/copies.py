@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from .rows import conversations, question
 
 # %% auto #0
-__all__ = ['NearDuplicates', 'Seen']
+__all__ = ['FEWEST', 'NearDuplicates', 'one_word_less', 'Seen']
 
 # %% ../nbs/workshop/copies.ipynb #e95fe222
 def _runs(text: str) -> set[int]:
@@ -75,6 +75,17 @@ def _repeated(hashes) -> Iterator[tuple[int, int]]:
     first = order[np.maximum.accumulate(np.where(new, np.arange(len(h)), 0))]
     return zip(order[~new], first[~new])
 
+# %% ../nbs/workshop/copies.ipynb #f239c622
+FEWEST = 6   # words; a shorter question shares all but one of them with too many others
+
+def one_word_less(text: str) -> Iterator[int]:
+    "A question without each of its words in turn, as hashes. A number is never left out: with another it is another sum."
+    words = re.findall(r"\w+", text)
+    if len(words) < FEWEST: return
+    for i, word in enumerate(words):
+        if not any(c.isdigit() for c in word): yield _hashed(" ".join(words[:i] + words[i + 1:]))
+    yield _hashed(" ".join(words))
+
 # %% ../nbs/workshop/copies.ipynb #ecc31cb2
 class Seen:
     "Copies, near-copies and leaks, in bounded memory."
@@ -82,14 +93,18 @@ class Seen:
         self.most = most
         self.near = NearDuplicates()
         self.sides = []
-        self.rows, self.asks, self.place = (array.array("Q") for _ in range(3))
+        self.rows, self.asks, self.place, self.less, self.of = (array.array("Q") for _ in range(5))
         self.side = array.array("B")
 
     def faults(self, place: int, row: dict, side: str) -> Iterator[tuple[str, str]]:
         "A near-copy of an earlier row, as (level, what); `{12}` in `what` stands for a place."
         chats = conversations(row)
-        whole = _hashed(json.dumps(chats))
-        self._remember(place, whole, _hashed(question(row)), side)
+        whole, asked = _hashed(json.dumps(chats)), question(row)
+        self._remember(place, whole, _hashed(asked), side)
+        if len(self.rows) <= self.near.most:
+            for less in dict.fromkeys(one_word_less(asked)):
+                self.less.append(less)
+                self.of.append(len(self.rows) - 1)
         if len(self.near.kept) >= self.near.most: return
         if not (found := self.near.add((place, side, whole), _talk(chats))): return
         (earlier, where, other), same = found
@@ -113,3 +128,14 @@ class Seen:
             there = f"{self.sides[self.side[f]]} too, {{{self.place[f]}}}"
             if self.side[i] != self.side[f]:
                 yield self.place[i], "error", f"the question is in {there}: a leak between the splits"
+        yield from self._nearly()
+
+    def _nearly(self) -> Iterator[tuple[int, str, str]]:
+        "(place, level, what) for questions that differ in one word from one on another side."
+        said = set()
+        for i, f in _repeated(self.less):
+            row, first = self.of[i], self.of[f]
+            if row in said or self.side[row] == self.side[first] or self.asks[row] == self.asks[first]: continue
+            said.add(row)
+            there = f"{{{self.place[first]}}}, which is in {self.sides[self.side[first]]}"
+            yield self.place[row], "warning", f"nearly the question of {there}: one word differs, and the score may leak"

@@ -10,7 +10,7 @@ from pathlib import Path
 from .core import UserError, choose
 
 # %% auto #0
-__all__ = ['LONGEST', 'READERS', 'lines', 'numbered']
+__all__ = ['LONGEST', 'ROW', 'READERS', 'lines', 'numbered']
 
 # %% ../nbs/workshop/files.ipynb #c2d0d62c
 LONGEST = 2**24   # bytes of one line; a longer one is a file of another kind
@@ -28,7 +28,7 @@ def _json_line(raw: bytes) -> dict | str:
     try: row = json.loads(raw.decode("utf-8-sig"))
     except UnicodeDecodeError as e:
         return f"byte {e.start + 1} is not UTF-8 ({raw[e.start]:#04x}). Save the file as UTF-8"
-    except (json.JSONDecodeError, RecursionError) as e:
+    except (ValueError, RecursionError) as e:   # a number of 5,000 digits is a ValueError, too
         if raw.strip() in (b"[", b"{"):
             return "JSON over several lines. Write one object a line, or name the file .json"
         where = f"{getattr(e, 'msg', e)} at column {getattr(e, 'colno', 0)}"
@@ -47,16 +47,19 @@ def _jsonl(path: Path) -> Iterator[tuple]:
             whole = raw.endswith(b"\n")
 
 # %% ../nbs/workshop/files.ipynb #92a1a95d
+ROW = {"messages", "conversations", "prompt", "chosen", "instruction", "question", "input", "text"}   # columns of one row
+
 def _array(path: Path) -> Iterator[tuple]:
     "The rows of a JSON file."
     try: rows = json.loads(path.read_bytes().decode("utf-8-sig"))
     except UnicodeDecodeError as e:
         yield 1, f"byte {e.start + 1} of the file is not UTF-8. Save it as UTF-8"
         return
-    except json.JSONDecodeError as e:
-        yield e.lineno, f"not JSON ({e.msg} at column {e.colno})"
+    except (ValueError, RecursionError) as e:
+        yield getattr(e, "lineno", 1), f"not JSON ({getattr(e, 'msg', e)} at column {getattr(e, 'colno', 0)})"
         return
-    if isinstance(rows, dict): rows = next((v for v in rows.values() if isinstance(v, list)), [rows])   # {"data": […]}
+    if isinstance(rows, dict) and not ROW & set(rows):   # {"data": […]}, and not one row with its turns
+        rows = next((v for v in rows.values() if isinstance(v, list)), [rows])
     for i, row in enumerate(rows if isinstance(rows, list) else [rows], 1):
         yield i, _whole(row) if isinstance(row, dict) else f"a {type(row).__name__}, not an object"
 
@@ -94,11 +97,15 @@ def _table(path: Path) -> Iterator[tuple]:
 def _parquet(path: Path) -> Iterator[tuple]:
     "The rows of a Parquet file."
     import pyarrow.parquet as pq
-    try: batches = pq.ParquetFile(path).iter_batches(256)
+    number = 0
+    try:
+        for batch in pq.ParquetFile(path).iter_batches(256):
+            for row in batch.to_pylist():
+                number += 1
+                yield number, row
     except Exception as e:
-        yield 1, f"not Parquet ({str(e).splitlines()[0]})"
-        return
-    yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
+        why = next(iter(str(e).splitlines()), type(e).__name__)
+        yield number + 1, f"not Parquet, or damaged from here on ({why[:120]}). Download it again"
 
 READERS = {".jsonl": _jsonl, ".ndjson": _jsonl, ".json": _array, ".csv": _table, ".tsv": _table, ".parquet": _parquet}
 

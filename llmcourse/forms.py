@@ -344,9 +344,8 @@ def canonical(row, place: str = "row") -> dict:
     "Any row in its one form: chat, comparison or rated answer."
     form = detect(row, place)
     convert = to_preference if form in PREFERENCES else to_unpaired if form == "unpaired" else to_messages
-    for kind in ("images", "videos", "audio", "audios"):
-        if isinstance(row, dict) and row.get(kind):
-            raise UserError(f"{place}: has {kind}, which cannot be trained here. Leave the column out if text is enough")
-    try: return convert(row, place)
-    except (TypeError, ValueError, LookupError, AttributeError) as e:
+    try:
+        out = convert(row, place)
+        return out | ({"tools": _from_text(out["tools"], "tools", place)} if "tools" in out else {})
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as e:
         raise UserError(f"{place}: a broken row of the form {form} ({type(e).__name__}: {e})") from None

@@ -4,12 +4,13 @@
 
 # %% ../nbs/workshop/loading.ipynb #4e8e752b
 from __future__ import annotations
+import math
 from pathlib import Path
 from .core import UserError, choose, model_path
 from .models import load
 
 # %% auto #0
-__all__ = ['SETTINGS', 'load_to_train', 'freeze', 'start_from_rounding']
+__all__ = ['SETTINGS', 'TRAINED', 'free_memory', 'check_size', 'load_to_train', 'freeze', 'start_from_rounding']
 
 # %% ../nbs/workshop/loading.ipynb #f79c10fe
 SETTINGS = dict(
@@ -30,6 +31,40 @@ def _check(dial: dict, ours: dict) -> None:
                         "Give quantization_config=BitsAndBytesConfig(load_in_4bit=True)")
     if choose(ours["engine"], ("trl", "unsloth"), "engine") == "unsloth" and dial["device"] == "cpu":
         raise UserError('engine "unsloth" needs a GPU. Choose a scale such as t4, or engine="trl"')
+
+# %% ../nbs/workshop/loading.ipynb #14b64998
+TRAINED = 16   # bytes for each weight that learns: itself, its gradient, and AdamW's two numbers, in float32
+
+def free_memory(
+    device,         # of torch
+) -> float:         # bytes; infinity if nobody says
+    "Memory that could still be taken."
+    if device.type == "cuda":
+        import torch
+        return torch.cuda.mem_get_info(device)[0]
+    try: found = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    except OSError: return math.inf
+    return int(found["MemAvailable"].split()[0]) * 1024
+
+def check_size(
+    net,             # the loaded model
+    config=None,     # a `peft.LoraConfig`; None: its own weights are trained
+) -> None:
+    "Raises `UserError` for a rank above what the matrices have, or a training that does not fit into memory."
+    from torch import nn
+    layers = {name: layer for name, layer in net.named_modules() if isinstance(layer, nn.Linear)}
+    r, targets = getattr(config, "r", 0), getattr(config, "target_modules", None)
+    if isinstance(targets, (set, list, tuple)): layers = {n: x for n, x in layers.items() if n.split(".")[-1] in targets}
+    sides = [(layer.in_features, layer.out_features) for layer in layers.values()]
+    full = max(map(min, sides), default=math.inf)
+    if r and r > full:
+        raise UserError(f"r={r}: no matrix of the model has a rank above {full}, and an adapter of that rank is as large "
+                        f"as the weights. Give an r up to {full}, often 8 to 64, or train all weights")
+    learns = sum(r * (a + b) for a, b in sides) if config else sum(p.numel() for p in net.parameters() if p.requires_grad)
+    need, free = TRAINED * learns, free_memory(net.device)
+    if need > free:
+        raise UserError(f"{need / 1e9:.1f} GB needed to train {learns / 1e6:,.0f} million weights, {free / 1e9:.1f} GB free. "
+                        "Train a LoRA instead of all weights, a smaller r, or a smaller model")
 
 # %% ../nbs/workshop/loading.ipynb #3b8fa4e2
 def _unsloth(model: str | Path, dial: dict, seed: int, ours: dict) -> tuple:
@@ -58,6 +93,7 @@ def load_to_train(
     exact = dict(dtype="float32") if ours["peft_config"] is None or dial["device"] == "cpu" else {}
     bits = ours["quantization_config"]
     net, tokenizer = load(model, dial["scale"], **exact, **(dict(quantization_config=bits) if bits else {}))
+    check_size(net, ours["peft_config"])
     if ours["freeze_trainable_layers"]: freeze(net, ours["freeze_trainable_layers"])
     return net, tokenizer
 

@@ -4,8 +4,9 @@
 
 # %% ../nbs/workshop/rehearsal.ipynb #f06deb31
 from __future__ import annotations
-import math, warnings
+import math
 from .core import UserError
+from .progress import tell
 from .resume import OUT_OF_MEMORY
 
 # %% auto #0
@@ -21,10 +22,10 @@ def check_schedule(trainer) -> str:
     warm = args.get_warmup_steps(steps)
     if not args.learning_rate or warm >= steps and steps == 1:
         raise UserError(f"schedule: the learning rate is 0 in all {steps} steps (learning_rate={args.learning_rate}, "
-                        f"warmup_steps={args.warmup_steps}). Train longer, or warm up for fewer steps")
+                        f"warmup_steps={args.warmup_steps}). Train longer (--epochs, --steps), or warm up for fewer steps (--warmup)")
     if warm >= steps:
-        warnings.warn(f"all {steps} steps are warm-up (warmup_steps={args.warmup_steps}): "
-                      f"the learning rate never reaches {args.learning_rate}", stacklevel=3)
+        tell(f"all {steps} steps are warm-up (warmup_steps={args.warmup_steps}): "
+             f"the learning rate never reaches {args.learning_rate}. Give more steps, or a smaller --warmup")
     return f"{steps} steps, {warm} of them warm-up, up to a learning rate of {args.learning_rate}"
 
 # %% ../nbs/workshop/rehearsal.ipynb #e3d105d3

@@ -58,6 +58,8 @@ def _numbered(source, options: dict) -> Iterator[tuple]:
 def _row(place: str, number: int, row) -> Row:
     "The row of a line. Raises `UserError` if it is none."
     if isinstance(row, str): raise UserError(f"{place}: {row}")
+    for kind in ("images", "videos", "audio", "audios"):
+        if row.get(kind): raise UserError(f"{place}: has {kind}, which cannot be used. Leave the column out if text is enough")
     form, data = detect(row, place), canonical(row, place)
     try: split = _split(data)
     except UserError as e: raise UserError(f"{place}: {e}") from None
@@ -126,11 +128,11 @@ def check_leaks(rows: Iterable[Row]) -> None:
 # %% ../nbs/workshop/rows.ipynb #516bc0c4
 def _say_if_mixed(rows: list[Row], who) -> None:
     "Rows of several forms in one file are often a mistake."
-    first = {}
-    for row in rows: first.setdefault(row.form, row.place)
-    for form in list(first)[1:]:
-        others = ", ".join(sorted(set(first) - {form}))
-        tell(f"{who}: {first[form]}: the form {form} among {others}. Is that meant? Look with: llmcourse data check")
+    forms = Counter(row.form for row in rows).most_common()
+    if len(forms) < 2: return
+    first = next(row.place for row in rows if row.form != forms[0][0])
+    tell(f"{who}: rows of several forms: {', '.join(f'{form} {n:,}' for form, n in forms)} (first {first}). "
+         "Is that meant? Look with: llmcourse data check")
 
 # %% ../nbs/workshop/rows.ipynb #60abc8e9
 TAKE = {"train": ("train", None), "exam": ("test", "validation", None), "all": ("train", "test", "validation", None)}

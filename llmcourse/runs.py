@@ -117,7 +117,8 @@ def room_for_run(
     optimizer = 8   # AdamW keeps two numbers for each
     checkpoints = 2 if adapter else 3 * (weights + optimizer)   # two are kept while the third is written
     need = weights + 1 + keep * checkpoints
-    need_space(output.parent, need * parameters)
+    kept = sum(f.stat().st_size for f in output.with_name(f"{output.name}.unfinished").rglob("*") if f.is_file())
+    need_space(output.parent, need * parameters - kept)   # a run that goes on has some of it already
 
 # %% ../nbs/workshop/runs.ipynb #6d7659fa
 def trained_rows(model: str | Path) -> list[Path]:
@@ -155,6 +156,8 @@ def open_run(
 ) -> tuple[Run, Path]:  # the run, the file of its rows
     "Open a run to repeat it. Raises `UserError` if the model or the rows are no longer what they were."
     run, card = read_card(card), Path(card)
+    for name in ("model", "scale", "seed"):
+        if getattr(run, name) is None: raise UserError(f"{card}: no {name}, so the run cannot be repeated. Add it to the card")
     if not run.data:
         raise UserError(f"{card}: the card of a {run.method}, "
                         "which was not trained on rows and cannot be repeated from here")

@@ -100,6 +100,8 @@ def xray_file(
     """
     from jinja2 import TemplateError
     drawn, total, faults = [], Counter(), Counter()
+    silenced = getattr(tokenizer, "deprecation_warnings", {})
+    silenced["sequence-length-is-longer-than-the-specified-maximum"] = True   # a picture needs no model to read it
     for row in walk(source):
         if isinstance(row, Fault): raise UserError(f"{row.place}: {row.what}")
         try: picture = xray(tokenizer, tokenize(tokenizer, conversations(row.data)[0], tools=row.data.get("tools")))

@@ -1,18 +1,16 @@
 """Rows as they should not be: the rows of `data/` in every form, each changed in one to three places, by a seed.
 
-    python tests/mutations.py 10000     all of them the whole way, and what became of them (5 minutes on one core)
+    python tests/whole_way.py 10000 0     10,000 of them the whole way, and what became of them
 
-The whole way: read, doctor, check, encode, collate, one step of training, exam. `tests/test_contract.py` takes a slice.
+`tests/test_contract.py` takes a slice.
 """
 import copy
 import json
 import random
-import sys
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from llmcourse.rows import Fault, walk
+from llmcourse.files import lines
 
 DATA = Path(__file__).parent.parent / "data"
 FILES = ("alpaca.json", "chats.jsonl", "completions.jsonl", "dolly.jsonl", "gsm8k.jsonl", "preferences.jsonl",
@@ -76,8 +74,11 @@ def mutate(row: dict, rng: random.Random) -> dict:
 
 def originals() -> list[dict]:
     "Sound rows in every form, as their files write them."
-    from llmcourse.files import lines
-    return [row for name in FILES for _, row in lines(DATA / name) if isinstance(row, dict)] + OTHERS * 5
+    sound = [row for name in FILES for _, row in lines(DATA / name) if isinstance(row, dict)] + OTHERS * 5
+    for i, row in enumerate(sound):
+        if row.pop("split", "train") != "train": row["split"] = "test"
+        for m in row.get("messages", ())[:-1] if "split" in row else (): m["content"] += f" ({i})"   # no leak
+    return sound
 
 
 def mutated(n: int, seed: int = 0) -> Iterator[dict]:

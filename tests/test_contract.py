@@ -2,7 +2,9 @@
 
 import json
 
+import mutations
 import pytest
+import whole_way
 from hypothesis import given, settings, strategies as st
 
 from llmcourse.chats import encode_chats, look_at_chats, take_chats
@@ -123,6 +125,29 @@ def test_a_schema_is_not_fetched_from_the_network():
     tools = [{"type": "function", "function": {"name": "weather", "parameters": {"$ref": "http://127.0.0.1:9/x"}}}]
     faults = list(turn_faults([ASK, calling("{}") | {"content": ""}], tools))
     assert [level for level, _ in faults] == ["error"] and "cannot be used" in faults[0][1]
+
+
+@pytest.mark.parametrize("purpose", whole_way.WAYS)
+def test_every_mutated_row_is_used_refused_or_of_another_split(purpose, tmp_path):
+    "300 mutated rows the whole way: no traceback, and doctor, training and exam agree about each of them."
+    path = mutations.write(tmp_path / "rows.jsonl", 300, seed=1)
+    found = whole_way.one_way(path, tmp_path, purpose)
+    assert found["rows"] == 300 and min(found["used"], found["refused"]) > 60
+
+
+def test_a_file_with_bad_rows_is_refused_in_one_line(tmp_path):
+    path = mutations.write(tmp_path / "rows.jsonl", 100, seed=2)
+    said = whole_way.refused_in_one_line(path, tmp_path)
+    assert "of 100 rows cannot be used" in said and "--skip-bad" in said and not (tmp_path / "no").exists()
+
+
+def test_the_x_ray_draws_mutated_rows_or_refuses_them_in_one_line(tmp_path):
+    found = whole_way.x_rayed(mutations.write(tmp_path / "rows.jsonl", 300, seed=4))
+    assert found["drawn"] > 60
+
+
+def test_mutations_are_the_same_every_time():
+    assert repr(list(mutations.mutated(50, 3))) == repr(list(mutations.mutated(50, 3)))
 
 
 LEAF = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=6))
