@@ -8,7 +8,7 @@ import functools, json, os, re, statistics
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from .amounts import is_number, said_number, same_number
+from .amounts import is_number, said_number, same_number, spoken
 from .asking import NO_REFERENCE, normal
 from .byfield import json_of, right_share, valid_share
 from .choices import names_choice, offered, right_letter
@@ -27,12 +27,13 @@ __all__ = ['GRADERS', 'grade_number', 'grade_tutor', 'grade_choice', 'grade_exac
 def _wanted(row: dict) -> list:
     "The references of a row, of which a reply has to meet one. Raises `UserError` if there is none."
     wanted = reference(row)
-    if wanted is None: raise UserError(f"no reference. {NO_REFERENCE}")
+    if wanted is None or wanted == []: raise UserError(f"no reference. {NO_REFERENCE}")
     return wanted if isinstance(wanted, list) else [wanted]
 
 def _question(row: dict) -> str:
     "What a row asks last."
-    asked = [turn["content"] for turn in row.get("messages") or row.get("input") or () if turn["role"] == "user"]
+    turns = next((row[c] for c in ("messages", "input") if isinstance(row.get(c), list)), [])
+    asked = [turn.get("content") for turn in turns if turn.get("role") == "user"]
     return str(asked[-1] if asked else row.get("question", ""))
 
 def _no(what: str, one) -> UserError:
@@ -64,31 +65,35 @@ def grade_choice(row: dict, reply: str) -> bool:
 # %% ../nbs/workshop/graders.ipynb #3a301805
 def _final(text) -> str:
     "What a text says after `Answer:` on its last line; without one, all of it."
-    found = re.search(r"(?:^|\n)\W*Answer:\W*([^\n]+?)\s*$", str(text), re.I)
-    return normal(found[1] if found else text)
+    found = re.search(r"(?:^|\n)\W*Answer:\W*([^\n]+?)\s*$|<answer>([^<]*)</answer>\s*$", str(text), re.I)
+    return normal(found[1] or found[2] if found else text)
 
 def grade_exact(row: dict, reply: str) -> bool:
     "Is the reply, or what its last line says after `Answer:`, the reference? Case, spaces, a full stop do not count."
-    return any(normal(reply) == normal(one) or _final(reply) == _final(one) for one in _wanted(row))
+    said = spoken(reply)
+    return any(normal(said) == normal(one) or _final(said) == _final(one) for one in _wanted(row))
 
 def grade_contains(row: dict, reply: str) -> bool:
     "Has the reply, as whole words, one of the row's `contains`, or its reference? Raises `UserError` for an empty one."
     given = row["contains"] if row.get("contains") else _wanted(row)
     texts = [normal(one) for one in (given if isinstance(given, list) else [given])]
     if not all(texts): raise UserError("an empty text is in every reply. Give the row a text to look for")
-    return any(re.search(rf"(?<![\w.,]){re.escape(text)}(?!\w|[.,]\d)", normal(reply)) for text in texts)
+    return any(re.search(rf"(?<![\w.,]){re.escape(text)}(?!\w|[.,]\d)", normal(spoken(reply))) for text in texts)
 
 def grade_regex(row: dict, reply: str) -> bool:
     "Does the row's `regex`, or else its reference, match somewhere in the reply? Raises `UserError` for a bad pattern."
     pattern = str(row.get("regex") or _wanted(row)[0])
-    try: return re.search(pattern, reply) is not None
+    try: return re.search(pattern, spoken(reply)) is not None
     except (re.error, RecursionError) as e: raise UserError(f"{pattern[:60]!r}: no regular expression ({e})") from None
 
 # %% ../nbs/workshop/graders.ipynb #ddfe1f4b
 def _schema(row: dict) -> dict | None:
     "The JSON schema of a row: its `schema`, or the one in OpenAI's `response_format`."
-    given = row.get("schema") or ((row.get("response_format") or {}).get("json_schema") or {}).get("schema")
-    return json_of(given) if isinstance(given, str) else given
+    given = row.get("schema")
+    if isinstance(form := row.get("response_format"), dict) and isinstance(form.get("json_schema"), dict):
+        given = given or form["json_schema"].get("schema")
+    if isinstance(given, str): given = json_of(given)
+    return given if isinstance(given, dict) else None
 
 def grade_json(row: dict, reply: str) -> float:
     "The share of right fields; with a schema, no more than the share of valid ones. No JSON in the reply: 0."
@@ -114,12 +119,15 @@ def mark_of(
     found = re.search(r"Score:\s*\**(\d+)(?![\d.]*\d)", text)
     return int(found[1]) if found and int(found[1]) <= top else None
 
-@functools.cache
-def _judge() -> Generate:
-    "The judge at `$LLMCOURSE_JUDGE_URL`. Raises `UserError` if no address is given, or nothing answers there."
-    from llmcourse.serve import remote
+def _judge_url() -> str:
     url = os.environ.get("LLMCOURSE_JUDGE_URL")
     if not url: raise UserError("a judge needs the address of a server: set LLMCOURSE_JUDGE_URL=http://…/v1")
+    return url
+
+@functools.cache
+def _judge(url: str) -> Generate:
+    "The judge at that address. Raises `UserError` if nothing answers there."
+    from llmcourse.serve import remote
     return remote(url, os.environ.get("LLMCOURSE_JUDGE_MODEL"), os.environ.get("LLMCOURSE_API_KEY"))
 
 def grade_judge(
@@ -131,7 +139,7 @@ def grade_judge(
     rubric = row.get("rubric") or f"It says the same as: {_wanted(row)[0]}"
     request = (f"Question:\n{_question(row)}\n\nAnswer:\n{reply}\n\nA good answer:\n{rubric}\n\n"
                "How good is the answer? Reply with one line, Score: N, where N goes from 0 (bad) to 10 (no fault).")
-    mark = mark_of((generate or _judge())([{"role": "user", "content": request}]))
+    mark = mark_of((generate or _judge(_judge_url()))([{"role": "user", "content": request}]))
     return None if mark is None else mark / 10
 
 # %% ../nbs/workshop/graders.ipynb #4ad2cc4f
@@ -152,9 +160,9 @@ def guess(
     last = (row.get("messages") or [{}])[-1]
     if row.get("task") in TASKS and len(ones) == 1 and ones[0].isdigit(): return "tutor", "it is a task of the tutor"
     if last.get("tool_calls") and "tool" in GRADERS: return "tool", "the answer is a call of a tool"
-    if isinstance(_schema(row), dict): return "json", "there is a schema"
+    if _schema(row): return "json", "there is a schema"
     for column, name in (("regex", "regex"), ("contains", "contains"), ("rubric", "judge")):
-        if row.get(column): return name, f"there is a column {column!r}"
+        if row.get(column) and isinstance(row[column], (str, list)): return name, f"there is a column {column!r}"
     if offered(row) or _lettered_question(row): return "choice", "the question offers choices"
     if ones and all(map(is_number, ones)): return "number", "the answer is a number"
     if isinstance(wanted, dict) or ones and all(map(_is_json, ones)): return "json", "the answer is JSON"
@@ -192,6 +200,15 @@ def verdict_of(name: str, row: dict, reply: str) -> bool | float:
     return verdict
 
 # %% ../nbs/workshop/graders.ipynb #3c2712ec
+def _try(name: str, row: dict) -> None:
+    "Raises `UserError` for a row that the grader of that name cannot grade."
+    if name == "exact" and not any(str(one).strip() for one in _wanted(row)):
+        raise UserError(f"an empty reference, which only an empty reply would meet. {NO_REFERENCE}")
+    if name != "judge": GRADERS[name](row, "")
+    else:
+        grade_judge(row, "", lambda messages: "")    # nobody is asked yet
+        _judge_url()
+
 def grader_for(
     rows: list[tuple[str, dict]],   # (place, row)
     name: str | None = None,        # of `GRADERS`; None: guessed
@@ -202,7 +219,7 @@ def grader_for(
     if name: used = choose(name, GRADERS, "grader")
     else: used = names.pop() if len(names) == 1 else "mixed"
     for place, row in rows:
-        try: used == "judge" or GRADERS[used](row, "")
+        try: _try(guess(row)[0] if used == "mixed" else used, row)
         except UserError as e: raise UserError(f"{place}: {e}") from None
     why = " · ".join(f"{n:,} by {kind}, {reason}" for (kind, reason), n in kinds.items())
     return used, f"graded by {used}: " + (why if used == "mixed" else " or ".join(reason for _, reason in kinds))
