@@ -175,6 +175,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'llmcourse.converter.add_sizes': ('workshop/converter.html#add_sizes', 'llmcourse/converter.py'),
                                      'llmcourse.converter.check_words': ('workshop/converter.html#check_words', 'llmcourse/converter.py'),
                                      'llmcourse.converter.converted': ('workshop/converter.html#converted', 'llmcourse/converter.py'),
+                                     'llmcourse.converter.file_data': ('workshop/converter.html#file_data', 'llmcourse/converter.py'),
                                      'llmcourse.converter.file_plan': ('workshop/converter.html#file_plan', 'llmcourse/converter.py'),
                                      'llmcourse.converter.gguf_name': ('workshop/converter.html#gguf_name', 'llmcourse/converter.py'),
                                      'llmcourse.converter.permute': ('workshop/converter.html#permute', 'llmcourse/converter.py'),

@@ -15,7 +15,8 @@ from .tensors import check_tensors, check_values, expected_tensors, slabs, tenso
 
 # %% auto #0
 __all__ = ['ROPE_NUMBERS', 'DTYPES', 'TINY', 'plain_model', 'read_config', 'gguf_name', 'permute', 'rope_factors', 'add_general',
-           'add_sizes', 'add_attention', 'add_config', 'stored_as', 'file_plan', 'converted', 'check_words', 'to_gguf']
+           'add_sizes', 'add_attention', 'add_config', 'stored_as', 'file_plan', 'converted', 'file_data',
+           'check_words', 'to_gguf']
 
 # %% ../nbs/workshop/converter.ipynb #822e7983
 @contextlib.contextmanager
@@ -116,7 +117,7 @@ def rope_factors(
     freqs = 1.0 / (rope["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
     return torch.tensor([stretch(2 * math.pi / freq) for freq in freqs], dtype=torch.float32).numpy()
 
-# %% ../nbs/workshop/converter.ipynb #4557ae3e
+# %% ../nbs/workshop/converter.ipynb #04ad4d23
 def _card(folder: Path, name: str | None, parameters: int):
     "What config and model card say about a model. A card that cannot be read is left out, and said."
     import gguf
@@ -126,6 +127,7 @@ def _card(folder: Path, name: str | None, parameters: int):
         print(f"{folder}/README.md: left out, its header cannot be read ({why})", file=sys.stderr)
         return gguf.Metadata(name=name)
 
+# %% ../nbs/workshop/converter.ipynb #4557ae3e
 def add_general(
     writer,             # `gguf.GGUFWriter` that knows its tensors already
     folder: Path,       # config and model card are read from here
@@ -223,6 +225,19 @@ def converted(
         if head > 1: rows = permute(rows, len(rows) // head)
         yield packed(rows, kind, threads)
 
+# %% ../nbs/workshop/converter.ipynb #a7c183b8
+def file_data(
+    plan: dict,     # from `file_plan`
+    index: dict,    # from `tensor_index`
+    config: dict,
+    threads: int,
+):                  # yields the slabs of each tensor, in file order
+    "What `write_gguf` writes."
+    source = {gguf_name(name): name for name in index}
+    for made, (kind, shape) in plan.items():
+        name = source.get(made)
+        yield converted(name, shape, index[name][2], config, kind, threads) if name else [rope_factors(config)]
+
 # %% ../nbs/workshop/converter.ipynb #521667f5
 TINY = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1,
             head_dim=32, tie_word_embeddings=True, attention_bias=False, mlp_bias=False)
@@ -260,18 +275,12 @@ def to_gguf(
         index = tensor_index(folder)
         check_tensors(folder, config, index)
         pre = pre_tokenizer(tokenizer)
-        plan, source = file_plan(config, index, dtype), {gguf_name(n): n for n in index}
-        said = {}
+        plan, said = file_plan(config, index, dtype), {}
         def about(writer):
             add_general(writer, folder, name)
             add_config(writer, config, dtype)
             add_tokenizer(writer, folder, tokenizer, config["vocab_size"], pre)
             if dtype in KINDS: add_kind(writer, dtype)
             said.update(writer.kv_data[0])
-        def data():
-            for made, (kind, shape) in plan.items():
-                theirs = source.get(made)
-                yield (converted(theirs, shape, index[theirs][2], config, kind, threads) if theirs
-                       else [rope_factors(config)])
         def check(path): check_words(path, config, said, tokenizer)
-        return write_gguf(output, about, plan, data(), check if verify else None)
+        return write_gguf(output, about, plan, file_data(plan, index, config, threads), check if verify else None)

@@ -151,7 +151,7 @@ def sweep(
 
 # %% ../nbs/workshop/core.ipynb #8980a8c1
 class Scratch:
-    "A folder for work in progress, ours until `.close()`, the end of its `with` block, or the end of this process."
+    "A folder for work in progress, ours until `.close()` or the end of its `with` block."
     def __init__(self,
         parent: str | Path | None = None,   # where to make it; the system's folder for such things by default
         prefix: str = "llmcourse-",         # of its name; what is left there of the same prefix is swept first

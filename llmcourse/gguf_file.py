@@ -92,8 +92,8 @@ def contents(
 # %% ../nbs/workshop/gguf_file.ipynb #e5da7c95
 def check_file(output: str | Path) -> None:
     "Raise `UserError` if a GGUF file cannot be written at `output`, before anything is computed."
-    if Path(output).is_dir(): raise UserError(f"{output}: a folder. Choose another output, a .gguf file in it")
     check_free(output, begins(b"GGUF"))
+    if Path(output).is_dir(): raise UserError(f"{output}: a folder. Choose another output, a .gguf file in it")
 
 def _append(file, arrays: Iterable, size: int) -> None:
     "Write the data of one tensor, behind zeros up to the next multiple of 32 bytes. It has to be `size` bytes."

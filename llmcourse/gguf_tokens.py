@@ -202,7 +202,7 @@ def overlaps(
     out = []
     for word in words:
         starts = range(1, len(word))
-        for i in starts: out += [word[:i] + other for other in begins.get(word[i:], []) if other != word]   # share an end
+        for i in starts: out += [word[:i] + other for other in begins.get(word[i:], []) if other != word]
         inside = any(word[i:j] in known for i in starts for j in range(i + 1, len(word)))
         if inside or any(word[:i] in known for i in starts): out += [f"x{word}y", f"x{word[:-1]}y"]
     return list(dict.fromkeys(out))

@@ -50,7 +50,7 @@ def takes_system(tokenizer) -> bool:
 
 def chat_pieces(
     tokenizer,           # of transformers
-) -> dict[str, str]:     # start, user, user_end, assistant, assistant_end, answer; system, system_end if it takes one
+) -> dict[str, str]:     # start, user, user_end, assistant, assistant_end, answer; system and system_end if it has them
     "The constant text that a chat template puts around each role's words. Raises `UserError` if it does more."
     place = tokenizer.name_or_path
     system = takes_system(tokenizer)

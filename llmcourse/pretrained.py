@@ -50,8 +50,9 @@ def adapter_shapes(
     file = path / "adapter_model.safetensors"
     if not file.is_file():
         pickled = (path / "adapter_model.bin").is_file()
-        raise UserError(f"{path}: no adapter_model.safetensors" + (", only a pickled .bin, which can run code" * pickled) +
-                        ". Save the adapter again with model.save_pretrained(folder)")
+        instead = ", only a pickled .bin, which can run code" if pickled else ""
+        raise UserError(f"{path}: no adapter_model.safetensors{instead}. "
+                        "Save the adapter again with model.save_pretrained(folder)")
     try:
         with safe_open(file, "pt") as f: return {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}
     except (SafetensorError, OSError) as e:

@@ -192,7 +192,8 @@ def plan_types(
         if t.tensor_type.name not in FLOATS:
             raise UserError(f"{gguf}: {t.name} is {t.tensor_type.name} already. Give a file of floats")
         have[t.name] = t.tensor_type.name, tuple(int(n) for n in t.shape[::-1])
-    return {name: (want, shape, tensor_bytes(shape, want)) for name, (want, shape) in mixture(have, kind, **about).items()}
+    plan = mixture(have, kind, **about)
+    return {name: (want, shape, tensor_bytes(shape, want)) for name, (want, shape) in plan.items()}
 
 def add_kind(
     writer,     # `gguf.GGUFWriter`

@@ -11,6 +11,7 @@ BENCHMARKS = {
     "grpo": ["1", "--small"],
     "seeds": ["7", "--small"],
     "sweep": ["--small", "sweep.jsonl"],
+    "export": ["1", "--small", "--quants", "Q8_0"],
 }
 
 
@@ -28,5 +29,6 @@ def test_a_benchmark_runs(name, tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    said = {"sft": "ours / trl: median", "grpo": "trl / ours: median", "seeds": "seed 7, T=1:", "sweep": "1/1  method"}
+    said = {"sft": "ours / trl: median", "grpo": "trl / ours: median", "seeds": "seed 7, T=1:", "sweep": "1/1  method",
+            "export": "small Q8_0    ours / stock:"}
     assert said[name] in done.stdout

@@ -364,7 +364,8 @@ def test_broken_weights_are_named(tmp_path):
     file.unlink()
     (tmp_path / "m/model-1.safetensors").write_bytes(whole)
     ints, outside = '{"weight_map": {"a": 1}}', '{"weight_map": {"a": "../m/model-1.safetensors"}}'
-    for text in ('{"weight_map":', "[]", '{"weights": {}}', '{"weight_map": {}}', '{"weight_map": ["a"]}', ints, outside):
+    broken = ("{", "[]", "{}", '{"weights": {}}', '{"weight_map": {}}', '{"weight_map": ["a"]}', ints, outside)
+    for text in broken:
         index.write_text(text)
         with pytest.raises(UserError, match="no index of weights"):
             to_gguf(tmp_path / "m", tmp_path / "out.gguf")
@@ -740,6 +741,124 @@ def test_engine_says_why_a_file_does_not_load(gqa, tmp_path, broken, why):
     assert "\n" not in str(e.value) and not engine.child.alive and not engine.child.folder.exists()
 
 
+@pytest.mark.parametrize("cut", [0, 3, 4, 8, 24, 40, 100, 1000, 5000, 20_000, 100_000, 1_000_000, -1, -5000])
+def test_the_reason_is_never_a_line_about_the_build(gqa, tmp_path, cut):
+    (tmp_path / "bad.gguf").write_bytes(gqa[3].read_bytes()[:cut])
+    with pytest.raises(UserError, match="cannot load it: ") as e, Engine(tmp_path / "bad.gguf"):
+        pass
+    assert "unknown" not in str(e.value) and "build" not in str(e.value) and len(str(e.value).split(": ")[-1]) > 10
+
+
+# --- adapters ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    base = tmp_path / "base"
+    net = get_peft_model(make_model(base, "gqa", num_hidden_layers=1), LoraConfig(r=2, target_modules=["q_proj"]))
+    net.peft_config["default"].base_model_name_or_path = str(base)
+    net.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_an_adapter_that_is_not_whole_is_not_called_a_stranger(adapter, tmp_path):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    file = adapter / "adapter_model.safetensors"
+    whole = file.read_bytes()
+    for broken in (b"", whole[:50], whole[:-20], b"version https://git-lfs.github.com/spec/v1"):
+        file.write_bytes(broken)
+        with pytest.raises(UserError, match="adapter_model.safetensors: not a whole safetensors file"):
+            to_gguf(adapter, tmp_path / "out.gguf")
+    file.unlink()
+    with pytest.raises(UserError, match="no adapter_model.safetensors. Save"):
+        to_gguf(adapter, tmp_path / "out.gguf")
+    torch.save({}, adapter / "adapter_model.bin")
+    with pytest.raises(UserError, match="only a pickled .bin"):
+        to_gguf(adapter, tmp_path / "out.gguf")
+    file.write_bytes(whole)
+    grown = load_file(file) | {"base_model.model.model.embed_tokens.weight": torch.zeros(300, 256)}
+    save_file(grown, file)
+    with pytest.raises(UserError, match=r"300 token embeddings, .* has 269.*resize_token_embeddings\(300\)"):
+        to_gguf(adapter, tmp_path / "out.gguf")
+
+
+@pytest.mark.parametrize("text", ["[]", "3", '"base"', "{", '{"base_model_name_or_path": 3}', "{}"])
+def test_an_adapter_config_that_is_none(text, adapter, tmp_path):
+    (adapter / "adapter_config.json").write_text(text)
+    with pytest.raises(UserError, match="adapter_config.json: "):
+        to_gguf(adapter, tmp_path / "out.gguf")
+
+
+def test_the_name_of_an_adapter_is_in_the_file(adapter, tmp_path):
+    "And not that of a folder in /tmp; so two exports are equal."
+    one = to_gguf(adapter, tmp_path / "one.gguf", verify=False)
+    assert one.read_bytes() == to_gguf(adapter, tmp_path / "two.gguf", verify=False).read_bytes()
+    assert gguf.GGUFReader(one).fields["general.name"].contents() == "adapter"
+
+
+# --- from the command line ---------------------------------------------------------------------------------------------
+
+NO_SYSTEM = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    "{{ '<' + m['role'] + '>' + m['content'] + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
+COUNTING = TEMPLATE.replace("'<|eot_id|>'", "('' if loop.index == 3 else '<|eot_id|>')")
+
+
+def test_a_template_that_ollama_cannot_say_is_exported_and_served(tmp_path, capsys):
+    from llmcourse.cli import main
+    from llmcourse.shipping import served
+
+    make_model(tmp_path / "m", tokenizer=make_tokenizer(template=COUNTING), num_hidden_layers=1)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/Modelfile").write_text("# ollama create NAME -f Modelfile\nFROM ./an-earlier-one.gguf\n")
+    assert main(["export", "--model", str(tmp_path / "m"), "--output", str(tmp_path / "out")]) == 0
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["m-Q8_0.gguf"]
+    said = capsys.readouterr()
+    assert "no Modelfile for Ollama" in said.err and "more than put constant text" in said.err
+    assert "llmcourse serve --model" in said.err and "m-Q8_0.gguf" in said.out
+    for model in (tmp_path / "m", tmp_path / "out"):
+        with served(model) as server:
+            reply = server.client().chat.completions.create(
+                model=server.name, messages=CHATS[0], max_tokens=3, temperature=0
+            )
+        assert reply.usage.completion_tokens == 3
+
+
+@pytest.mark.parametrize(
+    "template, said", [(None, "has no chat template"), (NO_SYSTEM, "takes no system prompt")], ids=["none", "no system"]
+)
+def test_what_ollama_will_lack_is_said_in_the_modelfile(template, said, gqa, tmp_path):
+    tok = make_tokenizer(template=template)
+    text = modelfile(gqa[3], tok, tmp_path / "Modelfile").read_text()
+    assert said in text and text.startswith("# ollama create") and "\nFROM " in text and "PARAMETER stop" in text
+    assert ('TEMPLATE """{{ .Prompt }}"""' in text) == (template is None)
+
+
+@pytest.mark.parametrize("quant", ["q4_k_m", "Q4_k_M", "Q4_K_M"])
+def test_types_in_any_case(quant, tmp_path):
+    from llmcourse.shipping import export_folder
+
+    files = export_folder("tutor/sft", tmp_path, quant)
+    assert [p.name for p in files] == ["sft-Q4_K_M.gguf", "Modelfile"]
+    with pytest.raises(UserError, match="did you mean 'Q4_K_M'"):
+        export_folder("tutor/sft", tmp_path, "q4_k_mm")
+
+
+def test_the_quantised_file_of_the_command_is_that_of_the_quantiser(exported, tmp_path):
+    from llmcourse.shipping import export_folder
+
+    shape, folder, _, f32 = exported
+    for kind in ("Q8_0", "Q6_K"):
+        made = export_folder(folder, tmp_path, kind)[0]
+        assert made.read_bytes() == quantize(f32, tmp_path / "two.gguf", kind).read_bytes()
+
+
 # --- small parts -----------------------------------------------------------------------------------------------------
 
 
@@ -810,13 +929,6 @@ DATED = (
     "+ '\n\n' }}"
     "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content']|trim }}{% set messages = messages[1:] %}{% "
     "endif %}{{ '<|eot_id|>' }}" + TEMPLATE.replace("{{ bos_token }}", "")
-)
-
-
-NO_SYSTEM = (
-    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
-    "{{ '<' + m['role'] + '>' + m['content'] + '<|eot_id|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
 )
 
 
