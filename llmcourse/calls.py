@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from .core import Message, UserError
 
 # %% auto #0
-__all__ = ['Call', 'parse_calls', 'call_text', 'wanted_calls', 'call_scores', 'grade_call', 'open_calls', 'parallel',
-           'split_calls']
+__all__ = ['Call', 'DATE', 'parse_calls', 'call_text', 'wanted_calls', 'call_scores', 'grade_call', 'open_calls', 'parallel',
+           'split_calls', 'prompt_text']
 
 # %% ../nbs/workshop/calls.ipynb #07646732
 Call = dict   # {"name": "calculate", "arguments": {"a": 47, "b": 38, "op": "+"}}
@@ -197,3 +197,19 @@ def split_calls(messages: list[Message]) -> list[Message]:
         for j, call in enumerate(calls):
             out += [m | {"content": m["content"] * (j == 0), "tool_calls": [call]}, _taken(call, left)]
     return out
+
+# %% ../nbs/workshop/calls.ipynb #3f3df2de
+DATE = "26 Jul 2024"   # the day that transformers takes for Llama 3's templates unless told
+
+def prompt_text(
+    tokenizer,
+    messages: list[Message],
+    **options,                 # for `apply_chat_template`: tools, add_generation_prompt
+) -> str:
+    "What the chat template makes of turns that may call tools: one call a turn where it takes no more."
+    from jinja2 import TemplateError
+    draw = lambda turns: tokenizer.apply_chat_template(turns, tokenize=False, date_string=DATE, **options)
+    try: return draw(open_calls(messages))
+    except TemplateError:
+        if not parallel(messages): raise
+        return draw(open_calls(split_calls(messages)))

@@ -8,7 +8,7 @@ import warnings
 from .core import UserError, check_messages
 from .data import tokenize
 from .faults import turn_faults
-from .labels import end_ids
+from .labels import drawable, end_ids
 from .progress import tell
 from .rows import Row
 
@@ -40,11 +40,14 @@ def encode_chats(
 ) -> list[dict]:                 # {"input_ids", "labels"}: lists of token ids, −100 where a token is not trained
     "Tokens and labels of every row. Raises `UserError` that names the row which the chat template refuses."
     from jinja2 import TemplateError
-    encoded = []
+    encoded, split = [], 0
     for row, place in zip(rows, places, strict=True):
-        try: encoded.append(tokenize(tokenizer, row["messages"], assistant_only, row.get("tools")))
-        except TemplateError as e:
+        try: chat = drawable(tokenizer, row["messages"], row.get("tools"))
+        except (TemplateError, UserError) as e:
             raise UserError(f"{place}: the model's chat template refuses this conversation: {e}") from None
+        split += len(chat) > len(row["messages"])
+        encoded.append(tokenize(tokenizer, chat, assistant_only, row.get("tools")))
+    if split: tell(f"{split:,} rows call several tools at once, and the template takes one call a turn: they are split")
     return encoded
 
 # %% ../nbs/workshop/chats.ipynb #2bf3ca0c

@@ -198,13 +198,13 @@ def eval(
     """
     from llmcourse import evals
     from llmcourse.core import write_jsonl
-    from llmcourse.exam import exam_rows, examinee
+    from llmcourse.exam import exam_report, exam_rows, examinee
     from llmcourse.tutor import problems
     rows = exam_rows(data, None if url else model or "tutor/sft") if data else problems(n, seed, split="test")
     generate = examinee(model, url, scale)
     results = evals.evaluate(generate, rows, workers=8 if url else 1, progress=not json)
     if output: write_jsonl(output, results)
-    table = evals.summary(results)
+    table = exam_report(results)
     print(dumps(table) if json else evals.show(table).to_string(index=False))
 
 # %% ../nbs/workshop/cli.ipynb #704f897c

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from statistics import NormalDist
 # `X as X`: others may import it from here too
 from .asking import NO_REFERENCE, Completion as Completion, ask_all, conversation, judged_by, normal, place_of
+from .calls import call_scores, grade_call, wanted_calls
 from .core import Generate, UserError
 from .rows import reference
 from .tables import plot_scores as plot_scores, show as show
@@ -22,9 +23,10 @@ def grade_row(
     row: dict,    # one of the tutor's problems, or a row of yours with a reference
     reply: str,   # what the model said
 ) -> bool:        # was it right?
-    "Compare a reply with the row's `reference`; a tutor's must be in its format. Raises `UserError` if there is none."
+    "Compare a reply with the row's `reference`: text, number or calls. Raises `UserError` if there is none."
     wanted = reference(row)
     if wanted is None: raise UserError(f"row without a reference: {NO_REFERENCE}")
+    if wanted_calls(row): return grade_call(row, reply)
     if row.get("task") in TASKS and isinstance(wanted, (str, int)) and str(wanted).isdigit():
         return is_right(reply, wanted)
     def same(one):
@@ -39,7 +41,7 @@ def evaluate(
     grade: Callable | None = None,  # grade(row, reply) → bool; `grade_row` by default
     workers: int = 1,               # questions in flight at once, for a server
     progress: bool = True,          # show a progress bar
-) -> list[dict]:                    # task, question, answer, reply, format, right: one for each row, in order
+) -> list[dict]:                    # task, question, answer, reply, format, right, and call where one is wanted
     "Ask every question, grade every reply. Raises `UserError` that names the row when one cannot be asked or graded."
     if not rows: raise UserError("no rows to evaluate: give at least one")
     places = [place_of(row, i) for i, row in enumerate(rows, 1)]
@@ -48,11 +50,12 @@ def evaluate(
         if grade is None and reference(row) is None:
             raise UserError(f"{place}: no reference. {NO_REFERENCE}")
     results = []
-    replies = ask_all(generate, chats, places, workers, progress)
+    replies = ask_all(generate, chats, places, workers, progress, [row.get("tools") for row in rows])
     for row, place, chat, reply in zip(rows, places, chats, replies):
         kept = chat_answer(reply) is not None if row.get("task") in TASKS else bool(reply.strip())
         results.append({"task": row.get("task", "all"), "question": chat[-1]["content"], "answer": reference(row),
                         "reply": reply, "format": kept, "right": judged_by(grade or grade_row, row, reply, place)})
+        if wanted_calls(row): results[-1]["call"] = call_scores(row, reply)
     return results
 
 # %% ../nbs/04_evals.ipynb #c8a4644e

@@ -6,12 +6,13 @@
 from __future__ import annotations
 import os
 from .core import UserError, scale as read_scale
+from .evals import score, summary
 from .progress import tell
 from .rows import Row, prompt, question, read, reference
 from .runs import trained_rows
 
 # %% auto #0
-__all__ = ['exam_rows', 'examinee']
+__all__ = ['exam_rows', 'examinee', 'exam_report']
 
 # %% ../nbs/workshop/exam.ipynb #c1d4b885
 def _with_reference(data: str) -> list[Row]:
@@ -20,8 +21,8 @@ def _with_reference(data: str) -> list[Row]:
     for row in rows:
         prompt(row)
         wanted = reference(row.data)
-        if wanted is None or isinstance(wanted, str) and not wanted.strip():   # such as a call of a tool: no text
-            raise UserError(f"{row.place}: no text to compare a reply with. "
+        if wanted is None or isinstance(wanted, str) and not wanted.strip():
+            raise UserError(f"{row.place}: nothing to compare a reply with. "
                             'Give it an "answer", or let the last turn be the assistant\'s')
     return rows
 
@@ -54,3 +55,17 @@ def examinee(
     room = read_scale(scale)["max_new_tokens"]
     if url: return remote(url, model or None, os.environ.get("LLMCOURSE_API_KEY"), max_tokens=room)
     return Local(*load(model or "tutor/sft", scale), max_new_tokens=room)
+
+# %% ../nbs/workshop/exam.ipynb #a9f148e1
+def exam_report(
+    results: list[dict],   # from `evals.evaluate`
+) -> list[dict]:           # task, n, correct, accuracy, low, high
+    "The score of each task and, of calls, the scores of names and of single arguments."
+    table = summary(results)
+    calls = [r["call"] for r in results if "call" in r]
+    if not calls: return table
+    table.append({"task": "calls: whole", **score(sum(c["arguments"] for c in calls), len(calls))})
+    table.append({"task": "calls: names", **score(sum(c["name"] for c in calls), len(calls))})
+    of = sum(c["of"] for c in calls)
+    if of: table.append({"task": "calls: arguments", **score(sum(c["right"] for c in calls), of)})
+    return table
