@@ -617,6 +617,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                             'llmcourse/gguf_tokens.py'),
                                        'llmcourse.gguf_tokens.check_tokens': ( 'workshop/gguf_tokens.html#check_tokens',
                                                                                'llmcourse/gguf_tokens.py'),
+                                       'llmcourse.gguf_tokens.dated': ('workshop/gguf_tokens.html#dated', 'llmcourse/gguf_tokens.py'),
                                        'llmcourse.gguf_tokens.golden_chats': ( 'workshop/gguf_tokens.html#golden_chats',
                                                                                'llmcourse/gguf_tokens.py'),
                                        'llmcourse.gguf_tokens.merges_matter': ( 'workshop/gguf_tokens.html#merges_matter',

@@ -31,8 +31,9 @@ def calculate(
 TOOL_TEMPLATE = """{{ bos_token }}{% if tools %}\
 {{ '<|start_header_id|>system<|end_header_id|>\n\n' }}{% if messages[0]['role'] == 'system' %}\
 {{ messages[0]['content'] | trim + '\n\n' }}{% set messages = messages[1:] %}{% endif %}\
-{{ 'Tools:' }}{% for t in tools %}{{ ' ' + t['function']['name'] }}\
-{{ '(' + t['function']['parameters']['properties'] | join(', ') + ')' }}{% endfor %}\
+{{ 'Tools:' }}{% for t in tools %}{{ ' ' + t['function']['name'] + '(' }}\
+{% for name in t['function']['parameters']['properties'] %}{{ name + (', ' if not loop.last else '') }}{% endfor %}\
+{{ ')' }}{% endfor %}\
 {{ '<|eot_id|>' }}{% endif %}{% for m in messages %}\
 {{ '<|start_header_id|>' + ('ipython' if m['role'] == 'tool' else m['role']) + '<|end_header_id|>\n\n' }}\
 {% if m['role'] == 'assistant' %}{% generation %}{% if m['tool_calls'] %}\
