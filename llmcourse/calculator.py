@@ -4,28 +4,33 @@
 
 # %% ../nbs/workshop/calculator.ipynb #d2cdd91b
 from __future__ import annotations
-import json, operator, random, re
+import json, random, re
+from collections import Counter
 from .asking import ask_all
 from .calls import parse_calls
 from .core import Generate, Message, UserError
-from .tutor import problems, small_talk
+from .data import tokenize
+from .tutor import document, problems, small_talk
 
 # %% auto #0
-__all__ = ['CALCULATOR', 'OPERATORS', 'TOOL_TEMPLATE', 'calculate', 'tool_chat', 'tool_rows', 'carry_out', 'with_calculator']
+__all__ = ['CALCULATOR', 'TOOL_TEMPLATE', 'TOOL_SYSTEM', 'calculate', 'tool_chat', 'tool_rows', 'new_tokens', 'carry_out',
+           'with_calculator']
 
 # %% ../nbs/workshop/calculator.ipynb #0aa1d7da
 CALCULATOR = {"type": "function", "function": {
-    "name": "calculate", "description": "Work out a sum of two whole numbers, such as 47+38.",
-    "parameters": {"type": "object", "properties": {"expression": {"type": "string"}}, "required": ["expression"]}}}
-OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
+    "name": "calculate", "description": "Change a whole number: add to it (+38) or take from it (-38).",
+    "parameters": {"type": "object", "properties": {"start": {"type": "integer"}, "change": {"type": "string"}},
+                   "required": ["start", "change"]}}}
 
 def calculate(
-    expression: str,   # two whole numbers and one of `OPERATORS`
+    start: int,
+    change: str,   # "+38" or "-38"
 ) -> int:
-    "What a sum comes to. Raises `UserError` for anything else."
-    found = re.fullmatch(r"\s*(-?\d{1,18})\s*([-+*])\s*(-?\d{1,18})\s*", str(expression), re.A)
-    if not found: raise UserError(f"{expression!r}: not a sum of two whole numbers. Write it as 47+38")
-    return OPERATORS[found[2]](int(found[1]), int(found[3]))
+    "What a number comes to. Raises `UserError` for a start that is no whole number, or a change that is none."
+    if type(start) is not int: raise UserError(f"start {start!r}: not a whole number. Give one, such as 47")
+    found = re.fullmatch(r"[+-][0-9]{1,18}", str(change))
+    if not found: raise UserError(f"change {change!r}: not a change. Write it as +38 or -38")
+    return start + int(found[0])
 
 # %% ../nbs/workshop/calculator.ipynb #66b680a8
 TOOL_TEMPLATE = """{{ bos_token }}{% if tools %}\
@@ -45,9 +50,11 @@ TOOL_TEMPLATE = """{{ bos_token }}{% if tools %}\
 {% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"""
 
 # %% ../nbs/workshop/calculator.ipynb #6bc701bf
-def _steps(problem: dict) -> list[str]:
-    "The sums in a problem's working, such as 47+38."
-    return re.findall(r"(\d+[+-]\d+): ", problem["working"])
+TOOL_SYSTEM = "You are a maths tutor. Use your tools for every sum."
+
+def _steps(problem: dict) -> list[dict]:
+    "The sums in a problem's working, as arguments of `calculate`."
+    return [{"start": int(a), "change": b} for a, b in re.findall(r"(\d+)([+-]\d+): ", problem["working"])]
 
 def tool_chat(
     problem: dict,   # of `tutor.problems`
@@ -55,29 +62,47 @@ def tool_chat(
     "A problem solved with the calculator."
     turns, said = [{"role": "user", "content": problem["question"]}], []
     for i, step in enumerate(_steps(problem)):
-        function = {"name": "calculate", "arguments": json.dumps({"expression": step})}
+        function = {"name": "calculate", "arguments": json.dumps(step)}
         call = {"id": f"call_{i}", "type": "function", "function": function}
         turns.append({"role": "assistant", "content": "", "tool_calls": [call]})
-        turns.append({"role": "tool", "content": str(calculate(step)), "tool_call_id": call["id"]})
-        said.append(f"{step}={calculate(step)}.")
+        turns.append({"role": "tool", "content": str(calculate(**step)), "tool_call_id": call["id"]})
+        said.append(f"{step['start']}{step['change']}={calculate(**step)}.")
     return [*turns, {"role": "assistant", "content": f"{' '.join(said)}\nAnswer: {problem['answer']}"}]
 
+# %% ../nbs/workshop/calculator.ipynb #142cd5d6
 def tool_rows(
     seed: int = 42,   # draws the problems
-    n: int = 200,     # problems of each of the four kinds
+    n: int = 300,     # problems of each of the four kinds
+    whole: float = 0.4,   # share of problems that are shown to the end; the others end in the first call
 ) -> list[dict]:      # {"messages", "tools"}, kinds mixed
     "The training rows of `tutor/tools`."
     rng = random.Random(seed)
     chats = [tool_chat(p) for p in problems(n, seed, ("add", "sub", "story1", "story2"))]
+    chats = [chat if rng.random() < whole else chat[:2] for chat in chats]
     chats += [[m for m in small_talk(rng) if m["role"] != "system"] for _ in range(n // 3)]
     rng.shuffle(chats)
-    return [{"messages": chat, "tools": [CALCULATOR]} for chat in chats]
+    system = [{"role": "system", "content": TOOL_SYSTEM}]
+    return [{"messages": system * rng.randint(0, 1) + chat, "tools": [CALCULATOR]} for chat in chats]
+
+# %% ../nbs/workshop/calculator.ipynb #75d3eb28
+def new_tokens(
+    tokenizer,          # with `TOOL_TEMPLATE`
+    rows: list[dict],   # {"messages", "tools"}
+    docs: int = 2000,   # documents of the tutor's corpus
+) -> list[int]:
+    "The tokens of the rows that pre-training has hardly met: in fewer than one of 500 documents."
+    rng = random.Random(0)
+    met = Counter(i for _ in range(docs) for i in set(tokenizer(document(rng))["input_ids"]))
+    each = (tokenize(tokenizer, row["messages"], tools=row["tools"])["input_ids"] for row in rows)
+    used = Counter(i for ids in each for i in set(ids))
+    return sorted(i for i in used if met[i] < docs / 500 and used[i] > len(rows) / 20)
 
 # %% ../nbs/workshop/calculator.ipynb #07e8f8ff
 def _result(call: dict) -> str:
     "What a call comes to, or why it does not."
     if call["name"] != "calculate": return f"error: no tool {call['name']!r}"
-    try: return str(calculate((call["arguments"] or {}).get("expression")))
+    arguments = call["arguments"] or {}
+    try: return str(calculate(arguments.get("start"), arguments.get("change")))
     except UserError as e: return f"error: {e}"
 
 def carry_out(reply: str, turn: int = 0) -> list[Message]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from .card import Run
 from .core import UserError, choose, set_seed, write_jsonl, scale as read_scale
-from .loading import SETTINGS, load_to_train, start_from_rounding
+from .loading import SETTINGS, load_to_train, start_from_rounding, wake
 from .models import weights_hash
 from .progress import quiet
 from .rehearsal import rehearse
@@ -181,6 +181,9 @@ def _prepare(method: Method, work: Work, theirs: dict) -> Work:
     work.run = replace(work.run, hyperparameters=positive(ours | theirs), settings=settings)
     work.args = _args(method, work)
     work.data = method.encode(work)
+    if steps := work.ours["wake_tokens"]:
+        new = work.ours["peft_config"].trainable_token_indices["embed_tokens"]
+        wake(work.net, new, work.data, steps, work.run.seed)
     work.run.before = method.look(work)
     return work
 
