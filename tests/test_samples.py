@@ -31,6 +31,7 @@ FORMS = {
     "chats.jsonl": "messages",
     "splits.jsonl": "messages",
     "tools.jsonl": "messages",
+    "calls.jsonl": "messages",
     "sharegpt.jsonl": "sharegpt",
     "alpaca.json": "alpaca",
     "dolly.jsonl": "dolly",
@@ -41,7 +42,7 @@ FORMS = {
     "gsm8k.jsonl": "prompt-completion",
 }
 CHATS = [
-    n for n in FORMS if n not in ("tools.jsonl", "preferences.jsonl", "thumbs.jsonl", "topics.csv")
+    n for n in FORMS if n not in ("tools.jsonl", "calls.jsonl", "preferences.jsonl", "thumbs.jsonl", "topics.csv")
 ]  # what the tutor can be tuned on
 
 
