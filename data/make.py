@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
+from llmcourse.calculator import CALCULATOR, tool_chat
 from llmcourse.tutor import FACTS, LESSONS, NAMES, SMALL_TALK, SYSTEM, THANKS, THINGS
 from llmcourse.tutor import draw_steps, problems, result, small_talk, tell_story, to_chat, work
 
@@ -278,6 +279,16 @@ def tools() -> list[dict]:
     return [{"messages": [system, *turns], "tools": TOOLS} for turns in talks]
 
 
+def calls() -> list[dict]:
+    "Held-out problems for `llmcourse eval`: most rows end in the call that is wanted, as OpenAI writes it, some in words."
+    rows = []
+    for i, p in enumerate(mixed(32, 17, split="test")):
+        chat = [m if m["content"] else {k: v for k, v in m.items() if k != "content"} for m in tool_chat(p)]
+        ends_in_words = i % 5 == 4
+        rows.append({"messages": chat if ends_in_words else chat[:-2], "tools": [CALCULATOR], "split": "test"})
+    return rows
+
+
 # ---- better and worse answers
 
 
@@ -509,6 +520,11 @@ FILES = {  # file: (form, rows, what to try on it)
         "OpenAI chats with tools, tool_calls and tool turns",
         tools,
         "llmcourse data check data/tools.jsonl",
+    ),
+    "calls.jsonl": (
+        "OpenAI chats that end in a call of a tool, or in words",
+        calls,
+        "llmcourse eval --model tutor/tools --data data/calls.jsonl",
     ),
     "sharegpt.jsonl": (
         "ShareGPT as in FineTome: conversations of from and value, source, score",

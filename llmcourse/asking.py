@@ -65,9 +65,10 @@ def ask(
     generate: Generate,
     messages: list[Message],
     place: str,                # what error lines call the row
+    tools: list | None = None, # what the model may call; one that is given none need not know of them
 ) -> str:
     "One reply. Raises `UserError` that names the row."
-    try: reply = generate(messages)
+    try: reply = generate(messages, tools=tools) if tools else generate(messages)
     except Exception as e:
         question = messages[-1]["content"][:60]
         raise UserError(f"{place}: no reply ({type(e).__name__}: {e}). The question was {question!r}") from e
@@ -96,12 +97,14 @@ def ask_batch(
     generate,                    # has a `.batch`
     chats: list[list[Message]],
     places: list[str],           # one a chat
+    tools: list | None = None,   # one list of tools a chat, or None
 ) -> list[str]:
     "Replies to a batch. Raises `UserError` that names the row, or the batch if no single row is to blame."
     where = places[0] if len(places) == 1 else f"{places[0]} to {places[-1]}"
-    try: replies = list(generate.batch(chats))
+    offered = tools or [None] * len(chats)
+    try: replies = list(generate.batch(chats, tools=offered) if any(offered) else generate.batch(chats))
     except Exception as e:
-        for messages, place in zip(chats, places): ask(generate, messages, place)
+        for each in zip(chats, places, offered): ask(generate, *each)
         raise UserError(f"{where}: no reply as a batch ({type(e).__name__}: {e}). Try a smaller batch_size") from e
     if len(replies) == len(chats): return replies
     raise UserError(f"{where}: {len(replies)} replies to {len(chats)} questions")
@@ -112,13 +115,15 @@ def parts(
     chats: list[list[Message]],
     places: list[str],
     pool: ThreadPoolExecutor | None,  # None: one by one
+    tools: list,                      # for each chat a list of tools, or None
 ) -> Iterator[list[str]]:             # a few replies at a time
     "Replies in order, as they come."
     if hasattr(generate, "batch"):
         size = getattr(generate, "options", {}).get("batch_size", 64)
-        for i in range(0, len(chats), size): yield ask_batch(generate, chats[i:i + size], places[i:i + size])
+        for i in range(0, len(chats), size):
+            yield ask_batch(generate, chats[i:i + size], places[i:i + size], tools[i:i + size])
     else:
-        jobs = [generate] * len(chats), chats, places
+        jobs = [generate] * len(chats), chats, places, tools
         for reply in pool.map(ask, *jobs) if pool else map(ask, *jobs): yield [reply]
 
 # %% ../nbs/workshop/asking.ipynb #de6a22ce
@@ -128,6 +133,7 @@ def ask_all(
     places: list[str],           # from `place_of`
     workers: int = 1,            # questions in flight at once, for a server
     progress: bool = True,       # show a progress bar
+    tools: list | None = None,   # for each chat what the model may call, or None
 ) -> list[str]:                  # a reply to each chat, in order
     "Ask every question. Raises `UserError` that names the row when one gets no reply."
     from tqdm.auto import tqdm
@@ -135,7 +141,7 @@ def ask_all(
     replies = []
     with tqdm(total=len(chats), desc="evaluating", disable=not progress) as bar:
         try:
-            for part in parts(generate, chats, places, pool):
+            for part in parts(generate, chats, places, pool, tools or [None] * len(chats)):
                 replies += part
                 bar.update(len(part))
         finally:

@@ -7,7 +7,7 @@ from __future__ import annotations
 from .core import UserError
 from .data import tokenize
 from .faults import chat_faults, refuse_faults
-from .labels import end_ids
+from .labels import drawable, end_ids
 from .progress import tell
 from .rows import Row
 
@@ -52,7 +52,9 @@ def encode_chat(
 ) -> dict:                         # {"input_ids", "labels"}: lists of token ids, −100 where a token is not trained
     "Tokens and labels of a row. Raises `UserError` if the chat template refuses it, or nothing of it would be trained."
     from jinja2 import TemplateError
-    try: out = tokenize(tokenizer, row["messages"], assistant_only, row.get("tools"))
+    try:
+        chat = drawable(tokenizer, row["messages"], row.get("tools"))
+        out = tokenize(tokenizer, chat, assistant_only, row.get("tools"))
     except UserError as e: raise UserError(f"{place}: {e}") from None
     except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as e:
         why = " ".join(str(e).split())[:120]

@@ -7,14 +7,14 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 from pathlib import Path
-from . import core, evals, pretraining, tutor
+from . import calculator, core, evals, pretraining, tutor
 from .card import Run, read_card, write_card
 from .core import UserError, choose, file_hash, is_run, set_seed, stopwatch, weights, write_aside
 from .methods import rerun
 
 # %% auto #0
-__all__ = ['PRETRAIN_RECIPE', 'LORA_RECIPE', 'SFT_RECIPE', 'GRPO_RECIPE', 'RL_RECIPE', 'ABOUT_BASE', 'BUILDERS', 'sft_rows',
-           'grpo_rows', 'score_model', 'scores', 'hashes', 'verify', 'score_changes', 'rebuild', 'repeat']
+__all__ = ['PRETRAIN_RECIPE', 'LORA_RECIPE', 'SFT_RECIPE', 'GRPO_RECIPE', 'RL_RECIPE', 'TOOLS_RECIPE', 'ABOUT_BASE', 'BUILDERS',
+           'sft_rows', 'grpo_rows', 'score_model', 'scores', 'hashes', 'verify', 'score_changes', 'rebuild', 'repeat']
 
 # %% ../nbs/workshop/checkpoints.ipynb #f07fdbde
 PRETRAIN_RECIPE = dict(tokens=6e6, batch_size=8, seed=0)
@@ -22,6 +22,8 @@ LORA_RECIPE = dict(r=16, lora_alpha=32)
 SFT_RECIPE = dict(learning_rate=4e-3, train_sampling_strategy="random", bf16=False)   # the way tutor/sft was made
 GRPO_RECIPE = dict(learning_rate=2e-4, max_steps=50)
 RL_RECIPE = dict(learning_rate=2e-4, max_steps=120)
+TOOLS_RECIPE = dict(learning_rate=2e-3, num_train_epochs=3, max_length=384, wake_tokens=40, loss_type="nll",
+                    train_sampling_strategy="random", bf16=False)
 
 # %% ../nbs/workshop/checkpoints.ipynb #2e77934a
 def sft_rows(
@@ -66,7 +68,21 @@ def _score_base(local, problems: list[dict], progress: bool) -> list[dict]:
     as_chats = evals.evaluate(local, problems, progress=progress)
     return rows + [_row("tutor/base", "chat format", as_chats, "format")]
 
-# %% ../nbs/workshop/checkpoints.ipynb #98dbecf5
+# %% ../nbs/workshop/checkpoints.ipynb #fe3f727c
+def _score_tools(name: str, local, problems: list[dict], progress: bool) -> list[dict]:
+    "The first call, and the answer after the calls were carried out."
+    asked = [[{"role": "user", "content": p["question"]}] for p in problems]
+    rows = [{"messages": calculator.tool_chat(p)[:2], "tools": [calculator.CALCULATOR]} for p in problems]
+    called = evals.evaluate(local, rows, progress=progress)
+    solved = calculator.with_calculator(local, asked)
+    both = [{"task": p["task"], "call": c["right"], "answer": tutor.is_right(chat[-1]["content"], p["answer"])}
+            for p, c, chat in zip(problems, called, solved)]
+    return _by_key(name, both, "call") + _by_key(name, both, "answer")
+
+def _by_key(name: str, results: list[dict], key: str) -> list[dict]:
+    return _by_task(name, [r | {"right": r[key]} for r in results], f" {key}")
+
+# %% ../nbs/workshop/checkpoints.ipynb #ec780d65
 def score_model(
     name: str,             # a checkpoint, or a folder
     n: int = 300,          # held-out problems of each kind
@@ -78,6 +94,9 @@ def score_model(
     local = Local(*load(name), max_new_tokens=160, batch_size=100)
     problems = tutor.problems(n, seed, split="test")
     if str(name) == "tutor/base": return _score_base(local, problems, progress)
+    if (local.tokenizer.chat_template or "") == calculator.TOOL_TEMPLATE:
+        fewer = [p for p in problems if p["task"] != "story3"]
+        return _score_tools(str(name), local, fewer, progress)
     results = evals.evaluate(local, problems, progress=progress)
     rows = _by_task(str(name), results) + [_row(str(name), "chat format", results, "format")]
     set_seed(seed)
@@ -148,6 +167,20 @@ def _build_sft(place: Path) -> None:
     from llmcourse.sft import sft
     sft(sft_rows(), place, model="tutor/base", peft_config=lora_config(**LORA_RECIPE), **SFT_RECIPE)
 
+def _build_tools(place: Path) -> None:
+    "An adapter on `tutor/sft`, with vectors for tokens that JSON needs; kept as bfloat16."
+    from safetensors.torch import load_file, save_file
+    from llmcourse.lora import lora_config
+    from llmcourse.models import load_tokenizer
+    from llmcourse.sft import sft
+    rows, tokenizer = calculator.tool_rows(), load_tokenizer("tutor/sft")
+    tokenizer.chat_template = calculator.TOOL_TEMPLATE
+    new = calculator.new_tokens(tokenizer, rows)
+    config = lora_config(r=8, lora_alpha=16, trainable_token_indices={"embed_tokens": new})
+    sft(rows, place, model="tutor/sft", peft_config=config, chat_template=calculator.TOOL_TEMPLATE, **TOOLS_RECIPE)
+    weights_file = place / "adapter_model.safetensors"
+    save_file({k: v.bfloat16() for k, v in load_file(weights_file).items()}, weights_file, {"format": "pt"})
+
 def _build_rl(place: Path, options: dict) -> None:
     "Reinforce from `tutor/sft`; kept as bfloat16."
     import torch
@@ -159,7 +192,8 @@ def _build_rl(place: Path, options: dict) -> None:
 
 # %% ../nbs/workshop/checkpoints.ipynb #9ed2e3fb
 BUILDERS = {"base": _build_base, "sft": _build_sft,
-            "grpo": lambda place: _build_rl(place, GRPO_RECIPE), "rl": lambda place: _build_rl(place, RL_RECIPE)}
+            "grpo": lambda place: _build_rl(place, GRPO_RECIPE), "rl": lambda place: _build_rl(place, RL_RECIPE),
+            "tools": _build_tools}
 
 # %% ../nbs/workshop/checkpoints.ipynb #fac5f015
 def _right(score: dict) -> str:
@@ -179,7 +213,7 @@ def score_changes(old: list[dict], new: list[dict]) -> list[str]:
 # %% ../nbs/workshop/checkpoints.ipynb #e063b567
 def rebuild(
     output: str | Path | None = None,  # folder of the checkpoints; the package's own by default
-    names: list[str] | None = None,    # which of base, sft, grpo, rl; all by default, in this order
+    names: list[str] | None = None,    # which of base, sft, grpo, rl, tools; all by default, in this order
     n: int = 300,                      # held-out problems of each kind for the card's scores
 ) -> None:
     "Build checkpoints from nothing, score them, and print how they compare with those that were there."

@@ -165,7 +165,7 @@ def training(
     skip_bad: bool = False,       # leave out rows that cannot be used, and say so, instead of refusing the file
     save_steps: int = None,       # keep a checkpoint every so many steps, so that an interrupted run can go on
     seed: int = 42,               # of data order, sampling, dropout and new weights
-    reward: str = None,           # a grader: number, choice, exact, contains, regex, json, judge; default: what fits
+    reward: str = None,           # a grader: number, choice, exact, contains, regex, json, tool, judge; default: what fits
     name: str = "sft",            # the method
 ):
     "Train by any method of the table."
@@ -205,7 +205,7 @@ def eval(
     output: str = None,        # write every prediction to this JSONL
     system: str = None,        # a system prompt for questions of --data that have none
     skip_bad: bool = False,    # leave out rows that cannot be asked, and say so, instead of refusing the file
-    grade: str = None,         # number, choice, exact, contains, regex, json, judge; by default what fits the rows
+    grade: str = None,         # number, choice, exact, contains, regex, json, tool, judge; by default what fits the rows
     json: bool = False,        # print JSON instead of a table
 ):
     """Measure a model or a server: score, n and 95 % interval of each task.
@@ -215,7 +215,7 @@ def eval(
     """
     from llmcourse import evals
     from llmcourse.core import check_writable, write_jsonl
-    from llmcourse.exam import exam_grader, exam_rows, examinee, fitting
+    from llmcourse.exam import exam_grader, exam_report, exam_rows, examinee, fitting
     from llmcourse.tutor import problems
     if output: check_writable(output)   # before an hour of questions
     known = None if url else model or "tutor/sft"   # of a server nobody knows what it was trained on
@@ -227,7 +227,7 @@ def eval(
     workers = 8 if url or grade == "judge" else 1
     results = evals.evaluate(generate, rows, grade=grade, workers=workers, progress=not json)
     if output: write_jsonl(output, results)
-    table = evals.summary(results)
+    table = exam_report(results)
     print(dumps(table) if json else evals.show(table).to_string(index=False))
 
 # %% ../nbs/workshop/cli.ipynb #704f897c
@@ -291,7 +291,7 @@ def chat(
 # %% ../nbs/workshop/cli.ipynb #4c6dfb5b
 def checkpoints(
     output: str = None,  # where to build; the package's own folder by default
-    names: str = None,   # which, separated by commas: base, sft, grpo, rl
+    names: str = None,   # which, separated by commas: base, sft, grpo, rl, tools
 ):
     """Rebuild the tutor's checkpoints from nothing and compare them with the shipped ones.
 

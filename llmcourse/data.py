@@ -5,7 +5,7 @@
 # %% ../nbs/05_data.ipynb #a3b99234
 from __future__ import annotations
 from .core import Message, UserError
-from .labels import check_calls, draw, spans
+from .labels import draw, drawable, spans
 
 # %% auto #0
 __all__ = ['tokenize']
@@ -30,7 +30,7 @@ def tokenize(
     tools: list | None = None,         # what the assistant may call, for templates that print it
 ) -> dict[str, list[int]]:             # input_ids and labels, equally long; a label of -100 is not trained
     "One conversation as the trainer sees it. Raises `UserError` if the chat template is missing or of no use."
-    check_calls(tokenizer, messages, tools)
+    messages = drawable(tokenizer, messages, tools)
     weighted = any(m.get("weight") == 0 for m in messages)
     if assistant_only_loss and not weighted and "endgeneration" in str(tokenizer.chat_template):
         out = draw(tokenizer, messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, tools=tools)

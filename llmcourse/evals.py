@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from statistics import NormalDist
 # `X as X`: others may import it from here too
 from .asking import Completion as Completion, ask_all, conversation, judged_by, place_of
+from .calls import call_scores, wanted_calls
 from .choices import names_choice
 from .core import Generate, UserError
 from .forms import canonical
@@ -36,21 +37,22 @@ def evaluate(
     grade: Callable | str | None = None,   # grade(row, reply) → bool, or a name of `graders.GRADERS`; None: what fits
     workers: int = 1,               # questions in flight at once, for a server
     progress: bool = True,          # show a progress bar
-) -> list[dict]:                    # task, question, answer, reply, format, right, a share's `score`: one a row
+) -> list[dict]:                    # task, question, answer, reply, format, right, a share's `score`, a `call`'s marks: one a row
     "Ask every question, grade every reply. Raises `UserError` that names the row when one cannot be asked or graded."
     if not rows: raise UserError("no rows to evaluate: give at least one")
     places = [place_of(row, i) for i, row in enumerate(rows, 1)]
     rows = [canonical(row, place) if names_choice(row) else row for row, place in zip(rows, places)]
     chats = [conversation(row, place) for row, place in zip(rows, places)]
     if not callable(grade): grade = functools.partial(verdict_of, grader_for(list(zip(places, rows)), grade)[0])
-    replies = ask_all(generate, chats, places, workers, progress)
+    replies = ask_all(generate, chats, places, workers, progress, [row.get("tools") for row in rows])
     with ThreadPoolExecutor(workers) as pool:
         verdicts = list(pool.map(judged_by, [grade] * len(rows), rows, replies, places))
     def result(row, chat, reply, verdict):
         kept = chat_answer(reply) is not None if row.get("task") in TASKS else bool(reply.strip())
-        share = {"score": verdict} if isinstance(verdict, float) else {}
+        more = {"score": verdict} if isinstance(verdict, float) else {}
+        if wanted_calls(row): more["call"] = call_scores(row, reply)
         return {"task": row.get("task", "all"), "question": chat[-1]["content"], "answer": reference(row),
-                "reply": reply, "format": kept, "right": verdict == 1, **share}
+                "reply": reply, "format": kept, "right": verdict == 1, **more}
     return list(map(result, rows, chats, replies, verdicts))
 
 # %% ../nbs/04_evals.ipynb #c8a4644e

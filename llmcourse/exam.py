@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 from .asking import conversation
 from .core import UserError, scale as read_scale
+from .evals import score, summary
 from .faults import chat_faults, refuse_faults
 from .graders import grader_for, guess
 from .progress import tell
@@ -15,7 +16,7 @@ from .rows import Row, leave_out, prompt, question, read, reference, say_what_is
 from .runs import trained_rows
 
 # %% auto #0
-__all__ = ['examinable', 'exam_rows', 'exam_grader', 'examinee', 'fitting']
+__all__ = ['examinable', 'exam_rows', 'exam_grader', 'examinee', 'fitting', 'exam_report']
 
 # %% ../nbs/workshop/exam.ipynb #c1d4b885
 def examinable(row: Row) -> None:
@@ -86,3 +87,17 @@ def fitting(
     kept = leave_out(rows, [row["place"] for row in rows], bad, len(rows), skip_bad)
     say_what_is_left("eval", len(rows), len(kept), {}, bad)
     return kept
+
+# %% ../nbs/workshop/exam.ipynb #a9f148e1
+def exam_report(
+    results: list[dict],   # from `evals.evaluate`
+) -> list[dict]:           # task, n, correct, accuracy, low, high
+    "The score of each task and, of calls, the scores of names and of single arguments."
+    table = summary(results)
+    calls = [r["call"] for r in results if "call" in r]
+    if not calls: return table
+    table.append({"task": "calls: whole", **score(sum(c["arguments"] for c in calls), len(calls))})
+    table.append({"task": "calls: names", **score(sum(c["name"] for c in calls), len(calls))})
+    of = sum(c["of"] for c in calls)
+    if of: table.append({"task": "calls: arguments", **score(sum(c["right"] for c in calls), of)})
+    return table

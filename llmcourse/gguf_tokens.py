@@ -12,7 +12,7 @@ from .models import DATE
 
 # %% auto #0
 __all__ = ['LLAMA3', 'QWEN2', 'GPT2', 'SPLITS', 'TEXTS', 'CHATS', 'splits', 'merges_matter', 'pre_tokenizer', 'adds',
-           'vocabulary', 'add_tokenizer', 'chat_text', 'golden_chats', 'parts_at', 'overlaps', 'special_texts',
+           'vocabulary', 'dated', 'add_tokenizer', 'chat_text', 'golden_chats', 'parts_at', 'overlaps', 'special_texts',
            'both_read', 'check_tokens']
 
 # %% ../nbs/workshop/gguf_tokens.ipynb #cd131eae
@@ -123,6 +123,12 @@ def vocabulary(
     return tokens, [kind(i, text) for i, text in enumerate(tokens)]
 
 # %% ../nbs/workshop/gguf_tokens.ipynb #84bc4595
+def dated(
+    template: str,   # a chat template
+) -> str:
+    "A template that names a day, with the day that we train with: llama.cpp would print today's."
+    return f"{{%- set date_string = {json.dumps(DATE)} %}}{template}" if "date_string" in template else template
+
 def add_tokenizer(
     writer,          # `gguf.GGUFWriter`
     folder: Path,    # of the model: merges and special ids are read from its files
@@ -138,7 +144,7 @@ def add_tokenizer(
     bos, eos = adds(tokenizer)
     special.add_special_token["bos"] = bos
     if eos or "eos" in special.add_special_token: special.add_special_token["eos"] = eos
-    if isinstance(tokenizer.chat_template, str): special.chat_template = tokenizer.chat_template
+    if isinstance(tokenizer.chat_template, str): special.chat_template = dated(tokenizer.chat_template)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from .amounts import is_number, said_number, same_number, spoken
 from .asking import NO_REFERENCE, normal
+from .calls import grade_call
 from .byfield import json_of, right_share, valid_share
 from .choices import names_choice, offered, right_letter
 from .core import Generate, UserError, choose
@@ -182,6 +183,7 @@ GRADERS: dict[str, Callable] = {   # name → (row, reply) → true or false, or
     "json": grade_json,
     "judge": grade_judge,
     "tutor": grade_tutor,
+    "tool": grade_call,
     "mixed": grade_mixed,
 }
 

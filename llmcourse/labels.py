@@ -4,24 +4,14 @@
 
 # %% ../nbs/workshop/labels.ipynb #d4a4393e
 from __future__ import annotations
-import json
+from .calls import open_calls, parallel, split_calls
 from .core import Message, UserError
 from .models import DATE, stop_ids
 
 # %% auto #0
-__all__ = ['draw', 'check_calls', 'spans', 'end_ids']
+__all__ = ['draw', 'check_calls', 'drawable', 'spans', 'end_ids']
 
 # %% ../nbs/workshop/labels.ipynb #1785bb27
-def _opened(call: dict) -> dict:
-    "A tool call with its arguments as an object, if they can be read as one."
-    function = call.get("function") or {}
-    try: return call | {"function": function | {"arguments": json.loads(function["arguments"])}}
-    except (KeyError, TypeError, ValueError): return call
-
-def _called(m: Message) -> Message:
-    "A turn with its tool calls opened."
-    return m | {"tool_calls": [_opened(c) for c in m["tool_calls"]]} if m.get("tool_calls") else m
-
 def draw(
     tokenizer,
     messages: list[Message],
@@ -31,7 +21,7 @@ def draw(
     if not tokenizer.chat_template:
         raise UserError(f"{tokenizer.name_or_path}: the tokenizer has no chat template. "
                         "Use an instruct model, or set tokenizer.chat_template")
-    return tokenizer.apply_chat_template([_called(m) for m in messages], date_string=DATE, **options)
+    return tokenizer.apply_chat_template(open_calls(messages), date_string=DATE, **options)
 
 # %% ../nbs/workshop/labels.ipynb #b28c8bf1
 def check_calls(
@@ -41,12 +31,35 @@ def check_calls(
 ) -> None:
     "Raises `TemplateError` for a template that does not print a call of a tool: an empty answer would be trained."
     from jinja2 import TemplateError
-    calls = [(j, (c.get("function") or {}).get("name", ""))
-             for j, m in enumerate(messages) for c in m.get("tool_calls") or []]
-    text = draw(tokenizer, messages, tokenize=False, tools=tools) if calls else ""
-    for j, name in calls:
-        if name in text: continue
+    marked, calls = [], {}
+    for j, m in enumerate(messages):
+        renamed = []
+        for c in m.get("tool_calls") or []:
+            mark = f"call{len(calls)}of{j}marked"
+            function = c.get("function") or {}
+            calls[mark] = j, function.get("name", "")
+            renamed.append(c | {"function": function | {"name": mark}})
+        marked.append(m | {"tool_calls": renamed} if renamed else m)
+    text = draw(tokenizer, marked, tokenize=False, tools=tools) if calls else ""
+    for mark, (j, name) in calls.items():
+        if mark in text: continue
         raise TemplateError(f"it does not print the call of {name!r} in turn {j}, so an empty answer would be trained")
+
+def drawable(
+    tokenizer,
+    messages: list[Message],
+    tools: list | None = None,   # what the assistant may call
+) -> list[Message]:
+    """The conversation as the template takes it: where it prints one call a turn, one call after the other.
+
+    Raises `TemplateError` for a template that prints none, `UserError` for calls without their results.
+    """
+    from jinja2 import TemplateError
+    if parallel(messages):
+        try: check_calls(tokenizer, messages, tools)
+        except TemplateError: messages = split_calls(messages)
+    check_calls(tokenizer, messages, tools)
+    return messages
 
 # %% ../nbs/workshop/labels.ipynb #6b3cf399
 def _around(tokenizer, messages: list[Message], i: int, text: str, tools) -> tuple[str, str]:

@@ -10,7 +10,7 @@ from .core import UserError, choose, model_path
 from .models import load
 
 # %% auto #0
-__all__ = ['SETTINGS', 'TRAINED', 'free_memory', 'check_size', 'load_to_train', 'freeze', 'start_from_rounding']
+__all__ = ['SETTINGS', 'TRAINED', 'free_memory', 'check_size', 'load_to_train', 'freeze', 'wake', 'start_from_rounding']
 
 # %% ../nbs/workshop/loading.ipynb #f79c10fe
 SETTINGS = dict(
@@ -18,7 +18,9 @@ SETTINGS = dict(
     quantization_config=None,    # a `transformers.BitsAndBytesConfig`: the base in few bits under the adapter (QLoRA)
     engine="trl",                # or "unsloth": the same trainer on Unsloth's model, on a GPU where it is installed
     loftq=False,                 # with 4 bits: start with the adapter that makes up for the rounding (LoftQ)
-    freeze_trainable_layers=0)   # without an adapter: train only the last so many blocks; 0: all
+    freeze_trainable_layers=0,   # without an adapter: train only the last so many blocks; 0: all
+    chat_template=None,          # a text: the chat template to train with, and to keep, instead of the tokenizer's
+    wake_tokens=0)               # steps that train the vectors of `trainable_token_indices` alone, before the rest
 
 def _check(dial: dict, ours: dict) -> None:
     "Raise `UserError` for settings that do not go together."
@@ -26,6 +28,9 @@ def _check(dial: dict, ours: dict) -> None:
     if bits and ours["peft_config"] is None:
         raise UserError("weights of 4 or 8 bits cannot be trained. "
                         "Give peft_config=lora_config(): the adapter is what learns")
+    if ours["wake_tokens"] and not getattr(ours["peft_config"], "trainable_token_indices", None):
+        raise UserError("wake_tokens: no tokens to wake. "
+                        "Give peft_config=lora_config(trainable_token_indices={'embed_tokens': [...]})")
     if ours["loftq"] and not getattr(bits, "load_in_4bit", False):
         raise UserError("loftq makes up for rounding to 4 bits. "
                         "Give quantization_config=BitsAndBytesConfig(load_in_4bit=True)")
@@ -93,6 +98,7 @@ def load_to_train(
     exact = dict(dtype="float32") if ours["peft_config"] is None or dial["device"] == "cpu" else {}
     bits = ours["quantization_config"]
     net, tokenizer = load(model, dial["scale"], **exact, **(dict(quantization_config=bits) if bits else {}))
+    if ours["chat_template"]: tokenizer.chat_template = ours["chat_template"]
     check_size(net, ours["peft_config"])
     if ours["freeze_trainable_layers"]: freeze(net, ours["freeze_trainable_layers"])
     return net, tokenizer
@@ -108,6 +114,37 @@ def freeze(
         raise UserError(f"freeze_trainable_layers={layers}: the model has {len(blocks)} blocks")
     net.requires_grad_(False)
     for block in blocks[-layers:]: block.requires_grad_(True)
+
+# %% ../nbs/workshop/loading.ipynb #fb546134
+def wake(
+    net,                 # the base, before it gets its adapter
+    ids: list[int],      # the tokens
+    rows: list[dict],    # {"input_ids", "labels"}
+    steps: int,          # of sixteen rows
+    seed: int,
+) -> None:
+    "Give tokens that pre-training has not met vectors of their own."
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+    chance = torch.Generator().manual_seed(seed)
+    table = net.get_input_embeddings().weight
+    others = [i for i in range(len(table)) if i not in ids]
+    with torch.no_grad():
+        spread = table[others].norm(dim=1).median() / table.shape[1]**.5
+        table[ids] = spread * torch.randn(len(ids), table.shape[1], generator=chance).to(table)
+    net.requires_grad_(False)
+    table.requires_grad_(True)
+    optimizer = torch.optim.AdamW([table], lr=1e-2, weight_decay=0.0)
+    mine = torch.zeros(len(table), 1).index_fill(0, torch.tensor(ids), 1.0).to(table)
+    for _ in range(steps):
+        drawn = [rows[i] for i in torch.randint(len(rows), (16,), generator=chance).tolist()]
+        x, y = (pad_sequence([torch.tensor(r[k]) for r in drawn], True, fill).to(table.device)
+                for k, fill in (("input_ids", 0), ("labels", -100)))
+        net(input_ids=x, labels=y).loss.backward()   # what fills a row up comes after it, so nothing sees it
+        table.grad *= mine
+        optimizer.step()
+        optimizer.zero_grad()
+    net.requires_grad_(True)
 
 # %% ../nbs/workshop/loading.ipynb #cd972328
 def start_from_rounding(

@@ -5,26 +5,27 @@
 # %% ../nbs/01_models.ipynb #74107151
 from __future__ import annotations
 from .batches import complete
+from .calls import DATE as DATE, prompt_text
 from .configs import LLAMAS as LLAMAS, shape
 from .core import Message, UserError, choose
 from .pretrained import load as load, load_tokenizer as load_tokenizer, weights_hash as weights_hash
 
 # %% auto #0
-__all__ = ['DATE', 'BYTES', 'render', 'encode', 'stop_ids', 'generate', 'Local', 'parameter_parts', 'parameter_count',
-           'weight_bytes', 'kv_cache_bytes']
+__all__ = ['BYTES', 'render', 'encode', 'stop_ids', 'generate', 'Local', 'parameter_parts', 'parameter_count', 'weight_bytes',
+           'kv_cache_bytes']
 
 # %% ../nbs/01_models.ipynb #756a16e6
-DATE = "26 Jul 2024"   # Llama 3's templates name a day: the one that transformers takes unless told
 def render(
     tokenizer,
     messages: list[Message],
     add_generation_prompt: bool = True,  # open the assistant's turn
+    tools: list | None = None,           # what it may call
 ) -> str:
     "The text that the model really sees. Raises `UserError` if the tokenizer's chat template is missing or refuses."
     from jinja2 import TemplateError
     if not tokenizer.chat_template:
         raise UserError(f"{tokenizer.name_or_path}: no chat template. Take an instruct model, or set chat_template")
-    try: return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    try: return prompt_text(tokenizer, messages, add_generation_prompt=add_generation_prompt, tools=tools)
     except TemplateError as e:
         roles = ", ".join(str(m.get("role")) for m in messages)
         raise UserError(f"{tokenizer.name_or_path}: its chat template refuses ({e}). Roles: {roles}") from e
@@ -33,10 +34,11 @@ def render(
 def encode(
     tokenizer,
     prompt,         # a conversation, or a plain text
+    tools=None,     # what the assistant may call
 ) -> list[int]:     # token ids with exactly the BOS that belongs there
     "A conversation goes through the template, which writes its own BOS; a plain text gets the tokenizer's."
     if isinstance(prompt, str): return tokenizer(prompt)["input_ids"]
-    return tokenizer(render(tokenizer, prompt), add_special_tokens=False)["input_ids"]
+    return tokenizer(render(tokenizer, prompt, tools=tools), add_special_tokens=False)["input_ids"]
 
 def stop_ids(tokenizer) -> list[int]:
     "Every token that ends a reply: the tokenizer's EOS and, where it knows them, Llama 3's and ChatML's end tokens."
@@ -52,9 +54,10 @@ def generate(
     temperature: float = 0.0,    # 0: greedy; 1: sample from the model as it is
     batch_size: int = 64,        # prompts at once
     stop: str | None = None,     # also stop at this text, e.g. "\n"
+    tools: list | None = None,   # what each conversation may call: one list of tools a prompt, or None
 ) -> list[str]:                  # the replies; one that ran out of room ends in "…"
     "Complete a batch of prompts. Raises `UserError` for a prompt that leaves no room in the model's context."
-    rows = [encode(tokenizer, p) for p in prompts]
+    rows = [encode(tokenizer, p, t) for p, t in zip(prompts, tools or [None] * len(prompts), strict=True)]
     return complete(model, tokenizer, rows, stop_ids(tokenizer), max_new_tokens, temperature, batch_size, stop)
 
 class Local:
@@ -67,8 +70,10 @@ class Local:
         self.tokenizer = tokenizer
         self.options = options
 
-    def batch(self, prompts: list) -> list[str]: return generate(self.model, self.tokenizer, prompts, **self.options)
-    def __call__(self, messages: list[Message]) -> str: return self.batch([messages])[0]
+    def batch(self, prompts: list, tools: list | None = None) -> list[str]:
+        return generate(self.model, self.tokenizer, prompts, tools=tools, **self.options)
+    def __call__(self, messages: list[Message], tools: list | None = None) -> str:
+        return self.batch([messages], [tools])[0]
 
 # %% ../nbs/01_models.ipynb #13ee2e64
 def parameter_parts(

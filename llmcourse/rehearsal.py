@@ -36,7 +36,7 @@ def _longest(trainer) -> list[dict]:
 
 def check_vocabulary(trainer) -> str:
     "Every token of the rows has an embedding."
-    have = trainer.model.get_input_embeddings().num_embeddings
+    have = trainer.model.get_input_embeddings().weight.shape[0]
     top = max(max(row["input_ids"]) for row in trainer.train_dataset)
     if top >= have:
         raise UserError(f"vocabulary: the rows hold token {top}, the model has {have} embeddings. "

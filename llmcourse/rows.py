@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from .calls import call_text
 from .core import Message, UserError, choose
 from .files import lines
 from .forms import canonical, detect
@@ -92,11 +93,12 @@ def prompt(
 def reference(
     row: dict,     # a canonical row
 ):                 # a text, a list of texts, or None
-    "What a reply is compared with: `answer`, else `ideal`, else the last turn if it is the assistant's."
+    "What a reply is compared with: `answer`, else `ideal`, else the assistant's last turn, its text or its calls."
     for column in ("answer", "ideal"):
         if row.get(column) is not None: return row[column]
     last = (row.get("messages") or [{}])[-1]
-    return last.get("content") if last.get("role") == "assistant" else None
+    if last.get("role") != "assistant": return None
+    return call_text(last["tool_calls"]) if last.get("tool_calls") else last.get("content")
 
 # %% ../nbs/workshop/rows.ipynb #53c08645
 def conversations(row: dict) -> list[list[Message]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib, statistics, time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from .calls import call_text
 from .core import Generate, Message, UserError
 # `X as X`: others may import it from here too
 from .servers import (
@@ -34,18 +35,21 @@ def _explained(url: str):
 
 # %% ../nbs/02_serve.ipynb #ae1f1f22
 class Remote:
-    "A served model as a `Generate`: messages in, or a plain text to continue; the reply out."
+    "A served model as a `Generate`: messages in, or a plain text to continue; the reply out, or the calls in it."
     def __init__(self, url: str, model: str | None = None, key: str | None = None, **options):
         self.url = url
         self.client = connect(url, key)
         with _explained(url): self.model = model or self.client.models.list().data[0].id
         self.options = {"model": self.model, "temperature": 0, "max_tokens": 512} | options
 
-    def __call__(self, prompt: list[Message] | str) -> str:
+    def __call__(self, prompt: list[Message] | str, tools: list | None = None) -> str:
         plain = isinstance(prompt, str)
         with _explained(self.url):
             if plain: choice = self.client.completions.create(prompt=prompt, **self.options).choices[0]
-            else: choice = self.client.chat.completions.create(messages=prompt, **self.options).choices[0]
+            else:
+                options = self.options | ({"tools": tools} if tools else {})
+                choice = self.client.chat.completions.create(messages=prompt, **options).choices[0]
+        if not plain and choice.message.tool_calls: return call_text(choice.message.model_dump()["tool_calls"])
         text = choice.text if plain else choice.message.content
         return (text or "") + ("…" if choice.finish_reason == "length" else "")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from .card import Run
 from .core import UserError, choose, set_seed, write_jsonl, scale as read_scale
 from .intake import Intake, encode_rows, for_few, held_out, take_rows
-from .loading import SETTINGS, load_to_train, start_from_rounding
+from .loading import SETTINGS, load_to_train, start_from_rounding, wake
 from .models import weights_hash
 from .progress import quiet, tell
 from .rehearsal import rehearse
@@ -215,6 +215,9 @@ def _prepare(method: Method, work: Work, theirs: dict, skip_bad: bool) -> Work:
     work.args = _args(method, work)
     encode_rows(method, work, work, skip_bad)
     work.run.data_hash = rows_hash(work.rows)
+    if steps := work.ours["wake_tokens"]:
+        new = work.ours["peft_config"].trainable_token_indices["embed_tokens"]
+        wake(work.net, new, work.data, steps, work.run.seed)
     if work.held:
         encode_rows(method, work, work.held, skip_bad)
         work.run.settings["validation"] = rows_hash(work.held.rows)

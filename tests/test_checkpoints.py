@@ -16,7 +16,7 @@ def by_task(rows):
 
 
 def test_files_are_what_the_cards_say():
-    assert ck.verify() == ["base", "grpo", "rl", "sft"]
+    assert ck.verify() == ["base", "grpo", "rl", "sft", "tools"]
 
 
 def test_a_changed_file_is_found(tmp_path):
@@ -68,7 +68,7 @@ def test_scores_of_an_unseen_draw():
 
 
 def test_cards_hold_scores_with_intervals():
-    for name in ("base", "sft", "grpo", "rl"):
+    for name in ("base", "sft", "grpo", "rl", "tools"):
         card = read_card(weights() / name)
         assert all(r["n"] >= 300 and r["low"] <= r["correct"] / r["n"] <= r["high"] for r in card.after), name
 
@@ -104,6 +104,6 @@ def test_more_problems_than_there_are():
 
 
 def test_every_checkpoint_says_what_it_is():
-    for name in ("base", "sft", "grpo", "rl"):
+    for name in ("base", "sft", "grpo", "rl", "tools"):
         assert (weights() / name / "README.md").read_text().startswith("---\n"), name
     assert (weights() / "base" / "README.md").read_text() == ck.ABOUT_BASE

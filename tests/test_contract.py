@@ -194,10 +194,31 @@ def test_a_reward_that_misbehaves_is_named_before_training(scored, what, tmp_pat
     assert what in str(e.value) and not (tmp_path / "run").exists()
 
 
-def test_a_call_is_not_a_text_to_compare_with(tmp_path):
-    "An empty reply would equal an empty reference."
-    from llmcourse.exam import exam_rows
+def test_a_call_is_compared_with_calls(tmp_path):
+    "An empty reply would equal the empty text beside a call."
+    from llmcourse.evals import evaluate
+    from llmcourse.exam import exam_report, exam_rows
 
-    path = written(row(calling('{"city": "Bern"}'), tools=TOOLS), tmp_path)
-    with pytest.raises(UserError, match="no text to compare a reply with"):
-        exam_rows(path, "tutor/base")
+    rows = exam_rows(written(row(calling('{"city": "Bern"}'), tools=TOOLS), tmp_path), "tutor/base")
+    offered = []
+
+    def replies(text):
+        def generate(messages, tools):
+            offered.append(tools)
+            return text
+
+        return generate
+
+    for text, right in (
+        ("", False),
+        ("sun", False),
+        ('{"name": "weather", "parameters": {"city": "Bern"}}', True),
+        ('{"name": "weather", "parameters": {"city": "Basel"}}', False),
+        ('<tool_call>{"name": "weather", "arguments": "{\\"city\\": \\"Bern\\"}"}</tool_call>', True),
+        ("[weather(city='Bern'), weather(city='Basel')]", False),
+    ):
+        results = evaluate(replies(text), rows, progress=False)
+        assert [r["right"] for r in results] == [right], text
+    assert offered == [TOOLS] * 6
+    report = {r["task"]: (r["correct"], r["n"]) for r in exam_report(results)}
+    assert report == {"all": (0, 1), "calls: whole": (0, 1), "calls: names": (0, 1), "calls: arguments": (1, 2)}

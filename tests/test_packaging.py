@@ -43,6 +43,7 @@ def test_wheel_holds_weights_and_dial(wheel):
         "weights/sft/adapter_model.safetensors",
         "weights/grpo/run.yaml",
         "weights/rl/model.safetensors",
+        "weights/tools/adapter_model.safetensors",
         "exercises/sft.py",
         "cli.py",
     ):

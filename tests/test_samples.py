@@ -31,6 +31,7 @@ FORMS = {
     "chats.jsonl": "messages",
     "splits.jsonl": "messages",
     "tools.jsonl": "messages",
+    "calls.jsonl": "messages",
     "sharegpt.jsonl": "sharegpt",
     "alpaca.json": "alpaca",
     "dolly.jsonl": "dolly",
@@ -44,7 +45,7 @@ FORMS = {
 CHATS = [
     n
     for n in FORMS
-    if n not in ("tools.jsonl", "preferences.jsonl", "thumbs.jsonl", "topics.csv", "choices.jsonl")
+    if n not in ("tools.jsonl", "calls.jsonl", "preferences.jsonl", "thumbs.jsonl", "topics.csv", "choices.jsonl")
 ]  # what the tutor can be tuned on
 
 

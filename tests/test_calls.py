@@ -1,0 +1,278 @@
+"""Calls of tools, end to end: read, compared, trained, evaluated, served as trained, carried out."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from llmcourse.calculator import CALCULATOR, TOOL_TEMPLATE, calculate, tool_chat, tool_rows, with_calculator
+from llmcourse.calls import call_scores, grade_call, parse_calls, split_calls
+from llmcourse.cli import main
+from llmcourse.core import UserError, weights
+from llmcourse.evals import evaluate, wilson
+from llmcourse.exam import exam_rows
+from llmcourse.labels import draw
+from llmcourse.models import load_tokenizer
+from llmcourse.tutor import is_right, problems
+
+DATA = Path(__file__).parent.parent / "data"
+ADD = {"name": "add", "arguments": {"a": 1, "b": [2, {"c": True}]}}
+ARGUMENTS = json.dumps(ADD["arguments"])
+
+
+def message(*calls):
+    return {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "function": f} for f in calls]}
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        message({"name": "add", "arguments": ARGUMENTS}),
+        message(ADD),
+        '{"name": "add", "parameters": %s}' % ARGUMENTS,
+        '<|python_tag|>{"type": "function", "name": "add", "parameters": %s}<|eom_id|>' % ARGUMENTS,
+        '{"type": "function", "function": {"name": "add", "arguments": %s}}' % json.dumps(ARGUMENTS),
+        'Let me add.\n<tool_call>\n{"name": "add", "arguments": %s}\n</tool_call>' % ARGUMENTS,
+        '[TOOL_CALLS][{"name": "add", "arguments": %s}]' % ARGUMENTS,
+        "<function=add>%s</function>" % ARGUMENTS,
+        "[add(a=1, b=[2, {'c': True}])]",
+    ],
+)
+def test_every_format_is_read(reply):
+    assert parse_calls(reply) == [ADD]
+    assert grade_call({"messages": [], "answer": ADD}, reply)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "3", "[]", "{}", "null", '{"name": "Anna"}', '{"name": 3, "arguments": {}}', "add(1)", "{" * 9000, "[" * 9000,
+     "f(" * 500, '{"name": "add", "arguments": {}} and more', "<tool_call>add</tool_call>", "f(a=print)", "1 is 1"],
+)  # fmt: skip
+def test_words_are_no_call(text):
+    assert parse_calls(text) == []
+
+
+@pytest.mark.parametrize(
+    "given,right",
+    [('{"n": 85}', True), ('{"n": 85.0}', True), ('{"n": "85"}', False), ('{"n": 84}', False), ('{"n": true}', False),
+     ('{"n": 85, "m": 1}', False), ("{}", False), ("85", False), ("{n: 85}", False), (json.dumps('{"n": 85}'), False)],
+)  # fmt: skip
+def test_arguments_are_equal_as_json(given, right):
+    row = {"messages": [], "answer": {"name": "f", "arguments": {"n": 85}}}
+    assert grade_call(row, message({"name": "f", "arguments": given})) == right
+
+
+def test_one_is_not_true():
+    row = {"messages": [], "answer": {"name": "f", "arguments": {"n": 1}}}
+    assert not grade_call(row, "f(n=True)") and grade_call(row, "f(n=1.0)")
+
+
+def test_what_is_missing_or_invented_counts():
+    row = {"messages": [], "answer": [{"name": "f", "arguments": {"a": 1, "b": 2}}, {"name": "g", "arguments": {}}]}
+    right_of = lambda reply: tuple(call_scores(row, reply)[k] for k in ("name", "arguments", "right", "of"))
+    assert right_of("[g(), f(b=2, a=1)]") == (True, True, 2, 2)
+    assert right_of("[g(), f(a=1, b=3)]") == (True, False, 1, 2)
+    assert right_of("f(a=1, b=2)") == (False, False, 2, 2)
+    assert right_of("[g(), f(a=1, b=2), f(a=1, b=2)]") == (False, False, 2, 4)
+    assert right_of("I do not know.") == (False, False, 0, 2)
+
+
+def test_parallel_calls_are_split_and_said(capsys):
+    "The template of tutor/tools takes one call a turn, as Llama 3.1's does. Nothing of the row is lost."
+    from llmcourse.chats import encode_chats
+    from llmcourse.rows import read
+
+    tokenizer = load_tokenizer("tutor/base")
+    tokenizer.chat_template = TOOL_TEMPLATE
+    found = read(DATA / "tools.jsonl")
+    encoded = encode_chats(tokenizer, [row.data for row in found], [row.place for row in found])
+    assert "6 rows call several tools at once, and the template takes one call a turn: they are split" in (
+        "".join(capsys.readouterr())
+    )
+    for row, tokens in zip(found, encoded):
+        trained = tokenizer.decode([t for t in tokens["labels"] if t != -100])
+        for m in row.data["messages"]:
+            for c in m.get("tool_calls", []):
+                assert json.dumps(json.loads(c["function"]["arguments"])) in trained
+    two = next(row for row in found if len(row.data["messages"][2].get("tool_calls", [])) == 2)
+    cut = two.data | {"messages": two.data["messages"][:3]}
+    with pytest.raises(UserError, match=f"{two.place}: .*turn 2 calls 2 tools at once, and their results do not follow"):
+        encode_chats(tokenizer, [cut], [two.place])
+
+
+def test_results_follow_their_calls_by_id():
+    ask = {"role": "user", "content": "?"}
+    calls = [{"id": i, "function": {"name": i, "arguments": "{}"}} for i in "xyz"]
+    answers = [{"role": "tool", "content": i.upper(), "tool_call_id": i} for i in "zxy"]
+    chat = split_calls([ask, {"role": "assistant", "content": "", "tool_calls": calls}, *answers, ask])
+    assert [m["content"] for m in chat] == ["?", "", "X", "", "Y", "", "Z", "?"]
+
+
+def test_a_listed_tool_is_not_a_printed_call():
+    "A template that prints the list of tools and no call would train an empty answer."
+    from jinja2 import TemplateError
+
+    from llmcourse.labels import check_calls
+
+    tokenizer = load_tokenizer("tutor/base")
+    tokenizer.chat_template = "{{ tools }}" + tokenizer.chat_template
+    with pytest.raises(TemplateError, match="does not print the call of 'calculate' in turn 1"):
+        check_calls(tokenizer, tool_chat(problems(1)[0]), [CALCULATOR])
+
+
+@pytest.mark.parametrize("start,change", [(1.0, "+1"), (True, "+1"), ("1", "+1"), (1, "1"), (1, "+1+1"), (1, "+9" * 99)])
+def test_the_calculator_takes_nothing_else(start, change):
+    with pytest.raises(UserError):
+        calculate(start, change)
+
+
+def test_tool_rows_keep_the_held_out_numbers_out():
+    from llmcourse.tutor import held_out
+
+    calls = [json.loads(c["function"]["arguments"]) for row in tool_rows() for m in row["messages"]
+             for c in m.get("tool_calls", [])]  # fmt: skip
+    assert len(calls) > 1200 and not any(held_out(c["start"], c["change"][0], int(c["change"][1:])) for c in calls)
+
+
+def test_woken_tokens_and_the_template_are_on_the_card(tmp_path):
+    "A run with new tokens and a template of its own is repeated from its card, to the bit."
+    from llmcourse.lora import lora_config
+    from llmcourse.methods import rerun
+    from llmcourse.models import load
+    from llmcourse.sft import sft
+
+    config = lora_config(r=2, lora_alpha=4, trainable_token_indices={"embed_tokens": [1, 90, 92]})
+    first = sft(tool_rows(n=8), tmp_path / "a", model="tutor/sft", peft_config=config, chat_template=TOOL_TEMPLATE,
+                wake_tokens=2, max_steps=2, loss_type="nll", max_length=384)  # fmt: skip
+    again = rerun(first, tmp_path / "b")
+    assert (first / "adapter_model.safetensors").read_bytes() == (again / "adapter_model.safetensors").read_bytes()
+    net, tokenizer = load(first)
+    old = load("tutor/sft")[0].get_input_embeddings().weight
+    changed = (net.get_input_embeddings().weight != old).any(1).nonzero().flatten().tolist()
+    assert changed == [1, 90, 92] and tokenizer.chat_template == TOOL_TEMPLATE
+    with pytest.raises(UserError, match="no tokens to wake"):
+        sft(tool_rows(n=8), tmp_path / "c", peft_config=lora_config(r=2), wake_tokens=2)
+
+
+# ---- the shipped checkpoint
+
+
+@pytest.fixture(scope="module")
+def tools():
+    "tutor/tools as a Generate."
+    from llmcourse.models import Local, load
+
+    return Local(*load("tutor/tools"), max_new_tokens=100)
+
+
+def test_tutor_tools_calls_and_answers(tools):
+    "On problems drawn now; and tutor/sft, before, makes no call."
+    from llmcourse.models import Local, load
+
+    drawn = problems(25, 77, ("add", "sub", "story1", "story2"), "test")
+    rows = [{"messages": tool_chat(p)[:2], "tools": [CALCULATOR]} for p in drawn]
+    called = sum(r["right"] for r in evaluate(tools, rows, progress=False))
+    chats = with_calculator(tools, [row["messages"][:1] for row in rows])
+    answered = sum(is_right(chat[-1]["content"], p["answer"]) for chat, p in zip(chats, drawn))
+    assert wilson(called, 100)[1] >= 0.9 and wilson(answered, 100)[1] >= 0.85, (called, answered)
+    net, tokenizer = load("tutor/sft")
+    tokenizer.chat_template = TOOL_TEMPLATE
+    before = evaluate(Local(net, tokenizer, max_new_tokens=60), rows[:20], progress=False)
+    assert not any(r["right"] or parse_calls(r["reply"]) for r in before)
+
+
+def test_eval_compares_calls_row_by_row(capsys):
+    "Rows without content, some that end in a call and some in words: each is measured by its own kind."
+    assert main(["eval", "--model", "tutor/tools", "--data", str(DATA / "calls.jsonl"), "--json"]) == 0
+    table = {r["task"]: r for r in json.loads(capsys.readouterr().out)}
+    assert [(k, r["n"]) for k, r in table.items()] == [
+        ("all", 32), ("calls: whole", 26), ("calls: names", 26), ("calls: arguments", 52)]  # fmt: skip
+    assert all(r["low"] <= r["accuracy"] <= r["high"] for r in table.values())
+    assert table["all"]["correct"] >= 24 and table["calls: names"]["correct"] >= 24
+
+
+def test_xray_shows_the_call(capsys):
+    assert main(["xray", str(DATA / "calls.jsonl"), "--model", "tutor/tools", "--rows", "1"]) == 0
+    shown = capsys.readouterr().out.replace("][", "")
+    assert '[{"name": "calculate", "parameters": {"start": 79, "change": "+94"}}<|eot_id|>]' in shown
+
+
+@pytest.fixture(scope="module")
+def served_tools(tmp_path_factory):
+    from llmcourse.shipping import served
+
+    with served("tutor/tools", quant="Q8_0") as server:
+        yield server
+
+
+def test_llama_cpp_reads_tools_as_trained(served_tools):
+    "Token by token: system, question, call, result, small talk, with tools and without."
+    tokenizer = load_tokenizer("tutor/tools")
+    compared = 0
+    for row in tool_rows(n=5):
+        chat = row["messages"]
+        for end in [i for i, m in enumerate(chat) if m["role"] == "assistant"]:
+            for offered in ([CALCULATOR], None):
+                if not offered and any(m.get("tool_calls") for m in chat[:end]):
+                    continue
+                body = {"messages": chat[:end]} | ({"tools": offered} if offered else {})
+                theirs = json.loads(served_tools.get("/apply-template", body))["prompt"]
+                ids = json.loads(served_tools.get("/tokenize", {"content": theirs, "add_special": True,
+                                                                "parse_special": True}))["tokens"]  # fmt: skip
+                ours = draw(tokenizer, chat[:end], tokenize=False, add_generation_prompt=True, tools=offered)
+                assert ids == tokenizer(ours, add_special_tokens=False)["input_ids"]
+                compared += 1
+    assert compared > 30
+
+
+def test_a_call_from_the_server_to_the_answer(served_tools):
+    "As an application would: request with tools, tool_calls, calculator, tool turn, answer."
+    client, messages = served_tools.client(), [{"role": "user", "content": "Ben has 47 apples. He finds 38. "
+                                                                          "How many apples does Ben have now?"}]
+    ask = lambda: client.chat.completions.create(model="tools", messages=messages, tools=[CALCULATOR], temperature=0,
+                                                 max_tokens=100).choices[0].message  # fmt: skip
+    said = ask()
+    (call,) = said.tool_calls
+    arguments = json.loads(call.function.arguments)
+    assert call.function.name == "calculate" and arguments == {"start": 47, "change": "+38"}
+    messages += [said.model_dump(exclude_none=True),
+                 {"role": "tool", "tool_call_id": call.id, "content": str(calculate(**arguments))}]  # fmt: skip
+    assert is_right(ask().content, "85")
+
+
+def test_eval_through_a_server(served_tools, capsys, tmp_path):
+    "The same rows, asked over HTTP: `tools` is sent, and what comes back as tool_calls is compared."
+    out = tmp_path / "replies.jsonl"
+    words = ["eval", "--url", served_tools.url, "--data", str(DATA / "calls.jsonl"), "--json", "--output", str(out)]
+    assert main(words) == 0
+    table = {r["task"]: r["correct"] for r in json.loads(capsys.readouterr().out)}
+    assert table["all"] >= 24 and table["calls: whole"] >= 20
+    replies = [json.loads(line) for line in out.read_text().splitlines()]
+    called = [r for r in replies if "call" in r]
+    assert len(called) == 26 and all(parse_calls(r["reply"]) for r in called if r["right"])
+
+
+def test_the_day_of_training_is_in_the_gguf(tmp_path):
+    "Llama 3.1's template names a day. llama.cpp would print today's, unless told."
+    import shutil
+
+    from llmcourse.converter import to_gguf
+    from llmcourse.engine import Engine
+    from llmcourse.templates import dress
+
+    model = Path(shutil.copytree(weights() / "base", tmp_path / "model"))
+    tokenizer = load_tokenizer(model)
+    llama = dress(tokenizer, "Llama 3.1")
+    tokenizer.chat_template = llama.chat_template
+    tokenizer.save_pretrained(model)
+    chat = [{"role": "user", "content": "2+2?"}]
+    with Engine(to_gguf(model, tmp_path / "m.gguf", "f32")) as engine:
+        theirs = engine.post("/apply-template", messages=chat)["prompt"]
+        ids = engine.tokenize(theirs)
+    ours = draw(tokenizer, chat, tokenize=False, add_generation_prompt=True)
+    assert "Today Date: 26 Jul 2024" in theirs and ids == tokenizer(ours, add_special_tokens=False)["input_ids"]
+
+
+def test_rows_for_an_exam_may_lack_content():
+    rows = exam_rows(str(DATA / "calls.jsonl"), "tutor/tools")
+    assert len(rows) == 32 and sum(bool(r["messages"][-1].get("tool_calls")) for r in rows) == 26
