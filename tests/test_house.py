@@ -18,12 +18,13 @@ from rules import NOTEBOOKS, ROOT
 # Who may import whom: only what is on a lower level. `make levels` draws it.
 LEVEL = {
     "core": 0, "progress": 0, "tables": 0,
-    "batches": 1, "card": 1, "chatdb": 1, "check": 1, "children": 1, "configs": 1, "exits": 1, "faults": 1, "figures": 1,
-    "files": 1, "gguf_file": 1, "options": 1, "resume": 1, "tally": 1, "tutor": 1,
+    "batches": 1, "card": 1, "chatdb": 1, "check": 1, "children": 1, "configs": 1, "exits": 1, "faults": 1,
+    "figures": 1, "files": 1, "gguf_file": 1, "options": 1, "resume": 1, "tally": 1, "tutor": 1,
     "asking": 2, "forms": 2, "pretrained": 2, "pretraining": 2, "quantizers": 2, "rehearsal": 2, "replies": 2,
     "report": 2,
     "models": 3, "rows": 3, "templates": 3,
-    "copies": 4, "engine": 4, "evals": 4, "intake": 4, "labels": 4, "loading": 4, "questions": 4, "runs": 4, "servers": 4,
+    "copies": 4, "engine": 4, "evals": 4, "intake": 4, "labels": 4, "loading": 4, "questions": 4, "runs": 4,
+    "servers": 4,
     "data": 5, "gguf_tokens": 5, "merging": 5, "serve": 5, "synthesis": 5, "training": 5,
     "chats": 6, "converter": 6, "desk": 6, "exam": 6, "kl": 6, "lora": 6, "methods": 6,
     "modelfile": 6, "probe": 6, "xray": 6,
