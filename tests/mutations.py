@@ -51,7 +51,8 @@ NAMES = ("role", "content", "from", "value", "tool_calls", "tools", "functions",
 
 def spots(value, path=()) -> Iterator[tuple]:
     "Where something is in a row: the path to every value."
-    for key, inner in (value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()):
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in inside:
         yield *path, key
         yield from spots(inner, (*path, key))
 
