@@ -194,7 +194,7 @@ def test_wrong_weights_do_not_pass(exported, room):
     assert parity(bad, model, AutoTokenizer.from_pretrained(folder), ["What is 47 plus 38?"], 8)["gap"] > 1e-3
 
 
-# --- tokenizers ------------------------------------------------------------------------------------------------------
+# --- tokenizers -----------------------------------------------------------------------------------------------
 
 
 def steps_of(name):
@@ -318,7 +318,7 @@ def test_token_types(gqa):
     assert set(types[:256]) == {gguf.TokenType.NORMAL} and set(types[len(tok) :]) <= {gguf.TokenType.UNUSED}
 
 
-# --- what cannot be exported -----------------------------------------------------------------------------------------
+# --- what cannot be exported ----------------------------------------------------------------------------------
 
 
 def test_models_that_we_cannot_export_are_refused(tmp_path):
@@ -594,7 +594,7 @@ def test_an_adapter_is_merged_first(room, tmp_path):
     assert found["same"] == 1 and found["gap"] < 1e-4
 
 
-# --- quantising ------------------------------------------------------------------------------------------------------
+# --- quantising -----------------------------------------------------------------------------------------------
 
 
 def test_at_once_is_the_same_as_in_two_steps(exported, tmp_path):
@@ -749,7 +749,7 @@ def test_the_reason_is_never_a_line_about_the_build(gqa, tmp_path, cut):
     assert "unknown" not in str(e.value) and "build" not in str(e.value) and len(str(e.value).split(": ")[-1]) > 10
 
 
-# --- adapters ----------------------------------------------------------------------------------------------------------
+# --- adapters ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -800,7 +800,7 @@ def test_the_name_of_an_adapter_is_in_the_file(adapter, tmp_path):
     assert gguf.GGUFReader(one).fields["general.name"].contents() == "adapter"
 
 
-# --- from the command line ---------------------------------------------------------------------------------------------
+# --- from the command line --------------------------------------------------------------------------------------
 
 NO_SYSTEM = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
@@ -859,7 +859,7 @@ def test_the_quantised_file_of_the_command_is_that_of_the_quantiser(exported, tm
         assert made.read_bytes() == quantize(f32, tmp_path / "two.gguf", kind).read_bytes()
 
 
-# --- small parts -----------------------------------------------------------------------------------------------------
+# --- small parts ----------------------------------------------------------------------------------------------
 
 
 def test_permute_pairs_the_halves_of_each_head():
@@ -873,7 +873,7 @@ def test_rope_factors_stretch_only_long_waves():
     assert rope_factors(dict(head_dim=64, rope_parameters=dict(rope_type="default", rope_theta=1e4))) is None
 
 
-# --- Modelfile -------------------------------------------------------------------------------------------------------
+# --- Modelfile ------------------------------------------------------------------------------------------------
 
 
 def go(template, messages):

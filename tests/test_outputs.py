@@ -113,7 +113,7 @@ def test_what_appears_meanwhile_stays(tmp_path):
     assert contents(tmp_path) == {"x": b"theirs"}
 
 
-# --- every output argument of the command line -------------------------------------------------------------------------
+# --- every output argument of the command line ------------------------------------------------------------------
 
 ROW = {"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "Answer: 4"}]}
 STRANGERS = ["photos", "notes.txt", "link.txt", "link", "models/mine", "models", ".", "rows.jsonl", "notes.txt/deep"]
@@ -211,7 +211,7 @@ def test_a_file_does_not_replace_a_folder(gguf, tmp_path):
         assert (tmp_path / "empty").is_dir() and len(list(tmp_path.iterdir())) == 1
 
 
-# --- what a killed process leaves --------------------------------------------------------------------------------------
+# --- what a killed process leaves -------------------------------------------------------------------------------
 
 KILLED = """
 import os, signal, sys
