@@ -54,5 +54,5 @@ def chosen(
     if marks := after_marks(text): return next(filter(None, map(marked, marks)), None)
     if called := _called_right(text, letters): return called[-1]
     last = text.rpartition("\n")[2]
-    if only := re.fullmatch(rf"\W*([{letters}])\W*", last): return only[1]
+    if only := re.fullmatch(rf"[^\w+#]*([{letters}])[^\w+#]*", last): return only[1]
     return _leading(text, letters, alone=True) or _leading(last, letters, alone=True)
