@@ -1,0 +1,324 @@
+"""The graders against answers as models and people write them: who is right is written beside each, by hand."""
+
+import json
+import random
+import re
+import time
+from fractions import Fraction
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmcourse import graders
+from llmcourse.amounts import is_number, numbers, plain_text, said_number, same_number
+from llmcourse.byfield import right_share, valid_share
+from llmcourse.choices import lettered, right_letter
+from llmcourse.core import UserError
+from llmcourse.evals import evaluate, grade_row, summary
+from llmcourse.forms import canonical, detect
+from llmcourse.graders import GRADERS, grade_judge, grader_for, guess, mark_of, reward
+from llmcourse.letters import chosen
+from llmcourse.rows import Row, read
+
+# (reply, reference, is it right?)
+NUMBERS = [
+    # dressed up, and right
+    ("18", "18", True),
+    ("18.", "18", True),
+    ("18.0", "18", True),
+    ("Answer: 18.", "18", True),
+    ("Answer: 18.00", "18", True),
+    ("answer: 18", "18", True),
+    ("**Answer:** 18", "18", True),
+    ("**Answer: 18**", "18", True),
+    ("Answer: **18**", "18", True),
+    ("The answer is 18.", "18", True),
+    ("The final answer is: 18", "18", True),
+    ("So the answer would be 18 apples.", "18", True),
+    ("Final Answer: 18", "18", True),
+    ("Answer:\n18", "18", True),
+    ("#### 18", "18", True),
+    ("48/2 = 24, 24 - 6 = 18\n#### 18", "18", True),
+    (r"\boxed{18}", "18", True),
+    (r"Thus $\boxed{18}$.", "18", True),
+    (r"$\boxed{18\text{ dollars}}$", "18", True),
+    (r"\[\boxed{\$18}\]", "18", True),
+    ("$18", "18", True),
+    ("$18.00", "18", True),
+    ("18 dollars", "$18", True),
+    ("She earns $18 every day.", "18", True),
+    ("US$18", "18", True),
+    ("18 USD", "$18", True),
+    ("€18", "18", True),
+    ("18 €", "€18", True),
+    ("£1,250.50", "1250.5", True),
+    ("1,000", "1000", True),
+    ("1,000,000", "1000000", True),
+    ("1 000 000", "1000000", True),
+    ("1\u202f000", "1000", True),
+    ("1\u00a0250,50 €", "1250.5", True),
+    ("1.234,56 €", "1234.56", True),
+    ("1.000.000", "1000000", True),
+    ("1'000", "1000", True),
+    ("1_000", "1000", True),
+    ("12,34,567", "1234567", True),
+    ("1{,}000", "1000", True),
+    ("0,5", "0.5", True),
+    ("3,14", "3.14", True),
+    (".5", "0.5", True),
+    ("50%", "50", True),
+    ("50 %", "50%", True),
+    ("50 percent", "50%", True),
+    (r"50\%", "50%", True),
+    ("0.5", "50%", True),
+    ("50%", "0.5", True),
+    ("3/4", "0.75", True),
+    ("0.75", "3/4", True),
+    (r"$\frac{3}{4}$", "3/4", True),
+    (r"\boxed{\dfrac{3}{4}}", "0.75", True),
+    ("6/8", "3/4", True),
+    ("1 1/2", "1.5", True),
+    ("1½ cups", "1.5", True),
+    ("0.33", "1/3", True),
+    ("1/3", "0.333", True),
+    ("-4", "-4", True),
+    ("−4", "-4", True),
+    ("The temperature is -4 °C.", "-4", True),
+    ("-$5", "-5", True),
+    ("$-5", "-5", True),
+    ("negative 4", "-4", True),
+    ("1.5e3", "1500", True),
+    ("1.5×10^3", "1500", True),
+    (r"1.5 \times 10^{3}", "1500", True),
+    ("1.5 x 10³", "1500", True),
+    ("10^6", "1000000", True),
+    ("2.5e-3", "0.0025", True),
+    ("1.5 million", "1500000", True),
+    ("$2 thousand", "2000", True),
+    ("$18k", "18000", True),
+    ("5 km", "5", True),
+    ("5km", "5 km", True),
+    ("5 kilometers", "5 km", True),
+    ("3 hours", "3 h", True),
+    ("18 apples", "18", True),
+    ("18 m²", "18", True),
+    ("20 - 2 = 18", "18", True),
+    ("Answer: 20 - 2 = 18", "18", True),
+    ("She has 18 left (20 - 2 = 18)", "18", True),
+    ("The answer is x = 18", "18", True),
+    ("Answer: 18 (that is, 9 twice, 9 + 9)", "18", True),
+    ("The answer is 18 per day for 7 days.", "18", True),
+    ("First I thought 17.\nAnswer: 17\nNo.\nAnswer: 18", "18", True),
+    ("18", 18, True),
+    ("18", 18.0, True),
+    ("2", ["1", "2"], True),
+    ("18", "48 - 30 = <<48-30=18>>18\n#### 18", True),
+    ("1080", "so 1,080\n#### 1,080", True),
+    # near misses
+    ("19", "18", False),
+    ("", "18", False),
+    ("I do not know.", "18", False),
+    ("180", "18", False),
+    ("1.8", "18", False),
+    ("118", "18", False),
+    ("-18", "18", False),
+    ("18", "-18", False),
+    ("Answer: 17\n18 was wrong.", "18", False),
+    ("18 or 19? The answer is 19.", "18", False),
+    ("Answer: 18 or 19", "18", False),
+    ("Answer: 18-20", "18", False),
+    ("between 18 and 20", "18", False),
+    ("The answer is not 18", "18", False),
+    ("Answer: nobody knows, since 18 is too many to say", "17", False),
+    ("18 - 1 = 17", "18", False),
+    ("#### 17", "18", False),
+    ("The answer is 18.\n#### 17", "18", False),
+    (r"18 is wrong: \boxed{17}", "18", False),
+    ("$1,000", "100", False),
+    ("1,000", "1", False),
+    ("1.234", "1234", False),
+    ("1,234", "1.234", False),
+    ("10,00", "1000", False),
+    ("€18", "$18", False),
+    ("18 cents", "$18", False),
+    ("5 miles", "5 km", False),
+    ("5 hours", "5 minutes", False),
+    ("5%", "50%", False),
+    ("0.5%", "50%", False),
+    ("500%", "0.5", False),
+    ("3/4", "4/3", False),
+    ("0.66", "2/3", False),
+    ("0.3", "1/3", False),
+    ("0.13", "1/8", False),
+    ("1 1/2", "0.5", False),
+    ("1.5e3", "1.5", False),
+    ("1.5e-3", "1500", False),
+    ("1.5 billion", "1500000", False),
+    ("18…", "18", False),
+    ("Answer: 1…", "1", False),
+    ("2018-01-18", "18", False),
+    ("at 3:18", "18", False),
+    ("on the 18th", "18", False),
+    ("GPT18", "18", False),
+    ("version 1.2.18", "18", False),
+    ("17, 18, 19", "18", False),
+    ("1,2,18", "18", False),
+    ("10^18", "18", False),
+    ("17 m^18", "18", False),
+    ("eighteen-ish, say 20", "18", False),
+]
+TEXTS = ["iron", "4", "Paris", "carbon"]
+CHOICES = [  # (reply, the letter that is right, is it right?)
+    ("C", "C", True),
+    ("c", "C", True),
+    ("C.", "C", True),
+    ("(C)", "C", True),
+    ("[C]", "C", True),
+    ("**C**", "C", True),
+    ("C) Paris", "C", True),
+    ("C. Paris", "C", True),
+    ("C: Paris", "C", True),
+    ("C - Paris", "C", True),
+    ("Paris", "C", True),
+    ("paris.", "C", True),
+    ("Answer: C", "C", True),
+    ("Answer: (C) Paris", "C", True),
+    ("answer: c", "C", True),
+    ("The answer is C.", "C", True),
+    ("The answer is (C).", "C", True),
+    ("The correct answer is C: Paris.", "C", True),
+    ("The answer is Paris.", "C", True),
+    ("**Answer:** C", "C", True),
+    (r"\boxed{C}", "C", True),
+    (r"$\boxed{\text{C}}$", "C", True),
+    ("#### C", "C", True),
+    ("Option C is correct.", "C", True),
+    ("The correct option is C.", "C", True),
+    ("The best choice is (C)", "C", True),
+    ("I would choose C.", "C", True),
+    ("I'll go with C", "C", True),
+    ("It's C.", "C", True),
+    ("C is the right answer, because iron is a metal.", "C", True),
+    ("A is wrong. B is a number. So C is correct.", "C", True),
+    ("Let's see. A is a metal, D is an element.\n\nC", "C", True),
+    ("C because Paris is a city", "C", True),
+    ("C\n\nExplanation: A is a metal.", "C", True),
+    ("Option (C)", "C", True),
+    ("The answer is A, because iron is a metal", "A", True),
+    ("4", "B", True),
+    ("Answer: 4", "B", True),
+    ("Answer: Carbon", "D", True),
+    ("B", "C", False),
+    ("", "C", False),
+    ("E", "C", False),
+    ("Answer: Carbon", "C", False),
+    ("A city", "A", False),
+    ("Answer: A city of light", "A", False),
+    ("B or C", "C", False),
+    ("Answer: B, C", "C", False),
+    ("A, B, C and D", "A", False),
+    ("The answer is not C", "C", False),
+    ("C is wrong, the answer is B", "C", False),
+    ("C is not correct", "C", False),
+    ("Because of it", "B", False),
+    ("Certainly!", "C", False),
+    ("C++", "C", False),
+    ("I cannot choose between C and D", "C", False),
+    ("Answer: B\nC is wrong", "C", False),
+    ("Vitamin C", "C", False),
+    ("The answer is B. (C) is wrong.", "C", False),
+    ("Don't know", "D", False),
+    ("None of the above", "C", False),
+]
+EXACT = [
+    ("Paris", "Paris", True),
+    (" paris. ", "Paris", True),
+    ('"Paris"', "Paris", True),
+    ("It is a city.\nAnswer: Paris", "Paris", True),
+    ("**Answer:** Paris", "Paris", True),
+    ("Lutetia", ["Paris", "Lutetia"], True),
+    ("New  York", "new york", True),
+    ("Paris, I think", "Paris", False),
+    ("Not Paris", "Paris", False),
+    ("Pari", "Paris", False),
+    ("Parish", "Paris", False),
+    ("", "Paris", False),
+    ("Answer: London\nParis", "Paris", False),
+    ("C", "C++", False),
+    ("7", "007", False),
+]
+CONTAINS = [
+    ("It is Paris, of course.", "Paris", True),
+    ("PARIS", "Paris", True),
+    ("Perhaps Lutetia?", ["Paris", "Lutetia"], True),
+    ("I love New York!", "new york", True),
+    ("5 apples", "5", True),
+    ("There are 5.", "5", True),
+    ("comparisons", "Paris", False),
+    ("Parisian", "Paris", False),
+    ("15 apples", "5", False),
+    ("5.3 apples", "5", False),
+    ("1,005", "5", False),
+    ("", "Paris", False),
+]
+REGEX = [
+    ("due 2024-05-01", r"\d{4}-\d\d-\d\d", True),
+    ("YES", r"(?i)^yes$", True),
+    ("a\nb", r"(?m)^b$", True),
+    ("due in May", r"\d{4}-\d\d-\d\d", False),
+    ("yes, but", r"(?i)^yes$", False),
+    ("", r".", False),
+]
+ORDER = '{"who": "Ana", "what": "apples", "n": 3, "paid": true}'
+JSON = [  # (reply, reference, the share that is right)
+    (ORDER, ORDER, 1),
+    ('{"n": 3, "paid": true, "what": "apples", "who": "Ana"}', ORDER, 1),
+    (f"```json\n{ORDER}\n```", ORDER, 1),
+    (f"Here it is:\n```\n{ORDER}\n```\nAnything else?", ORDER, 1),
+    (f"Sure! {ORDER} That is all.", ORDER, 1),
+    ('{"who": "ana", "what": "Apples", "n": 3.0, "paid": true}', ORDER, 1),
+    ('{"who": "Ana", "what": "apples", "n": 4, "paid": true}', ORDER, 0.75),
+    ('{"who": "Ana", "what": "apples"}', ORDER, 0.5),
+    ('{"who": "Ana", "what": "apples", "n": "3", "paid": 1}', ORDER, 0.5),
+    ('{"who": "Ana", "what": "apples", "n": 3, "paid": true, "tip": 1}', ORDER, 0.8),
+    ('{"Who": "Ana"}', ORDER, 0),
+    ("three apples for Ana", ORDER, 0),
+    ("", ORDER, 0),
+    ("{}", ORDER, 0),
+    ('{"who": "Ana",', ORDER, 0),
+    ("[1, 2, 3]", "[1, 2, 3]", 1),
+    ("[1, 2]", "[1, 2, 3]", 2 / 3),
+    ("[3, 2, 1]", "[1, 2, 3]", 1 / 3),
+    ('{"a": {"b": [1, 2]}}', '{"a": {"b": [1, 3]}}', 0.5),
+    ("null", '{"a": 1}', 0),
+]
+TABLES = {"number": NUMBERS, "exact": EXACT, "contains": CONTAINS, "regex": REGEX}
+CASES = [(name, *case) for name, cases in TABLES.items() for case in cases]
+
+
+def asked(answer, **more) -> dict:
+    return {"question": "Which one?", "answer": answer, **more}
+
+
+def test_there_are_enough_of_them():
+    assert len(CASES) + len(CHOICES) + len(JSON) >= 150
+    hard = [right for *_, right in CASES + CHOICES if not right]
+    assert len(hard) >= 75, "negatives"
+
+
+@pytest.mark.parametrize("name,reply,wanted,right", CASES)
+def test_right_and_wrong(name, reply, wanted, right):
+    assert GRADERS[name](asked(wanted), reply) is right
+
+
+@pytest.mark.parametrize("reply,letter,right", CHOICES)
+def test_choices(reply, letter, right):
+    row = asked("ABCD".index(letter), choices=TEXTS)
+    assert GRADERS["choice"](row, reply) is right and GRADERS["choice"](canonical(row), reply) is right
+
+
+@pytest.mark.parametrize("reply,wanted,share", JSON)
+def test_json_by_field(reply, wanted, share):
+    assert GRADERS["json"](asked(wanted), reply) == pytest.approx(share)
+    assert GRADERS["json"]({"messages": [], "answer": json.loads(wanted)}, reply) == pytest.approx(share)
