@@ -115,13 +115,16 @@ def mark_of(
     found = re.search(r"Score:\s*\**(\d+)(?![\d.]*\d)", text)
     return int(found[1]) if found and int(found[1]) <= top else None
 
+def _judge_url() -> str:
+    url = os.environ.get("LLMCOURSE_JUDGE_URL")
+    if not url: raise UserError("a judge needs the address of a server: set LLMCOURSE_JUDGE_URL=http://…/v1")
+    return url
+
 @functools.cache
 def _judge() -> Generate:
     "The judge at `$LLMCOURSE_JUDGE_URL`. Raises `UserError` if no address is given, or nothing answers there."
     from llmcourse.serve import remote
-    url = os.environ.get("LLMCOURSE_JUDGE_URL")
-    if not url: raise UserError("a judge needs the address of a server: set LLMCOURSE_JUDGE_URL=http://…/v1")
-    return remote(url, os.environ.get("LLMCOURSE_JUDGE_MODEL"), os.environ.get("LLMCOURSE_API_KEY"))
+    return remote(_judge_url(), os.environ.get("LLMCOURSE_JUDGE_MODEL"), os.environ.get("LLMCOURSE_API_KEY"))
 
 def grade_judge(
     row: dict,                         # with a `rubric`, a reference, or both
@@ -193,6 +196,15 @@ def verdict_of(name: str, row: dict, reply: str) -> bool | float:
     return verdict
 
 # %% ../nbs/workshop/graders.ipynb #3c2712ec
+def _try(name: str, row: dict) -> None:
+    "Raises `UserError` for a row that the grader of that name cannot grade."
+    if name == "exact" and not any(str(one).strip() for one in _wanted(row)):
+        raise UserError(f"an empty reference, which only an empty reply would meet. {NO_REFERENCE}")
+    if name != "judge": GRADERS[name](row, "")
+    else:
+        grade_judge(row, "", lambda messages: "")    # nobody is asked yet
+        _judge_url()
+
 def grader_for(
     rows: list[tuple[str, dict]],   # (place, row)
     name: str | None = None,        # of `GRADERS`; None: guessed
@@ -203,7 +215,7 @@ def grader_for(
     if name: used = choose(name, GRADERS, "grader")
     else: used = names.pop() if len(names) == 1 else "mixed"
     for place, row in rows:
-        try: used == "judge" or GRADERS[used](row, "")
+        try: _try(guess(row)[0] if used == "mixed" else used, row)
         except UserError as e: raise UserError(f"{place}: {e}") from None
     why = " · ".join(f"{n:,} by {kind}, {reason}" for (kind, reason), n in kinds.items())
     return used, f"graded by {used}: " + (why if used == "mixed" else " or ".join(reason for _, reason in kinds))

@@ -10,16 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmcourse import graders
-from llmcourse.amounts import is_number, numbers, plain_text, said_number, same_number
-from llmcourse.byfield import right_share, valid_share
-from llmcourse.choices import lettered, right_letter
 from llmcourse.core import UserError
-from llmcourse.evals import evaluate, grade_row, summary
-from llmcourse.forms import canonical, detect
-from llmcourse.graders import GRADERS, grade_judge, grader_for, guess, mark_of, reward
-from llmcourse.letters import chosen
-from llmcourse.rows import Row, read
+from llmcourse.forms import canonical
+from llmcourse.graders import GRADERS, grade_judge, grader_for, guess, mark_of
 
 # (reply, reference, is it right?)
 NUMBERS = [
@@ -322,3 +315,155 @@ def test_choices(reply, letter, right):
 def test_json_by_field(reply, wanted, share):
     assert GRADERS["json"](asked(wanted), reply) == pytest.approx(share)
     assert GRADERS["json"]({"messages": [], "answer": json.loads(wanted)}, reply) == pytest.approx(share)
+
+
+# ---- schemas, judges, and what they cannot do
+
+PERSON = {
+    "type": "object",
+    "properties": {"name": {"type": "string"}, "age": {"type": "integer", "minimum": 0}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize(
+    "reply,share",
+    [
+        ('{"name": "Ana", "age": 3}', 1),
+        ('```json\n{"name": "Ana", "age": 3}\n```', 1),
+        ('{"name": "Ana", "age": -1}', 0.5),
+        ('{"name": "Ana"}', 0.5),
+        ('{"name": "Ana", "age": 3, "job": "x"}', 2 / 3),
+        ('{"name": 1, "age": "x"}', 0),
+        ("[]", 0),
+        ("Ana is 3", 0),
+    ],
+)
+def test_json_by_schema(reply, share):
+    openai = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON}}
+    for row in ({"schema": PERSON}, {"schema": json.dumps(PERSON)}, {"response_format": openai}):
+        assert GRADERS["json"]({"question": "Who?"} | row, reply) == pytest.approx(share)
+        assert guess({"question": "Who?"} | row)[0] == "json"
+
+
+def test_schema_and_fields_together():
+    row = asked('{"name": "Ana", "age": 3}', schema=PERSON)
+    assert GRADERS["json"](row, '{"name": "Ana", "age": 3}') == 1
+    assert GRADERS["json"](row, '{"name": "Eva", "age": 3}') == 0.5, "valid, and half of it wrong"
+    assert GRADERS["json"](row, '{"name": "Ana", "age": 3, "x": 1}') == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize(
+    "name,row,message",
+    [
+        ("number", asked("Paris"), "no number in the reference 'Paris'"),
+        ("number", {"question": "Q"}, "no reference"),
+        ("choice", asked("Paris"), "no choice in the reference"),
+        ("choice", asked(7, choices=TEXTS), "is none of the 4 choices"),
+        ("regex", asked("("), "no regular expression"),
+        ("json", asked("Paris"), "no JSON in the reference"),
+        ("json", {"question": "Q", "schema": {"type": "objekt"}}, "not a JSON schema"),
+        ("contains", asked(" "), "an empty text"),
+        ("exact", asked(" "), "an empty reference"),
+        ("judge", {"question": "Q"}, "no reference"),
+        ("judge", asked("Paris"), "LLMCOURSE_JUDGE_URL"),
+    ],
+)
+def test_a_row_that_cannot_be_graded_is_named_before_anything_is_asked(name, row, message, monkeypatch):
+    monkeypatch.delenv("LLMCOURSE_JUDGE_URL", raising=False)
+    with pytest.raises(UserError, match=f"^own.jsonl:2: .*{re.escape(message)}") as e:
+        grader_for([("own.jsonl:2", row)], name)
+    assert "\n" not in str(e.value)
+
+
+def test_unknown_grader():
+    with pytest.raises(UserError, match="unknown grader 'numbr': did you mean 'number'"):
+        grader_for([("rows[0]", asked("1"))], "numbr")
+
+
+def test_judge():
+    seen = []
+
+    def judge(messages):
+        seen.append(messages[0]["content"])
+        return "It is fine.\nScore: 7/10"
+
+    row = {"question": "Say hello.", "rubric": "It is friendly."}
+    assert grade_judge(row, "Hi!", judge) == 0.7 and "It is friendly." in seen[0] and "Hi!" in seen[0]
+    assert "Say hello." in seen[0] and guess(row)[0] == "judge"
+    assert grade_judge(row, "Hi!", lambda messages: "I like it") is None
+    assert [mark_of(text) for text in ("Score: 10", "Score: **3**", "Score: 11", "Score: 7.5", "Score: -1", "")] == [
+        10, 3, None, None, None, None
+    ]  # fmt: skip
+
+
+# ---- properties
+
+
+def written(n: Fraction, rng: random.Random) -> str:
+    "A whole number as somebody may write it."
+    marks = rng.choice([",", " ", "\u202f", "'", "_", ""]) if abs(n) >= 1000 else ""
+    digits = f"{abs(n):,}".replace(",", marks)
+    text = ("-" if n < 0 else "") + rng.choice(["", "$", "€"]) + digits + rng.choice(["", ".0", ".00"])
+    return rng.choice(
+        ["{}", "Answer: {}.", "The answer is {}", "#### {}", r"\boxed{{{}}}", "so **{}**", "it is {}"]
+    ).format(text)
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.integers(-(10**9), 10**9), st.integers(-(10**9), 10**9), st.integers(0, 10**6))
+def test_every_way_to_write_a_number_is_read_back(n, other, seed):
+    text = written(n, random.Random(seed))
+    assert GRADERS["number"](asked(str(n)), text) is True, text
+    assert GRADERS["number"](asked(str(other)), text) is (n == other), text
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(max_size=200), st.sampled_from([asked("18"), asked("C", choices=TEXTS), asked("Paris"), asked(ORDER)]))
+def test_any_reply_is_graded(reply, row):
+    for name in ("exact", "contains", guess(row)[0], "mixed"):
+        assert 0 <= GRADERS[name](row, reply) <= 1
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        "1",
+        "1,",
+        "1 ",
+        "-",
+        "$",
+        "\\frac{",
+        "1,000",
+        "[",
+        '{"a":',
+        "Answer: ",
+        "A ",
+        "(A",
+        "1/",
+        "1e",
+        "**",
+        "```\n",
+        "1-",
+    ],
+)
+def test_long_replies_take_no_time(part):
+    reply, start = part * (40_000 // len(part)), time.process_time()
+    for row in (asked("18"), asked(2, choices=TEXTS), asked("Paris"), asked(ORDER)):
+        GRADERS["mixed"](row, reply)
+    assert time.process_time() - start < 5
+
+
+def test_numbers_beyond_reason():
+    for text in ("9" * 5000, "1e999999999", "10^99999999", "1/0", "0^-1"):
+        assert GRADERS["number"](asked("18"), text) is False
+
+
+def test_agrees_with_an_independent_reader():
+    "math-verify (Hugging Face) reads LaTeX and plain numbers; no unit, no spaced thousands, no near miss by range."
+    verify = pytest.importorskip("math_verify")
+    both = [(r, w, right) for r, w, right in NUMBERS if isinstance(w, str) and "<<" not in w]
+    theirs = [verify.verify(verify.parse(w), verify.parse(r)) for r, w, _ in both]
+    agree = sum(a == right for a, (*_, right) in zip(theirs, both))
+    assert agree / len(both) > 0.6
