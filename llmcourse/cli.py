@@ -207,7 +207,7 @@ def eval(
     if data: grade = exam_grader(rows, grade, data)
     generate = examinee(model, url, scale)
     workers = 8 if url or grade == "judge" else 1
-    results = evals.evaluate(generate, rows, grade, workers, progress=not json)
+    results = evals.evaluate(generate, rows, grade=grade, workers=workers, progress=not json)
     if output: write_jsonl(output, results)
     table = evals.summary(results)
     print(dumps(table) if json else evals.show(table).to_string(index=False))

@@ -35,7 +35,8 @@ SHOWS = {
     "data check data/splits": ["train 48, validation 16, test 16", "0 errors"],
     "xray": ["80 rows", "end_trained"],
     "eval --model tutor/base": [" 0 %"],
-    "eval --model runs/mine": ["story2"],
+    "eval --model runs/mine --data data/splits": ["story2"],
+    "eval --model runs/mine --data data/gsm8k": ["64"],
     "sft": ["runs/mine"],
     "train": ["runs/mine-again"],
     "grpo": ["runs/reinforced"],
@@ -91,7 +92,7 @@ def test_command(command, comment, place):
     assert shows and [w for w in shows if w not in done.stdout] == [], said
     if made := MAKES.get(words.split()[0]):
         assert (place / made).stat().st_size > 100
-    if words.startswith("eval --model runs/mine"):
+    if words.startswith("eval --model runs/mine --data data/splits"):
         right = sum(int(n) for n in re.findall(r"^ *\w+ +8 +(\d)", done.stdout, re.M))
         assert right >= 24, f"10 epochs used to give 32 of 32, now {right}\n{said}"
 
