@@ -14,6 +14,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'llmcourse.amounts.plain_text': ('workshop/amounts.html#plain_text', 'llmcourse/amounts.py'),
                                    'llmcourse.amounts.said_number': ('workshop/amounts.html#said_number', 'llmcourse/amounts.py'),
                                    'llmcourse.amounts.same_number': ('workshop/amounts.html#same_number', 'llmcourse/amounts.py'),
+                                   'llmcourse.amounts.spoken': ('workshop/amounts.html#spoken', 'llmcourse/amounts.py'),
                                    'llmcourse.amounts.unit_of': ('workshop/amounts.html#unit_of', 'llmcourse/amounts.py')},
             'llmcourse.asking': { 'llmcourse.asking.Completion': ('workshop/asking.html#completion', 'llmcourse/asking.py'),
                                   'llmcourse.asking.Completion.__call__': ( 'workshop/asking.html#completion.__call__',

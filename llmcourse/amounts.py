@@ -9,7 +9,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 # %% auto #0
-__all__ = ['UNITS', 'SCALES', 'Amount', 'unit_of', 'plain_text', 'numbers', 'after_marks', 'said_number', 'is_number',
+__all__ = ['UNITS', 'SCALES', 'Amount', 'unit_of', 'plain_text', 'numbers', 'spoken', 'after_marks', 'said_number', 'is_number',
            'same_number']
 
 # %% ../nbs/workshop/amounts.ipynb #cbce5bfb
@@ -42,16 +42,18 @@ def unit_of(text: str) -> str:
 _CLOTHES = [(re.compile(pattern), by) for pattern, by in (
     (r"(?<!\\)\$(?=\S)([^$\n]{0,80}?[^\s\\])\$(?!\d)", r"\1"),   # $18$ is LaTeX; $5 and $6 are dollars
     (r"\\text(?:bf|rm|it)?\{([^{}]*)\}|\\math(?:rm|bf)\{([^{}]*)\}", r"\1\2"),
-    (r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}", r" \1/\2"), (r"\\[dt]?frac(\d)(\d)", r" \1/\2"),
+    (r"(?<=\d)\s*(?=\\[dt]?frac)", " "), (r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}", r"\1/\2"),
+    (r"\\[dt]?frac(\d)(\d)", r"\1/\2"), (r"</answer>", "\n"),
     (r"\{,\}|\\,(?=\d{3})", ","), (r"\\times|\\cdot", "×"), (r"\\[,;:!]|~", " "),
     (r"\^\{?\\circ\}?|\\degree", "°"), (r"\\(?:left|right)\b|\\[()\[\]]|\$\$", ""),
     (r"\\([$%#&])", r"\1"), (r"\*\*(?!\d)|(?<!\d)\*\*", ""))]
 
 def _raised(found: re.Match) -> str: return "^" + unicodedata.normalize("NFKC", found[0])
-def _ratio(found: re.Match) -> str: return " " + unicodedata.normalize("NFKC", found[0])
+def _ratio(found: re.Match) -> str: return unicodedata.normalize("NFKC", found[0])
 
 def plain_text(text: str) -> str:
     "A text without the clothes of its numbers."
+    text = re.sub(r"(?<=\d)(?=[¼-¾⅐-⅞])", " ", text)
     text = re.sub("[¼-¾⅐-⅞]", _ratio, re.sub("[⁺⁻⁰¹²³⁴-⁹]+", _raised, text))
     for pattern, by in _CLOTHES: text = pattern.sub(by, text)
     return text.replace("−", "-").replace("⁄", "/")
@@ -114,13 +116,18 @@ def numbers(
     return [(match, amount) for match, amount in found if amount]
 
 # %% ../nbs/workshop/amounts.ipynb #65d5f815
-_MARKS = re.compile(r"####|\\boxed\s*(?=\{)|\banswer\s+(?:is|was|would be|must be)\b|"
-                    r"\banswer(?:\s+(?:is|was|would be|must be))?\s*[:=]", re.I)
+_IS = r"(?:is|was|would be|must be|should be)"
+_MARKS = re.compile(rf"####|\\boxed\s*(?=\{{)|<answer>|\banswer\s+{_IS}\b|\banswer(?:\s+{_IS})?\s*[:=]", re.I)
+
+def spoken(reply: str) -> str:
+    "What a reply says after its `<think>…</think>`; nothing if it never stopped thinking."
+    thought, end, said = reply.rpartition("</think>")
+    return "" if not end and said.lstrip().startswith("<think>") else said
 
 def after_marks(
     text: str,     # as `plain_text` leaves it
 ) -> list[str]:    # the last first
-    "What follows each `####`, `Answer:`, `the answer is` or LaTeX box in a text."
+    "What follows each `####`, `<answer>`, `Answer:`, `the answer is` or LaTeX box in a text."
     return [text[m.end():].lstrip(" \n\t{*_:") for m in reversed(list(_MARKS.finditer(text)))]
 
 # %% ../nbs/workshop/amounts.ipynb #79b4395f
@@ -142,7 +149,7 @@ def said_number(
     text,              # a reply, or a reference
 ) -> Amount | None:    # None: it gives none
     "The number that a text ends up with: what follows its last mark, or, if it has no mark, its last number."
-    text = plain_text(str(text))
+    text = plain_text(spoken(str(text)))
     marked = after_marks(text)
     if marked: return next((amount for amount in map(_marked, marked) if amount), None)
     return next((amount for _, amount in reversed(numbers(text))), None)

@@ -5,6 +5,7 @@
 # %% ../nbs/workshop/byfield.ipynb #e4137dd3
 from __future__ import annotations
 import json, re
+from .amounts import spoken
 from .asking import normal
 from .core import UserError
 
@@ -16,7 +17,7 @@ def json_of(
     reply: str,
 ):             # the value; None if there is none
     "The JSON in a reply: all of it, its last code fence, or the first object or list in it."
-    text = reply.strip()
+    text = spoken(reply).strip()
     for part in (text, *reversed(re.findall(r"```\w*\s*\n(.*?)```", text, re.S))):
         try: return json.loads(part)
         except (ValueError, RecursionError): continue

@@ -8,7 +8,7 @@ import functools, json, os, re, statistics
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from .amounts import is_number, said_number, same_number
+from .amounts import is_number, said_number, same_number, spoken
 from .asking import NO_REFERENCE, normal
 from .byfield import json_of, right_share, valid_share
 from .choices import names_choice, offered, right_letter
@@ -65,24 +65,25 @@ def grade_choice(row: dict, reply: str) -> bool:
 # %% ../nbs/workshop/graders.ipynb #3a301805
 def _final(text) -> str:
     "What a text says after `Answer:` on its last line; without one, all of it."
-    found = re.search(r"(?:^|\n)\W*Answer:\W*([^\n]+?)\s*$", str(text), re.I)
-    return normal(found[1] if found else text)
+    found = re.search(r"(?:^|\n)\W*Answer:\W*([^\n]+?)\s*$|<answer>([^<]*)</answer>\s*$", str(text), re.I)
+    return normal(found[1] or found[2] if found else text)
 
 def grade_exact(row: dict, reply: str) -> bool:
     "Is the reply, or what its last line says after `Answer:`, the reference? Case, spaces, a full stop do not count."
-    return any(normal(reply) == normal(one) or _final(reply) == _final(one) for one in _wanted(row))
+    said = spoken(reply)
+    return any(normal(said) == normal(one) or _final(said) == _final(one) for one in _wanted(row))
 
 def grade_contains(row: dict, reply: str) -> bool:
     "Has the reply, as whole words, one of the row's `contains`, or its reference? Raises `UserError` for an empty one."
     given = row["contains"] if row.get("contains") else _wanted(row)
     texts = [normal(one) for one in (given if isinstance(given, list) else [given])]
     if not all(texts): raise UserError("an empty text is in every reply. Give the row a text to look for")
-    return any(re.search(rf"(?<![\w.,]){re.escape(text)}(?!\w|[.,]\d)", normal(reply)) for text in texts)
+    return any(re.search(rf"(?<![\w.,]){re.escape(text)}(?!\w|[.,]\d)", normal(spoken(reply))) for text in texts)
 
 def grade_regex(row: dict, reply: str) -> bool:
     "Does the row's `regex`, or else its reference, match somewhere in the reply? Raises `UserError` for a bad pattern."
     pattern = str(row.get("regex") or _wanted(row)[0])
-    try: return re.search(pattern, reply) is not None
+    try: return re.search(pattern, spoken(reply)) is not None
     except (re.error, RecursionError) as e: raise UserError(f"{pattern[:60]!r}: no regular expression ({e})") from None
 
 # %% ../nbs/workshop/graders.ipynb #ddfe1f4b
@@ -121,10 +122,10 @@ def _judge_url() -> str:
     return url
 
 @functools.cache
-def _judge() -> Generate:
-    "The judge at `$LLMCOURSE_JUDGE_URL`. Raises `UserError` if no address is given, or nothing answers there."
+def _judge(url: str) -> Generate:
+    "The judge at that address. Raises `UserError` if nothing answers there."
     from llmcourse.serve import remote
-    return remote(_judge_url(), os.environ.get("LLMCOURSE_JUDGE_MODEL"), os.environ.get("LLMCOURSE_API_KEY"))
+    return remote(url, os.environ.get("LLMCOURSE_JUDGE_MODEL"), os.environ.get("LLMCOURSE_API_KEY"))
 
 def grade_judge(
     row: dict,                         # with a `rubric`, a reference, or both
@@ -135,7 +136,7 @@ def grade_judge(
     rubric = row.get("rubric") or f"It says the same as: {_wanted(row)[0]}"
     request = (f"Question:\n{_question(row)}\n\nAnswer:\n{reply}\n\nA good answer:\n{rubric}\n\n"
                "How good is the answer? Reply with one line, Score: N, where N goes from 0 (bad) to 10 (no fault).")
-    mark = mark_of((generate or _judge())([{"role": "user", "content": request}]))
+    mark = mark_of((generate or _judge(_judge_url()))([{"role": "user", "content": request}]))
     return None if mark is None else mark / 10
 
 # %% ../nbs/workshop/graders.ipynb #4ad2cc4f

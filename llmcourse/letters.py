@@ -5,7 +5,7 @@
 # %% ../nbs/workshop/letters.ipynb #0d19c911
 from __future__ import annotations
 import re
-from .amounts import after_marks, plain_text
+from .amounts import after_marks, plain_text, spoken
 from .asking import normal
 from .choices import LETTERS
 
@@ -31,7 +31,8 @@ def _leading(text: str, letters: str, alone: bool = False) -> str | None:
     return found[1].upper()
 
 # %% ../nbs/workshop/letters.ipynb #4bf409c4
-_CHOOSE = r"(?i:choose|pick|select|go with|it is|it's|it must be|(?:option|choice)(?: is:?|:))\s+(?i:option |choice )?"
+_CHOOSE = (r"(?i:choose|pick|select|go with|think|believe|it is|it's|it must be|(?:option|choice)(?: is:?|:))\s+"
+           r"(?i:option |choice )?")
 _RIGHT = r"(?:is|would be|must be)\s+(?:the\s+)?(?:only\s+)?(?:correct|right|true|best|answer)\b"
 
 def _called_right(text: str, letters: str) -> list[str]:
@@ -45,7 +46,7 @@ def chosen(
     texts: list[str] | None = None,   # of the choices; None: the question has them, A to J
 ) -> str | None:                      # None: no letter, or two
     "The letter that a reply chooses. The text of a choice stands for its letter."
-    letters, text = LETTERS[:len(texts) if texts else 10], plain_text(reply).strip()
+    letters, text = LETTERS[:len(texts) if texts else 10], plain_text(spoken(reply)).strip()
     known = {normal(plain_text(choice)): letter for letter, choice in zip(letters, texts or ())}
     def marked(said):
         line = said.partition("\n")[0]

@@ -2,6 +2,8 @@
 
 import json
 import math
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 
 import pytest
 
@@ -235,3 +237,57 @@ def test_eval_takes_mmlu_and_shares_as_they_are_published(capsys, tmp_path):
     order.write_text(json.dumps({"question": "Who, as JSON?", "answer": '{"who": "Ana"}'}) + "\n")
     assert main(["eval", "--data", str(order), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)[0]["score"] == 0.0
+
+
+# ---- a judge behind a URL
+
+
+@pytest.fixture
+def judge_url(monkeypatch):
+    "A server in OpenAI's form: a friendly answer gets 8 of 10, a rude one 0, a silly one no mark."
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *_): ...
+
+        def answer(self, body):
+            raw = json.dumps(body).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(raw)))
+            self.end_headers()
+            self.wfile.write(raw)
+
+        def do_GET(self):
+            self.answer(
+                {"object": "list", "data": [{"id": "judge", "object": "model", "created": 0, "owned_by": "us"}]}
+            )
+
+        def do_POST(self):
+            sent = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            asked = sent["messages"][-1]["content"].partition("Answer:\n")[2].partition("\n\n")[0]
+            said = "No mark for that." if "silly" in asked else f"Score: {8 if 'Hello' in asked else 0}"
+            message = {"role": "assistant", "content": said}
+            choice = {"index": 0, "message": message, "finish_reason": "stop"}
+            self.answer({"id": "x", "object": "chat.completion", "created": 0, "model": "judge", "choices": [choice]})
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/v1"
+    monkeypatch.setenv("LLMCOURSE_JUDGE_URL", url)
+    yield url
+    server.shutdown()
+
+
+def test_a_judge_grades_and_rewards(judge_url):
+    from llmcourse.evals import evaluate, summary
+
+    rows = [{"question": f"Greet number {i}.", "rubric": "Friendly and short."} for i in range(4)]
+    replies = {row["question"]: reply for row, reply in zip(rows, ["Hello!", "Go away.", "Hello, you!", "What?"])}
+    results = evaluate(
+        lambda messages: replies[messages[-1]["content"]], rows, grade="judge", workers=4, progress=False
+    )
+    assert [r["score"] for r in results] == [0.8, 0.0, 0.8, 0.0] and summary(results)[0]["score"] == 0.4
+    assert rewards_of(rows, list(replies.values())) == [0.8, 0.0, 0.8, 0.0]
+    assert rewards_of(rows, ["silly"] * 4, ["judge"]) == [None] * 4, "no mark: TRL leaves the reply out"
+    with pytest.raises(UserError, match="row 1: the judge gave no mark"):
+        evaluate(lambda messages: "silly", rows, progress=False)
