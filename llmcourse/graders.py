@@ -28,12 +28,13 @@ __all__ = ['GRADERS', 'grade_number', 'grade_tutor', 'grade_choice', 'grade_exac
 def _wanted(row: dict) -> list:
     "The references of a row, of which a reply has to meet one. Raises `UserError` if there is none."
     wanted = reference(row)
-    if wanted is None: raise UserError(f"no reference. {NO_REFERENCE}")
+    if wanted is None or wanted == []: raise UserError(f"no reference. {NO_REFERENCE}")
     return wanted if isinstance(wanted, list) else [wanted]
 
 def _question(row: dict) -> str:
     "What a row asks last."
-    asked = [turn["content"] for turn in row.get("messages") or row.get("input") or () if turn["role"] == "user"]
+    turns = next((row[c] for c in ("messages", "input") if isinstance(row.get(c), list)), [])
+    asked = [turn.get("content") for turn in turns if turn.get("role") == "user"]
     return str(asked[-1] if asked else row.get("question", ""))
 
 def _no(what: str, one) -> UserError:
@@ -89,8 +90,11 @@ def grade_regex(row: dict, reply: str) -> bool:
 # %% ../nbs/workshop/graders.ipynb #ddfe1f4b
 def _schema(row: dict) -> dict | None:
     "The JSON schema of a row: its `schema`, or the one in OpenAI's `response_format`."
-    given = row.get("schema") or ((row.get("response_format") or {}).get("json_schema") or {}).get("schema")
-    return json_of(given) if isinstance(given, str) else given
+    given = row.get("schema")
+    if isinstance(form := row.get("response_format"), dict) and isinstance(form.get("json_schema"), dict):
+        given = given or form["json_schema"].get("schema")
+    if isinstance(given, str): given = json_of(given)
+    return given if isinstance(given, dict) else None
 
 def grade_json(row: dict, reply: str) -> float:
     "The share of right fields; with a schema, no more than the share of valid ones. No JSON in the reply: 0."
@@ -157,9 +161,9 @@ def guess(
     last = (row.get("messages") or [{}])[-1]
     if row.get("task") in TASKS and len(ones) == 1 and ones[0].isdigit(): return "tutor", "it is a task of the tutor"
     if last.get("tool_calls") and "tool" in GRADERS: return "tool", "the answer is a call of a tool"
-    if isinstance(_schema(row), dict): return "json", "there is a schema"
+    if _schema(row): return "json", "there is a schema"
     for column, name in (("regex", "regex"), ("contains", "contains"), ("rubric", "judge")):
-        if row.get(column): return name, f"there is a column {column!r}"
+        if row.get(column) and isinstance(row[column], (str, list)): return name, f"there is a column {column!r}"
     if offered(row) or _lettered_question(row): return "choice", "the question offers choices"
     if ones and all(map(is_number, ones)): return "number", "the answer is a number"
     if isinstance(wanted, dict) or ones and all(map(_is_json, ones)): return "json", "the answer is JSON"

@@ -11,8 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmcourse.core import UserError
-from llmcourse.forms import canonical
+from llmcourse.evals import evaluate, grade_row
+from llmcourse.forms import canonical, detect
 from llmcourse.graders import GRADERS, grade_judge, grader_for, guess, mark_of
+from llmcourse.rows import read
+from llmcourse.tutor import problem, to_chat
 
 # (reply, reference, is it right?)
 NUMBERS = [
@@ -410,6 +413,119 @@ def test_judge():
     assert [mark_of(text) for text in ("Score: 10", "Score: **3**", "Score: 11", "Score: 7.5", "Score: -1", "")] == [
         10, 3, None, None, None, None
     ]  # fmt: skip
+
+
+# ---- guesses
+
+
+@pytest.mark.parametrize(
+    "row,name",
+    [
+        (asked("18"), "number"),
+        (asked(18), "number"),
+        (asked("so it is 18\n#### 18"), "number"),
+        (asked("$1,200.50"), "number"),
+        ({"input": [{"role": "user", "content": "Q"}], "ideal": ["18", "eighteen"]}, "exact"),
+        ({"input": [{"role": "user", "content": "Q"}], "ideal": ["18", "18.0"]}, "number"),
+        (asked("18 or 19"), "exact"),
+        (asked("18 people came to the party."), "exact"),
+        (asked("007"), "exact"),
+        (asked("2024-05-01"), "exact"),
+        (asked("Paris"), "exact"),
+        (asked("C"), "exact"),
+        ({"question": "Which?\nA. iron\nB. oak\nC. Paris", "answer": "C"}, "choice"),
+        (asked(2, choices=TEXTS), "choice"),
+        (asked("C", options=TEXTS), "choice"),
+        ({"question": "Which?", "A": "iron", "B": "oak", "answer": "B"}, "choice"),
+        ({"question": "Which?", "choices": {"text": TEXTS, "label": [*"ABCD"]}, "answerKey": "C"}, "choice"),
+        (asked('{"a": 1}'), "json"),
+        (asked("[1, 2]"), "json"),
+        (asked("[sic]"), "exact"),
+        (asked("SELECT 1", schema="CREATE TABLE t (a int[])"), "exact"),
+        (asked("x", regex="x+"), "regex"),
+        (asked("x", contains=["x", "y"]), "contains"),
+        (asked("x", rubric="It is short."), "judge"),
+        (problem("add", random.Random(1)), "tutor"),
+        (to_chat(problem("story2", random.Random(1))), "tutor"),
+    ],
+)
+def test_guess(row, name):
+    assert guess(row)[0] == name
+    assert guess(canonical(row))[0] == name, "as `rows.read` gives it"
+
+
+ANY = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=8),
+    lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=4), x, max_size=3),
+    max_leaves=5,
+)
+COLUMNS = (
+    "answer",
+    "ideal",
+    "choices",
+    "options",
+    "answerKey",
+    "schema",
+    "response_format",
+    "regex",
+    "contains",
+    "rubric",
+)
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.dictionaries(st.sampled_from(COLUMNS), ANY, max_size=4), st.text(max_size=20))
+def test_any_row_is_graded_or_refused_in_one_line(columns, reply):
+    from unittest import mock
+
+    with mock.patch.dict("os.environ", {"LLMCOURSE_JUDGE_URL": ""}):
+        try:
+            ((place, row),) = [(row.place, row.data) for row in read([{"question": "Q?", **columns}])]
+            name, _ = grader_for([(place, row)])
+            assert 0 <= GRADERS[name](row, reply) <= 1
+        except UserError as e:
+            assert str(e).startswith("rows[0]") and "\n" not in str(e)
+
+
+# ---- published forms
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        asked(2, choices=TEXTS, subject="geography"),
+        asked("C", choices=TEXTS),
+        asked("Paris", choices=TEXTS),
+        {"question": "Which one?", "options": TEXTS, "answer": "C", "answer_index": 2, "category": "law"},
+        {"question": "Which one?", "choices": {"text": TEXTS, "label": [*"1234"]}, "answerKey": "3", "id": "x"},
+        {"question": "Which one?", **dict(zip("ABCD", TEXTS)), "answer": "C"},
+    ],
+)
+def test_multiple_choice_as_published(row):
+    assert detect(row) == "choice"
+    data = canonical(row)
+    assert data["messages"] == [
+        {"role": "user", "content": "Which one?\nA. iron\nB. 4\nC. Paris\nD. carbon\nAnswer:"},
+        {"role": "assistant", "content": "C"},
+    ]
+    assert {"subject", "category", "id"} & set(row) <= set(data), "other columns are kept"
+    assert grade_row(row, "C") and grade_row(data, "(C) Paris") and not grade_row(data, "D")
+    assert evaluate(lambda m: m[-1]["content"][-17:-16], [row], progress=False)[0]["question"].endswith("Answer:")
+
+
+@pytest.mark.parametrize(
+    "row,message",
+    [
+        (asked(4, choices=TEXTS), "none of the 4 choices"),
+        (asked(-1, choices=TEXTS), "none of the 4 choices"),
+        (asked("Rome", choices=TEXTS), "none of the 4 choices"),
+        (asked("3", choices=["3", "4", "5", "6"]), "may be two of the choices"),
+        (asked(0, choices=["one"]), "1 choices"),
+    ],
+)
+def test_a_choice_that_is_none_is_refused(row, message):
+    with pytest.raises(UserError, match=f"^a.jsonl:3: .*{message}"):
+        canonical(row, "a.jsonl:3")
 
 
 # ---- properties
