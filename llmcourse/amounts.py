@@ -46,7 +46,8 @@ _CLOTHES = [(re.compile(pattern), by) for pattern, by in (
     (r"\\[dt]?frac(\d)(\d)", r"\1/\2"), (r"</answer>", "\n"),
     (r"\{,\}|\\,(?=\d{3})", ","), (r"\\times|\\cdot", "×"), (r"\\[,;:!]|~", " "),
     (r"\^\{?\\circ\}?|\\degree", "°"), (r"\\(?:left|right)\b|\\[()\[\]]|\$\$", ""),
-    (r"\\([$%#&])", r"\1"), (r"\*\*(?!\d)|(?<!\d)\*\*", ""))]
+    (r"\\([$%#&])", r"\1"), (r"\*\*(?!\d)|(?<!\d)\*\*", ""),
+    (r"(?<!\w)_(?=[\d$-])|(?<=\d)_(?!\w)", ""))]
 
 def _raised(found: re.Match) -> str: return "^" + unicodedata.normalize("NFKC", found[0])
 def _ratio(found: re.Match) -> str: return unicodedata.normalize("NFKC", found[0])
@@ -117,7 +118,7 @@ def numbers(
 
 # %% ../nbs/workshop/amounts.ipynb #65d5f815
 _IS = r"(?:is|was|would be|must be|should be)"
-_MARKS = re.compile(rf"####|\\boxed\s*(?=\{{)|<answer>|\banswer\s+{_IS}\b|\banswer(?:\s+{_IS})?\s*[:=]", re.I)
+_MARKS = re.compile(rf"####|\\boxed\s*(?=\{{)|<answer>|\banswer\s+{_IS}\b|\bans(?:wer)?(?:\s+{_IS})?\s*[:=]", re.I)
 
 def spoken(reply: str) -> str:
     "What a reply says after its `<think>…</think>`; nothing if it never stopped thinking."
@@ -132,7 +133,7 @@ def after_marks(
 
 # %% ../nbs/workshop/amounts.ipynb #79b4395f
 _SUM = re.compile(r"[\s\d.,()$€£%]*(?:[+\-–*/×÷][\s\d.,()$€£%]*)+=(?=\s*\S)")                        # 48/2 =
-_SECOND = re.compile(r"\s*[%\w]*\s*(?:\bor|\bto|\band|[-–])\s*[$€£¥₹]?\d", re.I)   # 12 or 13, 12-13, 12 % to 13 %
+_SECOND = re.compile(r"\s*[%\w]*\s*(?:(?:\bor|\bto|\band|[-–])\s*[$€£¥₹]?\d|,\s+\d[\d.]*\s*$)", re.I)   # 12 or 13
 
 def _marked(text: str) -> Amount | None:
     "The number of what follows a mark: the first of its line, else the last below."

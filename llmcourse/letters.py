@@ -13,7 +13,8 @@ from .choices import LETTERS
 __all__ = ['chosen']
 
 # %% ../nbs/workshop/letters.ipynb #c596dc9d
-_LEAD = re.compile(r"\W*(?:(?:option|choice|letter|answer)\s+)?\W?([A-Z])(?![\w'’+#])", re.I)
+_BEFORE = "so|thus|hence|therefore|option|choice|letter|answer|solution"
+_LEAD = re.compile(rf"\W*(?:(?:{_BEFORE})\W+)?([A-Z])(?![\w'’+#])", re.I)
 _REASON = ("because", "since", "as")    # may follow a letter: "C because …"
 _ENDED = re.compile(r"\s*$|[)\]}]|[.:,]?\s*\n|[.:,](?=\s|$)|\s+[-–]\s")
 
@@ -31,7 +32,7 @@ def _leading(text: str, letters: str, alone: bool = False) -> str | None:
     return found[1].upper()
 
 # %% ../nbs/workshop/letters.ipynb #4bf409c4
-_CHOOSE = (r"(?i:choose|pick|select|go with|think|believe|it is|it's|it must be|(?:option|choice)(?: is:?|:))\s+"
+_CHOOSE = (r"(?i:choose|pick|select|go with|think|believe|say|it is|it's|it must be|(?:option|choice)(?: is:?|:))\s+"
            r"(?i:option |choice )?")
 _RIGHT = r"(?:is|would be|must be)\s+(?:the\s+)?(?:only\s+)?(?:correct|right|true|best|answer)\b"
 
@@ -51,7 +52,8 @@ def chosen(
     def marked(said):
         line = said.partition("\n")[0]
         return None if re.match(r"not\b", line) else known.get(normal(line.rstrip("}. "))) or _leading(said, letters)
-    if normal(text) in known: return known[normal(text)]
+    bare = normal(re.sub(r"^(?:it is|it's|that is|this is)\s+", "", text, flags=re.I))
+    if bare in known: return known[bare]
     if marks := after_marks(text): return next(filter(None, map(marked, marks)), None)
     if called := _called_right(text, letters): return called[-1]
     last = text.rpartition("\n")[2]
