@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from llmcourse.calculator import CALCULATOR, TOOL_TEMPLATE, calculate, tool_chat, tool_rows, with_calculator
+from llmcourse.calculator import CALCULATOR, TOOL_TEMPLATE, calculate, shown, tool_chat, tool_rows, with_calculator
 from llmcourse.calls import call_scores, grade_call, parse_calls, split_calls
 from llmcourse.cli import main
 from llmcourse.core import UserError, weights
@@ -236,7 +236,7 @@ def test_a_call_from_the_server_to_the_answer(served_tools):
     arguments = json.loads(call.function.arguments)
     assert call.function.name == "calculate" and arguments == {"start": 47, "change": "+38"}
     messages += [said.model_dump(exclude_none=True),
-                 {"role": "tool", "tool_call_id": call.id, "content": str(calculate(**arguments))}]  # fmt: skip
+                 {"role": "tool", "tool_call_id": call.id, "content": shown(**arguments)}]  # fmt: skip
     assert is_right(ask().content, "85")
 
 
