@@ -280,7 +280,7 @@ def tools() -> list[dict]:
 
 
 def calls() -> list[dict]:
-    "Held-out problems for `llmcourse eval`: most rows end in the call that is wanted, as OpenAI writes it, some in words."
+    "Held-out problems for `llmcourse eval`: most rows end in the call that is wanted, some in words."
     rows = []
     for i, p in enumerate(mixed(32, 17, split="test")):
         chat = [m if m["content"] else {k: v for k, v in m.items() if k != "content"} for m in tool_chat(p)]

@@ -45,6 +45,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'llmcourse.calculator.calculate': ('workshop/calculator.html#calculate', 'llmcourse/calculator.py'),
                                       'llmcourse.calculator.carry_out': ('workshop/calculator.html#carry_out', 'llmcourse/calculator.py'),
                                       'llmcourse.calculator.new_tokens': ('workshop/calculator.html#new_tokens', 'llmcourse/calculator.py'),
+                                      'llmcourse.calculator.shown': ('workshop/calculator.html#shown', 'llmcourse/calculator.py'),
                                       'llmcourse.calculator.tool_chat': ('workshop/calculator.html#tool_chat', 'llmcourse/calculator.py'),
                                       'llmcourse.calculator.tool_rows': ('workshop/calculator.html#tool_rows', 'llmcourse/calculator.py'),
                                       'llmcourse.calculator.with_calculator': ( 'workshop/calculator.html#with_calculator',

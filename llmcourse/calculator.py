@@ -13,8 +13,8 @@ from .data import tokenize
 from .tutor import document, problems, small_talk
 
 # %% auto #0
-__all__ = ['CALCULATOR', 'TOOL_TEMPLATE', 'TOOL_SYSTEM', 'calculate', 'tool_chat', 'tool_rows', 'new_tokens', 'carry_out',
-           'with_calculator']
+__all__ = ['CALCULATOR', 'TOOL_TEMPLATE', 'TOOL_SYSTEM', 'calculate', 'shown', 'tool_chat', 'tool_rows', 'new_tokens',
+           'carry_out', 'with_calculator']
 
 # %% ../nbs/workshop/calculator.ipynb #0aa1d7da
 CALCULATOR = {"type": "function", "function": {
@@ -31,6 +31,10 @@ def calculate(
     found = re.fullmatch(r"[+-][0-9]{1,18}", str(change))
     if not found: raise UserError(f"change {change!r}: not a change. Write it as +38 or -38")
     return start + int(found[0])
+
+def shown(start: int, change: str) -> str:
+    "The result as the model reads it, in the words in which the tutor's own working ends."
+    return f"{start}{change}: so {calculate(start, change)}."
 
 # %% ../nbs/workshop/calculator.ipynb #66b680a8
 TOOL_TEMPLATE = """{{ bos_token }}{% if tools %}\
@@ -60,20 +64,19 @@ def tool_chat(
     problem: dict,   # of `tutor.problems`
 ) -> list[Message]:  # question, then a call and its result for each step, then the answer
     "A problem solved with the calculator."
-    turns, said = [{"role": "user", "content": problem["question"]}], []
+    turns = [{"role": "user", "content": problem["question"]}]
     for i, step in enumerate(_steps(problem)):
         function = {"name": "calculate", "arguments": json.dumps(step)}
         call = {"id": f"call_{i}", "type": "function", "function": function}
         turns.append({"role": "assistant", "content": "", "tool_calls": [call]})
-        turns.append({"role": "tool", "content": str(calculate(**step)), "tool_call_id": call["id"]})
-        said.append(f"{step['start']}{step['change']}={calculate(**step)}.")
-    return [*turns, {"role": "assistant", "content": f"{' '.join(said)}\nAnswer: {problem['answer']}"}]
+        turns.append({"role": "tool", "content": shown(**step), "tool_call_id": call["id"]})
+    return [*turns, {"role": "assistant", "content": f"Answer: {problem['answer']}"}]
 
 # %% ../nbs/workshop/calculator.ipynb #142cd5d6
 def tool_rows(
     seed: int = 42,   # draws the problems
     n: int = 300,     # problems of each of the four kinds
-    whole: float = 0.4,   # share of problems that are shown to the end; the others end in the first call
+    whole: float = 0.7,   # share of problems that are shown to the end; the others end in the first call
 ) -> list[dict]:      # {"messages", "tools"}, kinds mixed
     "The training rows of `tutor/tools`."
     rng = random.Random(seed)
@@ -102,7 +105,7 @@ def _result(call: dict) -> str:
     "What a call comes to, or why it does not."
     if call["name"] != "calculate": return f"error: no tool {call['name']!r}"
     arguments = call["arguments"] or {}
-    try: return str(calculate(arguments.get("start"), arguments.get("change")))
+    try: return shown(arguments.get("start"), arguments.get("change"))
     except UserError as e: return f"error: {e}"
 
 def carry_out(reply: str, turn: int = 0) -> list[Message]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from llmcourse.calculator import CALCULATOR, TOOL_TEMPLATE, calculate, tool_chat, tool_rows, with_calculator
+from llmcourse.calculator import CALCULATOR, TOOL_TEMPLATE, calculate, shown, tool_chat, tool_rows, with_calculator
 from llmcourse.calls import call_scores, grade_call, parse_calls, split_calls
 from llmcourse.cli import main
 from llmcourse.core import UserError, weights
@@ -29,16 +29,17 @@ def message(*calls):
     [
         message({"name": "add", "arguments": ARGUMENTS}),
         message(ADD),
-        '{"name": "add", "parameters": %s}' % ARGUMENTS,
-        '<|python_tag|>{"type": "function", "name": "add", "parameters": %s}<|eom_id|>' % ARGUMENTS,
-        '{"type": "function", "function": {"name": "add", "arguments": %s}}' % json.dumps(ARGUMENTS),
-        'Let me add.\n<tool_call>\n{"name": "add", "arguments": %s}\n</tool_call>' % ARGUMENTS,
-        '[TOOL_CALLS][{"name": "add", "arguments": %s}]' % ARGUMENTS,
-        "<function=add>%s</function>" % ARGUMENTS,
+        '{"name": "add", "parameters": ARGUMENTS}',
+        '<|python_tag|>{"type": "function", "name": "add", "parameters": ARGUMENTS}<|eom_id|>',
+        '{"type": "function", "function": {"name": "add", "arguments": ARGUMENTS}}',
+        'Let me add.\n<tool_call>\n{"name": "add", "arguments": ARGUMENTS}\n</tool_call>',
+        '[TOOL_CALLS][{"name": "add", "arguments": ARGUMENTS}]',
+        "<function=add>ARGUMENTS</function>",
         "[add(a=1, b=[2, {'c': True}])]",
     ],
 )
 def test_every_format_is_read(reply):
+    reply = reply.replace("ARGUMENTS", ARGUMENTS) if isinstance(reply, str) else reply
     assert parse_calls(reply) == [ADD]
     assert grade_call({"messages": [], "answer": ADD}, reply)
 
@@ -96,7 +97,7 @@ def test_parallel_calls_are_split_and_said(capsys):
                 assert json.dumps(json.loads(c["function"]["arguments"])) in trained
     two = next(row for row in found if len(row.data["messages"][2].get("tool_calls", [])) == 2)
     cut = two.data | {"messages": two.data["messages"][:3]}
-    with pytest.raises(UserError, match=f"{two.place}: .*turn 2 calls 2 tools at once, and their results do not follow"):
+    with pytest.raises(UserError, match=f"{two.place}: .*turn 2 calls 2 tools at once, and their results do not"):
         encode_chats(tokenizer, [cut], [two.place])
 
 
@@ -120,7 +121,7 @@ def test_a_listed_tool_is_not_a_printed_call():
         check_calls(tokenizer, tool_chat(problems(1)[0]), [CALCULATOR])
 
 
-@pytest.mark.parametrize("start,change", [(1.0, "+1"), (True, "+1"), ("1", "+1"), (1, "1"), (1, "+1+1"), (1, "+9" * 99)])
+@pytest.mark.parametrize("start,change", [(1.0, "+1"), (True, "+1"), ("1", "+1"), (1, "1"), (1, "+1+1"), (1, "+9" * 9)])
 def test_the_calculator_takes_nothing_else(start, change):
     with pytest.raises(UserError):
         calculate(start, change)
@@ -236,7 +237,7 @@ def test_a_call_from_the_server_to_the_answer(served_tools):
     arguments = json.loads(call.function.arguments)
     assert call.function.name == "calculate" and arguments == {"start": 47, "change": "+38"}
     messages += [said.model_dump(exclude_none=True),
-                 {"role": "tool", "tool_call_id": call.id, "content": str(calculate(**arguments))}]  # fmt: skip
+                 {"role": "tool", "tool_call_id": call.id, "content": shown(**arguments)}]  # fmt: skip
     assert is_right(ask().content, "85")
 
 
