@@ -102,6 +102,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'llmcourse.chats.encode_chat': ('workshop/chats.html#encode_chat', 'llmcourse/chats.py'),
                                  'llmcourse.chats.encode_chats': ('workshop/chats.html#encode_chats', 'llmcourse/chats.py'),
                                  'llmcourse.chats.look_at_chats': ('workshop/chats.html#look_at_chats', 'llmcourse/chats.py'),
+                                 'llmcourse.chats.say_if_split': ('workshop/chats.html#say_if_split', 'llmcourse/chats.py'),
                                  'llmcourse.chats.take_chats': ('workshop/chats.html#take_chats', 'llmcourse/chats.py')},
             'llmcourse.check': { 'llmcourse.check.Exercise': ('workshop/check.html#exercise', 'llmcourse/check.py'),
                                  'llmcourse.check.ToDo': ('workshop/check.html#todo', 'llmcourse/check.py'),

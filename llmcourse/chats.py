@@ -4,6 +4,7 @@
 
 # %% ../nbs/workshop/chats.ipynb #32ffc34d
 from __future__ import annotations
+from .calls import parallel
 from .core import UserError
 from .data import tokenize
 from .faults import chat_faults, refuse_faults
@@ -12,7 +13,7 @@ from .progress import tell
 from .rows import Row
 
 # %% auto #0
-__all__ = ['take_chats', 'check_fit', 'encode_chat', 'encode_chats', 'check_labels', 'look_at_chats']
+__all__ = ['take_chats', 'check_fit', 'encode_chat', 'say_if_split', 'encode_chats', 'check_labels', 'look_at_chats']
 
 # %% ../nbs/workshop/chats.ipynb #4510d369
 def take_chats(
@@ -62,6 +63,12 @@ def encode_chat(
     check_fit(out, place, max_length, context)
     return out
 
+def say_if_split(tokenizer, rows: list[dict]) -> None:
+    "Say how many rows call several tools at once, if the template takes one call a turn."
+    several = [row for row in rows if parallel(row["messages"])]
+    n = sum(len(drawable(tokenizer, row["messages"], row.get("tools"))) > len(row["messages"]) for row in several)
+    if n: tell(f"{n:,} rows call several tools at once, and the template takes one call a turn: they are split")
+
 def encode_chats(
     tokenizer,
     rows: list[dict],            # {"messages", …, perhaps "tools"}
@@ -69,7 +76,9 @@ def encode_chats(
     assistant_only: bool = True, # train only what the assistant says
 ) -> list[dict]:                 # as from `encode_chat`
     "Tokens and labels of every row. Raises `UserError` that names the row which the chat template refuses."
-    return [encode_chat(tokenizer, row, place, assistant_only) for row, place in zip(rows, places, strict=True)]
+    encoded = [encode_chat(tokenizer, row, place, assistant_only) for row, place in zip(rows, places, strict=True)]
+    say_if_split(tokenizer, rows)
+    return encoded
 
 # %% ../nbs/workshop/chats.ipynb #2bf3ca0c
 def _check_start(tokenizer, rows: list[dict]) -> None:
