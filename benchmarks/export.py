@@ -99,7 +99,7 @@ def make_model(folder: Path, shape: str, layers: int | None) -> Path:
 
 
 def watched(words: list, **env) -> dict:
-    "Run a program: its seconds, its peak memory, and the most that it kept on the disk beside `output`."
+    "Run a program: its seconds on the clock and of the processor, and its peak memory, children included."
     start = time.perf_counter()
     process = subprocess.Popen([str(w) for w in words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
                                env=os.environ | env)
@@ -167,7 +167,8 @@ def compare(args, model: Path, scratch: Path) -> None:
         found = {name: [] for name in contenders}
         for _ in range(args.rounds):
             for name, run in contenders.items():
-                with tempfile.TemporaryDirectory(dir=scratch) as out: found[name].append(run(model, Path(out), quant, args))
+                with tempfile.TemporaryDirectory(dir=scratch) as out:
+                    found[name].append(run(model, Path(out), quant, args))
         middle = {name: {k: statistics.median(row[k] for row in rows) for k in rows[0]} for name, rows in found.items()}
         for name, row in middle.items():
             print(f"{args.shape} {quant:<7} {name:<5} {row['seconds']:7.1f} s {row['cpu']:7.1f} CPU-s "
