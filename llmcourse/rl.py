@@ -115,7 +115,8 @@ GRPO = Method(
     name="grpo", about="Reinforce by a reward: each reply against its siblings (GRPO).",
     example="llmcourse grpo --data problems.jsonl --model runs/sft --steps 100 --r 16",
     title="Reinforced by a reward", config="GRPOConfig", model="tutor/sft", own="llmcourse.checkpoints.grpo_rows",
-    take=problem_rows, defaults=_grpo_defaults, encode=prompt_as_taken, look=look_at_prompts, trainer=_trainer("GRPOTrainer"),
+    take=problem_rows, defaults=_grpo_defaults, encode=prompt_as_taken,
+    look=look_at_prompts, trainer=_trainer("GRPOTrainer"),
     settings=dict(reward_funcs=[exact_reward], probe_groups=8),
     fixed=dict(chat_template_kwargs={"date_string": DATE}), shows="reward")
 RLOO = replace(
