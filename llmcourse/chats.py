@@ -27,7 +27,7 @@ def take_chats(
         refuse_faults(row.place, chat_faults(row.data["messages"], row.data.get("tools")))
     return [row.data for row in rows]
 
-# %% ../nbs/workshop/chats.ipynb #a5292664
+# %% ../nbs/workshop/chats.ipynb #b64a332d
 def check_fit(
     encoded: dict,                   # {"input_ids", "labels"}
     place: str,                      # where the row came from, for the error
@@ -43,6 +43,7 @@ def check_fit(
         cut = f"{n:,} tokens, max_length is {room:,}: " if n > room else ""
         raise UserError(f"{place}: {cut}nothing of it would be trained" + (". Raise max_length" if cut else ""))
 
+# %% ../nbs/workshop/chats.ipynb #a5292664
 def encode_chat(
     tokenizer,
     row: dict,                     # {"messages", …, perhaps "tools"}

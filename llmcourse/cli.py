@@ -169,18 +169,12 @@ def training(
     name: str = "sft",            # the method
 ):
     "Train by any method of the table."
+    options = {option: value for option, value in locals().items() if option != "name"}
     from llmcourse.lora import lora_config
-    from llmcourse.training import hyperparameters, train
-    entry = method(name)
-    output = output or f"runs/{name}"
-    _check_early(data, output)
-    rank = 0 if full else entry.r if r is None else r
-    given = hyperparameters(entry, epochs=epochs, steps=steps, learning_rate=learning_rate, save_steps=save_steps,
-                            warmup=warmup, batch_size=batch_size, grad_accum=grad_accum, max_length=max_length)
-    if reward: given["reward_funcs"] = [reward]
-    config = lora_config(r=rank, lora_alpha=2 * rank) if rank else None
-    print(train(entry, data or entry.own_rows(seed), output, model, scale, seed, peft_config=config,
-                validation=validation, system=system or "", skip_bad=skip_bad, **given))
+    from llmcourse.training import train_as_told
+    options["output"] = output or f"runs/{name}"
+    _check_early(data, options["output"])
+    print(train_as_told(method(name), lora_config, **options))
 
 # %% ../nbs/workshop/cli.ipynb #9fd40e05
 def train(

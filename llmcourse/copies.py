@@ -79,7 +79,7 @@ def _repeated(hashes) -> Iterator[tuple[int, int]]:
 FEWEST = 6   # words; a shorter question shares all but one of them with too many others
 
 def one_word_less(text: str) -> Iterator[int]:
-    "A question without each of its words in turn, as hashes. A number is never left out: with another it is another sum."
+    "A question without each of its words in turn, as hashes. Numbers stay: with another it is another sum."
     words = re.findall(r"\w+", text)
     if len(words) < FEWEST: return
     for i, word in enumerate(words):
@@ -138,4 +138,4 @@ class Seen:
             if row in said or self.side[row] == self.side[first] or self.asks[row] == self.asks[first]: continue
             said.add(row)
             there = f"{{{self.place[first]}}}, which is in {self.sides[self.side[first]]}"
-            yield self.place[row], "warning", f"nearly the question of {there}: one word differs, and the score may leak"
+            yield self.place[row], "warning", f"nearly the question of {there}: one word differs, a leak perhaps"

@@ -206,12 +206,14 @@ def _not_looked_at(seen: Seen) -> dict:
     return {"near": near if near >= seen.near.most else 0, "copies": seen.most if len(seen.rows) >= seen.most else 0}
 
 # %% ../nbs/workshop/datacheck.ipynb #0a3c3b83
-def _price(tokens: int, tokens_per_second: float, price: float) -> dict:
-    "Time and cost of a run."
+def _price(tokens: int, tokens_per_second: float, price: float, model: str = "", scale: str = "cpu") -> dict:
+    "Time and cost of a run; nothing if the speed is neither given nor measured here, which is done for the tutor."
+    if not tokens_per_second and str(model).startswith("tutor/"): tokens_per_second = training_speed(model, scale)
+    if not tokens_per_second: return {}
     seconds = tokens / tokens_per_second
     return dict(tokens_per_second=tokens_per_second, seconds=seconds, cost=seconds / 3600 * price)
 
-# %% ../nbs/workshop/datacheck.ipynb #530936dd
+# %% ../nbs/workshop/datacheck.ipynb #6a5feb5d
 def context_of(model: str | Path) -> int | None:
     "The tokens that a model can read; None if its config does not say."
     from transformers import AutoConfig
@@ -226,6 +228,7 @@ def _lengths(dial: dict, model: str, tokenizer, purpose: str, sample: int, max_l
     tokenizer = tokenizer or load_tokenizer(model)
     return tuple(Lengths(tokenizer, max_length or dial["max_length"], n, context, reply) for n in (sample, 0))
 
+# %% ../nbs/workshop/datacheck.ipynb #530936dd
 def check_data(
     source: str | Path,                 # as for `files.lines`
     model: str = "",                    # whose tokenizer and template; the scale's by default
@@ -254,7 +257,5 @@ def check_data(
     _mixed(report)
     for code, level, what in seen.copies(): report.say(level, code, what)
     report.run = _run(dial, lengths, sides, epochs) | _not_looked_at(seen)
-    if not tokens_per_second and str(model).startswith("tutor/") and report.run.get("steps"):
-        tokens_per_second = training_speed(model, scale)
-    if tokens_per_second and "steps" in report.run: report.run |= _price(report.run["tokens"], tokens_per_second, price)
+    if "steps" in report.run: report.run |= _price(report.run["tokens"], tokens_per_second, price, model, scale)
     return report

@@ -47,7 +47,8 @@ def _jsonl(path: Path) -> Iterator[tuple]:
             whole = raw.endswith(b"\n")
 
 # %% ../nbs/workshop/files.ipynb #92a1a95d
-ROW = {"messages", "conversations", "prompt", "chosen", "instruction", "question", "input", "text"}   # columns of one row
+# columns of one row
+ROW = {"messages", "conversations", "prompt", "chosen", "instruction", "question", "input", "text"}
 
 def _array(path: Path) -> Iterator[tuple]:
     "The rows of a JSON file."

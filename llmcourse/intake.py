@@ -9,7 +9,7 @@ from .core import UserError
 from .rows import Row, check_leaks, leave_out, read, say_what_is_left
 
 # %% auto #0
-__all__ = ['FEW', 'Intake', 'take_rows', 'held_out', 'encode_rows', 'for_few']
+__all__ = ['FEW', 'Intake', 'take_rows', 'held_back', 'encode_rows', 'for_few']
 
 # %% ../nbs/workshop/intake.ipynb #47535822
 @dataclass
@@ -33,7 +33,7 @@ def take_rows(
     return read(source, side, method.name.upper(), accept, skip_bad, system)
 
 # %% ../nbs/workshop/intake.ipynb #fed94bd1
-def held_out(
+def held_back(
     method,              # a `training.Method`
     source,              # rows that are not trained: a file, a data set on the Hub, or rows in memory
     train: list[Row],    # those that are

@@ -59,19 +59,21 @@ def check_size(
     from torch import nn
     layers = {name: layer for name, layer in net.named_modules() if isinstance(layer, nn.Linear)}
     r, targets = getattr(config, "r", 0), getattr(config, "target_modules", None)
-    if isinstance(targets, (set, list, tuple)): layers = {n: x for n, x in layers.items() if n.split(".")[-1] in targets}
+    if isinstance(targets, (set, list, tuple)):
+        layers = {name: layer for name, layer in layers.items() if name.split(".")[-1] in targets}
     sides = [(layer.in_features, layer.out_features) for layer in layers.values()]
     full = max(map(min, sides), default=math.inf)
     if r and r > full:
-        raise UserError(f"r={r}: no matrix of the model has a rank above {full}, and an adapter of that rank is as large "
-                        f"as the weights. Give an r up to {full}, often 8 to 64, or train all weights")
-    learns = sum(r * (a + b) for a, b in sides) if config else sum(p.numel() for p in net.parameters() if p.requires_grad)
+        raise UserError(f"r={r}: no matrix of the model has a rank above {full}. "
+                        f"Give an r up to {full}, often 8 to 64, or train all weights")
+    own = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    learns = sum(r * (a + b) for a, b in sides) if config else own
     need, free = TRAINED * learns, free_memory(net.device)
     if need > free:
-        raise UserError(f"{need / 1e9:.1f} GB needed to train {learns / 1e6:,.0f} million weights, {free / 1e9:.1f} GB free. "
-                        "Train a LoRA instead of all weights, a smaller r, or a smaller model")
+        raise UserError(f"{need / 1e9:.1f} GB needed to train {learns / 1e6:,.0f} million weights, "
+                        f"{free / 1e9:.1f} GB free. Train a LoRA, a smaller r, or a smaller model")
 
-# %% ../nbs/workshop/loading.ipynb #3b8fa4e2
+# %% ../nbs/workshop/loading.ipynb #68d82d5d
 def _unsloth(model: str | Path, dial: dict, seed: int, ours: dict) -> tuple:
     "Unsloth's model, which carries its adapter already, and its tokenizer."
     try: from unsloth import FastLanguageModel
@@ -86,6 +88,7 @@ def _unsloth(model: str | Path, dial: dict, seed: int, ours: dict) -> tuple:
     fields = {name: getattr(config, name) for name in names if getattr(config, name) != "all-linear"}
     return FastLanguageModel.get_peft_model(net, random_state=seed, **fields), tokenizer
 
+# %% ../nbs/workshop/loading.ipynb #3b8fa4e2
 def load_to_train(
     model: str | Path,   # `tutor/NAME`, a folder, or a Hub name
     dial: dict,          # from `core.scale`

@@ -57,8 +57,9 @@ def bar(
         def on_log(self, args, state, control, logs=None, **kw):
             if what in (logs or {}): self.bar.set_postfix({what: f"{float(logs[what]):.3f}"})
             if f"eval_{what}" in (logs or {}):
-                held = f"{name}: step {state.global_step}: {what} {float(logs[f'eval_{what}']):.3f} on the validation rows"
-                self.bar.write(held, file=stream())
+                held = float(logs[f"eval_{what}"])
+                line = f"{name}: step {state.global_step}: {what} {held:.3f} on the validation rows"
+                self.bar.write(line, file=stream())
         def on_train_end(self, args, state, control, **kw): self.bar.close()
     return Bar()
 

@@ -71,7 +71,7 @@ def problem_rows(
         if any(isinstance(x, int) and abs(x) >= 2**63 for x in values): return False   # no table holds it
         return len(kinds := set(map(type, values))) == 1 and kinds <= {str, int, float, bool}
     keep = [column for column in full[0] if column not in ("messages", "prompt") and same_plain(column)]
-    plain = lambda turns: [{"role": m["role"], "content": m["content"]} for m in turns]   # a table has one type a column
+    plain = lambda turns: [{"role": m["role"], "content": m["content"]} for m in turns]   # one type a column
     return [{"prompt": plain(data["prompt"]), **{column: data[column] for column in keep}} for data in full]
 
 # %% ../nbs/workshop/questions.ipynb #31ee9f43

@@ -22,7 +22,8 @@ def check_schedule(trainer) -> str:
     warm = args.get_warmup_steps(steps)
     if not args.learning_rate or warm >= steps and steps == 1:
         raise UserError(f"schedule: the learning rate is 0 in all {steps} steps (learning_rate={args.learning_rate}, "
-                        f"warmup_steps={args.warmup_steps}). Train longer (--epochs, --steps), or warm up for fewer steps (--warmup)")
+                        f"warmup_steps={args.warmup_steps}). "
+                        "Train longer (--epochs, --steps), or warm up for fewer steps (--warmup)")
     if warm >= steps:
         tell(f"all {steps} steps are warm-up (warmup_steps={args.warmup_steps}): "
              f"the learning rate never reaches {args.learning_rate}. Give more steps, or a smaller --warmup")

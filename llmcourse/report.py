@@ -135,7 +135,8 @@ def _line(kind: dict) -> str:
     mark = "✗" if kind["level"] == "error" else "!"
     others = [place.removeprefix("line ") for place in kind["places"][1:]]
     rest = "…" if kind["count"] > len(kind["places"]) else ""
-    more = f" · {kind['count']:,} such rows" + (f", also {', '.join(others)}{', ' * bool(rest)}{rest}" if others else "")
+    also = ", ".join([*others, rest] if rest else others)
+    more = f" · {kind['count']:,} such rows" + (f", also {also}" if others else "")
     advice = f" → {kind['advice']}" if kind["advice"] else ""
     return f"{mark} {kind['places'][0]}: {kind['first']}{more * (kind['count'] > 1)}{advice}"
 

@@ -60,7 +60,8 @@ def _row(place: str, number: int, row) -> Row:
     "The row of a line. Raises `UserError` if it is none."
     if isinstance(row, str): raise UserError(f"{place}: {row}")
     for kind in ("images", "videos", "audio", "audios"):
-        if row.get(kind): raise UserError(f"{place}: has {kind}, which cannot be used. Leave the column out if text is enough")
+        if row.get(kind):
+            raise UserError(f"{place}: has {kind}, which cannot be used. Leave the column out if text is enough")
     form, data = detect(row, place), canonical(row, place)
     try: split = _split(data)
     except UserError as e: raise UserError(f"{place}: {e}") from None

@@ -157,7 +157,8 @@ def open_run(
     "Open a run to repeat it. Raises `UserError` if the model or the rows are no longer what they were."
     run, card = read_card(card), Path(card)
     for name in ("model", "scale", "seed"):
-        if getattr(run, name) is None: raise UserError(f"{card}: no {name}, so the run cannot be repeated. Add it to the card")
+        if getattr(run, name) is None:
+            raise UserError(f"{card}: no {name}, so the run cannot be repeated. Add it to the card")
     if not run.data:
         raise UserError(f"{card}: the card of a {run.method}, "
                         "which was not trained on rows and cannot be repeated from here")

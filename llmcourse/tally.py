@@ -16,7 +16,8 @@ def kind_of(
 ) -> str:        # its first clause, without what differs from row to row
     "The kind of a fault."
     plain = re.sub(r"\{\d+\}", "another row", what)
-    plain = re.sub(r"(?<!\w)'[^']*'(?!\w)|\([^)]*\)|\S*…\S*|\d[\d,.%]*", "", re.split(r"(?<=.{12}): |; |\. ", plain)[0])
+    plain = re.split(r"(?<=.{12}): |; |\. ", plain)[0]
+    plain = re.sub(r"(?<!\w)'[^']*'(?!\w)|\([^)]*\)|\S*…\S*|\d[\d,.%]*", "", plain)
     return " ".join(plain.split())[:80]
 
 # %% ../nbs/workshop/tally.ipynb #d97d65c2

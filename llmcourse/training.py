@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from .card import Run
 from .core import UserError, choose, set_seed, write_jsonl, scale as read_scale
-from .intake import Intake, encode_rows, for_few, held_out, take_rows
+from .intake import Intake, encode_rows, for_few, held_back, take_rows
 from .loading import SETTINGS, load_to_train, start_from_rounding, wake
 from .models import weights_hash
 from .progress import quiet, tell
@@ -20,7 +20,7 @@ from .runs import base_name, check_output, finish, open_run, room_for_run, rows_
 
 # %% auto #0
 __all__ = ['POSITIVE', 'HELD', 'Method', 'Work', 'upstream', 'check_fields', 'positive', 'hyperparameters', 'to_card',
-           'from_card', 'measured_on', 'train', 'retrain']
+           'from_card', 'measured_on', 'train_as_told', 'train', 'retrain']
 
 # %% ../nbs/workshop/training.ipynb #8d4ca6b1
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Method:
     take: Callable        # (rows, ours) → the rows as kept in train.jsonl; raises `UserError` for one it cannot use
     defaults: Callable    # (dial, parameters of the model, is an adapter trained?) → our hyperparameters
     trainer: Callable     # (work) → TRL's trainer
-    encode: Callable = lambda work, row, place: row  # → a row as the trainer takes it; raises `UserError` that names it
+    encode: Callable = lambda work, row, place: row  # → a row as the trainer takes it; raises `UserError`
     look: Callable = lambda work: None               # look before the first step → the card's `before`
     settings: dict = field(default_factory=dict)     # ours, beside `loading.SETTINGS`: name → default
     fixed: dict = field(default_factory=dict)        # upstream's fields that are never another value
@@ -108,7 +108,7 @@ def positive(
 # %% ../nbs/workshop/training.ipynb #f0723a55
 def hyperparameters(
     method: Method,
-    **short,          # names of the command line: epochs, steps, warmup, batch_size, grad_accum, max_length …; None: not given
+    **short,          # names of the command line: epochs, steps, warmup, batch_size, grad_accum …; None: not given
 ) -> dict:            # those that are given, spelled as TRL spells them
     "The command line's options as TRL's."
     fields = upstream(method.config).__dataclass_fields__
@@ -186,7 +186,7 @@ def _begin(method: Method, rows, validation, model, scale: str, seed: int, how: 
     found = take_rows(method, rows, "train", ours, **how)
     run = Run(method.name, base_name(model), weights_hash(model), seed=seed, scale=scale)
     work = Work(run, read_scale(scale), [row.place for row in found], method.take(found, ours), ours)
-    if validation: work.held = held_out(method, validation, found, ours, **how)
+    if validation: work.held = held_back(method, validation, found, ours, **how)
     return work, theirs
 
 # %% ../nbs/workshop/training.ipynb #239ddf2e
@@ -207,7 +207,7 @@ def _prepare(method: Method, work: Work, theirs: dict, skip_bad: bool) -> Work:
     adapter = work.ours["peft_config"] is not None
     ours = method.defaults(work.dial, work.net.num_parameters(), adapter)
     few = for_few(ours, len(work.rows), theirs)
-    if few != ours: tell(f"{method.name.upper()}: few rows: 3 epochs in small batches; --epochs and --batch-size change that")
+    if few != ours: tell(f"{method.name.upper()}: few rows: 3 epochs in small batches. --epochs changes that")
     ours = few
     if "save_steps" in theirs: ours["save_strategy"] = "steps"
     settings = {name: to_card(name, value) for name, value in work.ours.items()}
@@ -223,6 +223,34 @@ def _prepare(method: Method, work: Work, theirs: dict, skip_bad: bool) -> Work:
         work.run.settings["validation"] = rows_hash(work.held.rows)
     work.run.before = method.look(work)
     return work
+
+# %% ../nbs/workshop/training.ipynb #4752dbb1
+def train_as_told(
+    method: Method,
+    lora_config: Callable,   # (r, lora_alpha) → an adapter's config
+    *, data, output, model, scale, seed, full, r, validation, system, skip_bad, reward,
+    **short,                 # for `hyperparameters`
+) -> Path:                   # the run folder
+    "A training by the options of the command line; None: not given."
+    if reward and "reward_funcs" not in method.settings:
+        raise UserError(f"{method.name} takes no --reward: it learns from the answers in the rows. Take grpo or rloo")
+    if reward: short["reward_funcs"] = [reward]
+    rank = 0 if full else method.r if r is None else r
+    config = lora_config(r=rank, lora_alpha=2 * rank) if rank else None
+    return train(method, data or method.own_rows(seed), output, model, scale, seed, peft_config=config,
+                 validation=validation, system=system or "", skip_bad=skip_bad, **hyperparameters(method, **short))
+
+# %% ../nbs/workshop/training.ipynb #1a538b8f
+def _fit(method: Method, work: Work, callbacks) -> None:
+    "Write the rows, train, and write what came of it into the run folder."
+    write_jsonl(work.folder / "train.jsonl", work.rows)
+    if work.held: write_jsonl(work.folder / HELD, work.held.rows)
+    work.args.output_dir = str(work.folder)
+    trainer = method.trainer(work)
+    if work.ours["loftq"]: start_from_rounding(trainer.model, work.run.model, work.run.scale)
+    rehearse(trainer)
+    log, seconds = fit(trainer, work.folder, method.name.upper(), method.shows, callbacks)
+    finish(work.folder, replace(work.run, seconds=seconds), method.title, log)
 
 # %% ../nbs/workshop/training.ipynb #06d5e79d
 def train(
@@ -248,15 +276,7 @@ def train(
         _prepare(method, work, theirs, skip_bad)
         keep = work.hyper["save_strategy"] != "no"
         room_for_run(output, work.net.num_parameters(), keep, adapter=work.ours["peft_config"] is not None)
-        with run_folder(output, work.run, keep) as work.folder:
-            write_jsonl(work.folder / "train.jsonl", work.rows)
-            if work.held: write_jsonl(work.folder / HELD, work.held.rows)
-            work.args.output_dir = str(work.folder)
-            trainer = method.trainer(work)
-            if work.ours["loftq"]: start_from_rounding(trainer.model, model, scale)
-            rehearse(trainer)
-            log, seconds = fit(trainer, work.folder, method.name.upper(), method.shows, callbacks)
-            finish(work.folder, replace(work.run, seconds=seconds), method.title, log)
+        with run_folder(output, work.run, keep) as work.folder: _fit(method, work, callbacks)
     return output
 
 # %% ../nbs/workshop/training.ipynb #c427d8ea

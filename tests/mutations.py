@@ -40,13 +40,14 @@ def deep(levels: int) -> list:
     return out
 
 
-ODD = [None, True, False, 0, -1, 10**400, 2.5, float("nan"), float("inf"), "", " \n", "x", "\ud800", "\x00\x1b[31m", "1",
-       "<|eot_id|>", "[", "{}", '[{"role": "user"}]', "so " * 900, "Ж" * 40, [], {}, [[]], [{}], [None], ["a", 1],
+ODD = [None, True, False, 0, -1, 10**400, 2.5, float("nan"), float("inf"), "", " \n", "x", "\ud800", "\x00\x1b[31m",
+       "1", "<|eot_id|>", "[", "{}", '[{"role": "user"}]', "so " * 900, "Ж" * 40, [], {}, [[]], [{}], [None], ["a", 1],
        {"a": 1}, {"role": "user"}, {"type": "text"}, [{"type": "text"}], [{"type": "image_url"}], deep(60),
        [{"function": None}], [{"function": {"name": "calculate", "arguments": "{"}}], [{"function": {"name": 3}}],
        {"$ref": "#"}, [{"type": "function", "function": {"name": "calculate", "parameters": {"type": 3}}}]]
-NAMES = ("role", "content", "from", "value", "tool_calls", "tools", "functions", "function_call", "weight", "label", "split",
-         "answer", "ideal", "prompt", "messages", "system", "history", "name", "tool_call_id", "refusal", "images")
+NAMES = ("role", "content", "from", "value", "tool_calls", "tools", "functions", "function_call", "weight", "label",
+         "split", "answer", "ideal", "prompt", "messages", "system", "history", "name", "tool_call_id", "refusal",
+         "images")
 
 
 def spots(value, path=()) -> Iterator[tuple]:

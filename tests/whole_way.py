@@ -28,7 +28,7 @@ SHORT = dict(probe_groups=0, num_generations=2, max_completion_length=160, gradi
 class Echo:
     "A model of ours that says what it was asked."
     def __init__(self, local): self.model, self.tokenizer, self.options = local.model, local.tokenizer, local.options
-    def __call__(self, messages): return messages[-1]["content"] or "nothing"
+    def __call__(self, messages, tools=None): return messages[-1]["content"] or "nothing"
 
 
 def length_reward(completions, answer, **columns):
