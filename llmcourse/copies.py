@@ -70,6 +70,7 @@ def _repeated(hashes) -> Iterator[tuple[int, int]]:
     "(index, index of the first that is equal) for every hash that came before."
     import numpy as np
     h = np.frombuffer(hashes, np.uint64)
+    if not len(h): return iter(())
     order = np.argsort(h, kind="stable")
     new = np.append(True, h[order][1:] != h[order][:-1])
     first = order[np.maximum.accumulate(np.where(new, np.arange(len(h)), 0))]

@@ -8,8 +8,7 @@ import functools, math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from statistics import NormalDist
-# `X as X`: others may import it from here too
-from .asking import Completion as Completion, ask_all, conversation, judged_by, place_of
+from .asking import Completion as Completion, ask_all, conversation, judged_by, place_of   # as: for others
 from .calls import call_scores, wanted_calls
 from .choices import names_choice
 from .core import Generate, UserError
@@ -37,7 +36,7 @@ def evaluate(
     grade: Callable | str | None = None,   # grade(row, reply) → bool, or a name of `graders.GRADERS`; None: what fits
     workers: int = 1,               # questions in flight at once, for a server
     progress: bool = True,          # show a progress bar
-) -> list[dict]:                    # task, question, answer, reply, format, right, a share's `score`, a `call`'s marks: one a row
+) -> list[dict]:                    # task, question, answer, reply, format, right; a share's `score`, a `call`'s marks
     "Ask every question, grade every reply. Raises `UserError` that names the row when one cannot be asked or graded."
     if not rows: raise UserError("no rows to evaluate: give at least one")
     places = [place_of(row, i) for i, row in enumerate(rows, 1)]

@@ -79,10 +79,10 @@ def fitting(
     skip_bad: bool = False,  # leave out rows that the model cannot read, and say so
 ) -> list[dict]:
     "The rows whose question leaves a model of ours room for a reply. Raises `UserError` for the others."
-    if not (net := getattr(generate, "model", None)): return rows   # a server knows itself what it can read
+    if not hasattr(generate, "tokenizer"): return rows   # a server knows itself what it can read
     bad, room = [], generate.options.get("max_new_tokens", 160)
     for row in rows:
-        try: check_prompt(net, generate.tokenizer, {"prompt": conversation(row, row["place"])}, row["place"], room)
+        try: check_prompt(generate.model, generate.tokenizer, {"prompt": conversation(row, row["place"])}, row["place"], room)
         except UserError as e: bad.append((row["place"], str(e).removeprefix(f"{row['place']}:").strip()))
     kept = leave_out(rows, [row["place"] for row in rows], bad, len(rows), skip_bad)
     say_what_is_left("eval", len(rows), len(kept), {}, bad)

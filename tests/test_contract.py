@@ -222,3 +222,70 @@ def test_a_call_is_compared_with_calls(tmp_path):
     assert offered == [TOOLS] * 6
     report = {r["task"]: (r["correct"], r["n"]) for r in exam_report(results)}
     assert report == {"all": (0, 1), "calls: whole": (0, 1), "calls: names": (0, 1), "calls: arguments": (1, 2)}
+
+
+CHATS = [row(said(f"{n} degrees.")) | {"messages": [{"role": "user", "content": f"How warm is it in town {n}?"},
+                                                    said(f"{n} degrees.")]} for n in range(10)]
+
+
+def test_ten_rows_train_at_the_defaults_with_validation_and_a_system_prompt(tmp_path, capsys):
+    from llmcourse.card import read_card
+    from llmcourse.cli import main
+    from llmcourse.core import read_jsonl
+
+    rows, held = tmp_path / "ten.jsonl", tmp_path / "held.jsonl"
+    rows.write_text("".join(json.dumps(r) + "\n" for r in CHATS))
+    held.write_text("".join(json.dumps(row(said())) + "\n" for _ in range(2)))
+    words = ["sft", "--data", str(rows), "--output", str(tmp_path / "run"), "--validation", str(held)]
+    assert main([*words, "--system", "Be brief."]) == 0
+    said_ = capsys.readouterr().err
+    assert "few rows: 3 epochs" in said_ and said_.count("on the validation rows") == 5
+    kept = read_jsonl(tmp_path / "run/train.jsonl")
+    assert len(kept) == 10 and kept[0]["messages"][0] == {"role": "system", "content": "Be brief."}
+    assert len([r for r in read_jsonl(tmp_path / "run/metrics.jsonl") if "eval_loss" in r]) == 5
+    assert read_card(tmp_path / "run").hyperparameters["per_device_train_batch_size"] == 1
+    held.write_text(json.dumps(CHATS[3]) + "\n")
+    assert main([*words[:-2], "--validation", str(held)]) == 2 and "a leak" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words,hint",
+    [
+        (["--r", "100000"], "no matrix of the model has a rank above"),
+        (["--seed", "-1"], "--seed -1: has to be a number from 0 up"),
+        (["--learning-rate", "0"], "has to be more than 0"),
+        (["--learning-rate", "inf"], "from 0 up"),
+        (["--output", "rows.jsonl/run"], "Choose another"),
+    ],
+)
+def test_bounds_are_checked(words, hint, tmp_path, monkeypatch, capsys):
+    from llmcourse.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in CHATS))
+    assert main(["sft", "--data", "rows.jsonl", *words]) == 2
+    assert hint in capsys.readouterr().err and not (tmp_path / "runs").exists()
+
+
+def test_a_question_with_one_word_changed_is_named_whatever_its_answer(tmp_path):
+    ask = lambda word, answer, side: {"prompt": f"How does a {word} stay upright while it is moving?",
+                                      "completion": answer, "split": side}
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, (ask("bicycle", "It steers.", "train"), ask("scooter", "No.", "test")))))
+    found = check_data(path, tokens_per_second=1).found
+    assert ("warning", "line 2") in [(level, place) for level, place, what in found if "one word differs" in what]
+    sums = [{"prompt": f"How much is {n} plus 30 to you?", "completion": "x", "split": s}
+            for n, s in ((2, "train"), (3, "test"))]
+    path.write_text("\n".join(map(json.dumps, sums)))
+    assert not [what for _, _, what in check_data(path, tokens_per_second=1).found if "one word differs" in what]
+
+
+def test_one_object_in_a_json_file_is_one_row_and_damage_is_named(tmp_path):
+    (tmp_path / "one.json").write_text(json.dumps(row(said())))
+    assert len(read(tmp_path / "one.json")) == 1
+    (tmp_path / "big.jsonl").write_text('{"prompt": ' + "9" * 5000 + "}\n")
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1" + b"\0" * 50 + b"PAR1")
+    for name in ("big.jsonl", "deep.json", "bad.parquet"):
+        with pytest.raises(UserError, match=f"{name}:1: not "):
+            read(tmp_path / name)
