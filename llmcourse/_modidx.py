@@ -374,6 +374,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'llmcourse.exam.exam_report': ('workshop/exam.html#exam_report', 'llmcourse/exam.py'),
                                 'llmcourse.exam.exam_rows': ('workshop/exam.html#exam_rows', 'llmcourse/exam.py'),
                                 'llmcourse.exam.examinable': ('workshop/exam.html#examinable', 'llmcourse/exam.py'),
+                                'llmcourse.exam.examined': ('workshop/exam.html#examined', 'llmcourse/exam.py'),
                                 'llmcourse.exam.examinee': ('workshop/exam.html#examinee', 'llmcourse/exam.py'),
                                 'llmcourse.exam.fitting': ('workshop/exam.html#fitting', 'llmcourse/exam.py')},
             'llmcourse.exercises.chat': { 'llmcourse.exercises.chat._compared': ( 'workshop/exercises/chat.html#_compared',

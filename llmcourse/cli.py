@@ -165,7 +165,7 @@ def training(
     skip_bad: bool = False,       # leave out rows that cannot be used, and say so, instead of refusing the file
     save_steps: int = None,       # keep a checkpoint every so many steps, so that an interrupted run can go on
     seed: int = 42,               # of data order, sampling, dropout and new weights
-    reward: str = None,           # a grader: number, choice, exact, contains, regex, json, tool, judge; default: what fits
+    reward: str = None,           # of a reply, by a grader: number, choice, exact … as for eval; default: what fits
     name: str = "sft",            # the method
 ):
     "Train by any method of the table."
@@ -199,7 +199,7 @@ def eval(
     output: str = None,        # write every prediction to this JSONL
     system: str = None,        # a system prompt for questions of --data that have none
     skip_bad: bool = False,    # leave out rows that cannot be asked, and say so, instead of refusing the file
-    grade: str = None,         # number, choice, exact, contains, regex, json, tool, judge; by default what fits the rows
+    grade: str = None,         # number, choice, exact, contains, regex, json, tool, judge; default: what fits
     json: bool = False,        # print JSON instead of a table
 ):
     """Measure a model or a server: score, n and 95 % interval of each task.
@@ -207,22 +207,14 @@ def eval(
     llmcourse eval --model runs/sft --data test.jsonl --output runs/predictions.jsonl
     llmcourse eval --url http://127.0.0.1:8080/v1 --data test.jsonl
     """
-    from llmcourse import evals
     from llmcourse.core import check_writable, write_jsonl
-    from llmcourse.exam import exam_grader, exam_report, exam_rows, examinee, fitting
-    from llmcourse.tutor import problems
+    from llmcourse.evals import show
+    from llmcourse.exam import exam_report, examined
     if output: check_writable(output)   # before an hour of questions
-    known = None if url else model or "tutor/sft"   # of a server nobody knows what it was trained on
-    rows = exam_rows(data, known, skip_bad, system or "") if data else problems(n, seed, split="test")
-    generate = examinee(model, url, scale)
-    if data:
-        rows = fitting(generate, rows, skip_bad)
-        grade = exam_grader(rows, grade, data)
-    workers = 8 if url or grade == "judge" else 1
-    results = evals.evaluate(generate, rows, grade=grade, workers=workers, progress=not json)
+    results = examined(model, url, scale, data, n, seed, grade, system or "", skip_bad, progress=not json)
     if output: write_jsonl(output, results)
     table = exam_report(results)
-    print(dumps(table) if json else evals.show(table).to_string(index=False))
+    print(dumps(table) if json else show(table).to_string(index=False))
 
 # %% ../nbs/workshop/cli.ipynb #704f897c
 def export(

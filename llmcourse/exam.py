@@ -7,16 +7,17 @@ from __future__ import annotations
 import os
 from .asking import conversation
 from .core import UserError, scale as read_scale
-from .evals import score, summary
+from .evals import evaluate, score, summary
 from .faults import chat_faults, refuse_faults
 from .graders import grader_for, guess
 from .progress import tell
 from .questions import check_prompt
 from .rows import Row, leave_out, prompt, question, read, reference, say_what_is_left
 from .runs import trained_rows
+from .tutor import problems
 
 # %% auto #0
-__all__ = ['examinable', 'exam_rows', 'exam_grader', 'examinee', 'fitting', 'exam_report']
+__all__ = ['examinable', 'exam_rows', 'exam_grader', 'examinee', 'fitting', 'exam_report', 'examined']
 
 # %% ../nbs/workshop/exam.ipynb #c1d4b885
 def examinable(row: Row) -> None:
@@ -101,3 +102,22 @@ def exam_report(
     of = sum(c["of"] for c in calls)
     if of: table.append({"task": "calls: arguments", **score(sum(c["right"] for c in calls), of)})
     return table
+
+# %% ../nbs/workshop/exam.ipynb #d9a202e6
+def examined(
+    model: str | None, url: str | None, scale: str,   # as for `examinee`
+    data: str | None,    # rows, as for `exam_rows`; None: the tutor's own problems
+    n: int,              # of each kind, of the tutor's
+    seed: int,           # draws them
+    grade: str | None,   # as for `exam_grader`
+    system: str, skip_bad: bool,   # as for `exam_rows`
+    progress: bool,      # show a bar
+) -> list[dict]:         # as from `evals.evaluate`
+    "Examine a model or a server. Raises `UserError` for rows that it cannot be asked or graded on."
+    known = None if url else model or "tutor/sft"   # of a server nobody knows what it was trained on
+    rows = exam_rows(data, known, skip_bad, system) if data else problems(n, seed, split="test")
+    generate = examinee(model, url, scale)
+    if data:
+        rows = fitting(generate, rows, skip_bad)
+        grade = exam_grader(rows, grade, data)
+    return evaluate(generate, rows, grade, workers=8 if url or grade == "judge" else 1, progress=progress)

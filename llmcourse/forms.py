@@ -41,9 +41,8 @@ def _from_text(value, what: str, place: str) -> list[dict] | None:
 
 def _calls(m: dict, place: str) -> dict:
     "The tool calls of a turn, as `tool_calls`; nothing if there are none."
-    calls = _from_text(m.get("tool_calls"), "tool_calls", place)
-    if calls is None and isinstance(m.get("function_call"), dict):
-        calls = [{"type": "function", "function": m["function_call"]}]
+    calls, legacy = _from_text(m.get("tool_calls"), "tool_calls", place), m.get("function_call")
+    if calls is None and isinstance(legacy, dict): calls = [{"type": "function", "function": legacy}]
     return {} if calls is None else {"tool_calls": calls}
 
 # %% ../nbs/workshop/forms.ipynb #7a91126a
@@ -346,6 +345,7 @@ def canonical(row, place: str = "row") -> dict:
     convert = to_preference if form in PREFERENCES else to_unpaired if form == "unpaired" else to_messages
     try:
         out = convert(row, place)
-        return out | ({"tools": _from_text(out["tools"], "tools", place)} if "tools" in out else {})
+        if "tools" in out: out["tools"] = _from_text(out["tools"], "tools", place)
+        return out
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as e:
         raise UserError(f"{place}: a broken row of the form {form} ({type(e).__name__}: {e})") from None
