@@ -83,7 +83,8 @@ def fitting(
     if not hasattr(generate, "tokenizer"): return rows   # a server knows itself what it can read
     bad, room = [], generate.options.get("max_new_tokens", 160)
     for row in rows:
-        try: check_prompt(generate.model, generate.tokenizer, {"prompt": conversation(row, row["place"])}, row["place"], room)
+        asked = {"prompt": conversation(row, row["place"])}
+        try: check_prompt(generate.model, generate.tokenizer, asked, row["place"], room)
         except UserError as e: bad.append((row["place"], str(e).removeprefix(f"{row['place']}:").strip()))
     kept = leave_out(rows, [row["place"] for row in rows], bad, len(rows), skip_bad)
     say_what_is_left("eval", len(rows), len(kept), {}, bad)
