@@ -69,6 +69,7 @@ def _hashed(text: str) -> int:
 def _repeated(hashes) -> Iterator[tuple[int, int]]:
     "(index, index of the first that is equal) for every hash that came before."
     import numpy as np
+    if not len(hashes): return zip()
     h = np.frombuffer(hashes, np.uint64)
     if not len(h): return iter(())
     order = np.argsort(h, kind="stable")

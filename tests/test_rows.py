@@ -210,7 +210,8 @@ def test_the_doctor_names_a_planted_leak_in_one_line(tmp_path, monkeypatch, caps
     write_lines(Path("rows.jsonl"), LEAK, [0, 0, 0])
     assert main(["data", "check", "rows.jsonl", "--tokens-per-second", "1000"]) == 2
     found = [line for line in capsys.readouterr().out.splitlines() if line.startswith("✗")]
-    assert found == ["✗ line 3: the question is in train too, line 1: a leak between the splits"]
+    assert len(found) == 1
+    assert found[0].startswith("✗ line 3: the question is in train too, line 1: a leak between the splits → take one")
 
 
 TURN = st.builds(
