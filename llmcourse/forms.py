@@ -33,9 +33,8 @@ def _content(value, place: str) -> str:
 # %% ../nbs/workshop/forms.ipynb #414d47a4
 def _from_text(value, what: str, place: str) -> list[dict] | None:
     "A list of objects, which may be written as JSON text. Raises `UserError` for anything else."
-    if isinstance(value, str):
-        try: value = json.loads(value)
-        except ValueError: raise UserError(f"{place}: {what} is a text that is not JSON. Give a list") from None
+    try: value = json.loads(value) if isinstance(value, str) else value
+    except ValueError: raise UserError(f"{place}: {what} is a text that is not JSON. Give a list") from None
     if value is None or isinstance(value, list) and all(isinstance(x, dict) for x in value): return value
     raise UserError(f"{place}: {what} is a {type(value).__name__}, not a list of objects")
 
