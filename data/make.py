@@ -459,7 +459,11 @@ def broken_calls() -> list[tuple]:
         ("with arguments that do not fit", calls(3, "calculate", json.dumps({"a": 47, "op": "plus", "b": 38}))),
         ("answers the call 'call_2'", stray),
     ]
-    return [(fault, {"messages": messages, "tools": TOOLS}) for fault, messages in rows]
+    found = [(fault, {"messages": messages, "tools": TOOLS}) for fault, messages in rows]
+    wrongs = {"has no name": {"name": ""}, "its parameters are no object": {"name": "add", "parameters": [1]}}
+    for p, (fault, wrong) in zip(mixed(27, 17)[-2:], wrongs.items()):
+        found.append((fault, chat(p["question"], reply(p), tools=[{"type": "function", "function": wrong}])))
+    return found
 
 
 def broken_files() -> list[tuple]:
@@ -477,13 +481,13 @@ def broken_files() -> list[tuple]:
         ("", near[0]),
         ("the same as", near[1]),
         ("which is in train", near[2]),
+        ("one word differs", None),
         ("", same),
         ("a copy of", same),
         ("", leak[0]),
         ("a leak between the splits", leak[1]),
         ("mixed formats", {"instruction": "Work out 20 plus 30.", "output": "Answer: 50"}),
-        ("no trainer takes both", pair),
-        ("chosen and rejected are the same", None),
+        ("SFT takes one answer a row", pair),
     ]
 
 

@@ -261,8 +261,10 @@ def rewarded_rows(
     "Rows as TRL takes them, and the reward that fits if none is given. Raises `UserError` for a row it cannot grade."
     found = [(row.place, as_graded(row)) for row in rows]
     wanted = ours["reward_funcs"]
-    if wanted is None: wanted = [grader_for(found)[0]]
+    name, why = grader_for(found) if wanted is None else ("", "")
+    wanted = wanted or [name]
     def function(one): return one if callable(one) else tutor if one == "tutor" else reward(one)
     ours["reward_funcs"] = [function(one) for one in wanted]
+    if why and name != "tutor": ours["reward_funcs"][0].why = why   # for the line before the first step
     for kind in {getattr(f, "grader", None) for f in ours["reward_funcs"]} - {None}: grader_for(found, kind)
     return problem_rows(rows, ours)

@@ -142,7 +142,7 @@ def look_at_prompts(work: Work) -> dict:    # {"rows": …, "probe": …}
     seen = {"rows": found}
     text = (f"{work.run.method.upper()}: {found['rows']:,} rows, {found['prompts']:,} different prompts "
             f"of {found['shortest']} to {found['longest']} tokens, rewarded by "
-            + " + ".join(f.__name__ for f in work.ours["reward_funcs"]))
+            + " + ".join(getattr(f, "why", f.__name__) for f in work.ours["reward_funcs"]))
     if groups := work.ours["probe_groups"]:
         seen["probe"] = tried = probe(work.net, work.tokenizer, work.rows, work.ours["reward_funcs"], groups,
                                       hyper["num_generations"], hyper["temperature"], hyper["max_completion_length"],

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmcourse import datacheck, evals
+from llmcourse import datacheck, exam
 from llmcourse.cli import main
 from llmcourse.core import UserError
 from llmcourse.forms import _implicit as common_prompt, from_messages
@@ -123,11 +123,11 @@ def examined_on(path: Path) -> list[tuple]:
     "What `llmcourse eval` would ask."
     taken = []
 
-    def evaluate(generate, rows, **options):
+    def evaluate(generate, rows, *words, **options):
         taken.extend((row["place"], SIDES.get(row.get("split")), row["messages"]) for row in rows)
         raise Stop
 
-    with mock.patch.object(evals, "evaluate", evaluate), contextlib.suppress(Stop):
+    with mock.patch.object(exam, "evaluate", evaluate), contextlib.suppress(Stop):
         code = main(["eval", "--url", "http://127.0.0.1:9/v1", "--model", "none", "--data", str(path)])
         raise UserError(f"code {code}")
     return taken

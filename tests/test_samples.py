@@ -149,7 +149,7 @@ def test_a_topic_is_asked_as_its_text_and_answered_by_its_label(capsys):
 
 def test_splits_are_honoured(capsys):
     code, said = check("splits.jsonl", capsys)
-    assert "train 48, validation 16, test 16" in said and "3 steps of 16 rows" in said, said
+    assert "train 48, validation 16, test 16" in said and "24 steps of 6 rows" in said, said
     for row in rows("splits.jsonl"):
         steps = [(int(a), op, int(b)) for a, op, b in re.findall(r"(\d+)([+-])(\d+): ", row["messages"][-1]["content"])]
         assert steps and {held_out(*s) for s in steps} == {side(row) != "train"}, row
@@ -248,8 +248,14 @@ def test_every_fault_is_named_at_its_line(capsys):
         assert secret not in said
 
 
+def test_another_purpose_finds_other_faults(capsys):
+    code, said = check("sick.jsonl", capsys, "--purpose", "preferences")
+    assert code == 2 and "line 9: chosen and rejected are the same" in said
+
+
 def test_healthy_rows_of_the_sick_file_are_healthy(capsys):
-    healthy = [n for n, (words, row) in enumerate(make.sick(), 1) if not words]
+    lines = [words for words, row in make.sick() if row is not None]
+    healthy = [n for n, words in enumerate(lines, 1) if not words]
     said = check("sick.jsonl", capsys)[1]
     assert healthy and not any(x[2:].startswith(f"line {n}: ") for n in healthy for x in said.splitlines())
 
@@ -260,9 +266,9 @@ def spoken(module) -> list[str]:
     for node in ast.walk(ast.parse(inspect.getsource(module))):
         value = node.value if isinstance(node, ast.Yield) else None
         if isinstance(value, ast.Tuple) and len(value.elts) == 2:
-            what = value.elts[1]
-            part = what.values if isinstance(what, ast.JoinedStr) else [what]
-            said += [max((p.value for p in part if isinstance(p, ast.Constant)), key=len)[:22]]
+            parts = [p.value for p in ast.walk(value.elts[1]) if isinstance(p, ast.Constant)]
+            texts = [part for part in parts if isinstance(part, str)]
+            said += [max(texts, key=len)[:22]]
     return said
 
 
