@@ -719,6 +719,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'llmcourse.graders.grade_mixed': ('workshop/graders.html#grade_mixed', 'llmcourse/graders.py'),
                                    'llmcourse.graders.grade_number': ('workshop/graders.html#grade_number', 'llmcourse/graders.py'),
                                    'llmcourse.graders.grade_regex': ('workshop/graders.html#grade_regex', 'llmcourse/graders.py'),
+                                   'llmcourse.graders.grade_tool': ('workshop/graders.html#grade_tool', 'llmcourse/graders.py'),
                                    'llmcourse.graders.grade_tutor': ('workshop/graders.html#grade_tutor', 'llmcourse/graders.py'),
                                    'llmcourse.graders.grader_for': ('workshop/graders.html#grader_for', 'llmcourse/graders.py'),
                                    'llmcourse.graders.guess': ('workshop/graders.html#guess', 'llmcourse/graders.py'),

@@ -6,6 +6,7 @@
 from __future__ import annotations
 import contextlib, functools, math, sys
 from pathlib import Path
+from .pretrained import absent
 from .core import Scratch, UserError, choose, model_path, need_space
 from .gguf_file import check_file, tensor_bytes, write_gguf
 from .gguf_tokens import add_tokenizer, check_tokens, pre_tokenizer
@@ -32,8 +33,7 @@ def plain_model(
         wanted = ["*.json", "*.jinja", "*.safetensors"]
         try: path = Path(snapshot_download(str(model), allow_patterns=wanted))
         except Exception as e:
-            why = str(e).splitlines()[0][:80]
-            raise UserError(f"{model}: no folder, and not on the Hub ({why}). Check the name and the network") from None
+            raise absent("model", model, e) from None
     if not (path / "adapter_config.json").exists():
         yield path, name
         return

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from .amounts import is_number, said_number, same_number, spoken
 from .asking import NO_REFERENCE, normal
-from .calls import grade_call
+from .calls import grade_call, wanted_calls
 from .byfield import json_of, right_share, valid_share
 from .choices import names_choice, offered, right_letter
 from .core import Generate, UserError, choose
@@ -21,8 +21,8 @@ from .tutor import TASKS, is_right
 
 # %% auto #0
 __all__ = ['GRADERS', 'grade_number', 'grade_tutor', 'grade_choice', 'grade_exact', 'grade_contains', 'grade_regex', 'grade_json',
-           'mark_of', 'grade_judge', 'guess', 'grade_mixed', 'mean_share', 'verdict_of', 'grader_for', 'as_graded',
-           'reward', 'rewarded_rows']
+           'mark_of', 'grade_judge', 'guess', 'grade_tool', 'grade_mixed', 'mean_share', 'verdict_of', 'grader_for',
+           'as_graded', 'reward', 'rewarded_rows']
 
 # %% ../nbs/workshop/graders.ipynb #dbaa42ac
 def _wanted(row: dict) -> list:
@@ -170,6 +170,11 @@ def guess(
     return "exact", "the answer is a text"
 
 # %% ../nbs/workshop/graders.ipynb #1f3f2bc9
+def grade_tool(row: dict, reply: str) -> bool:
+    "Are the calls of the reply the wanted ones, in any order? Raises `UserError` for a row that wants none."
+    if not wanted_calls(row): raise _no("call of a tool", reference(row))
+    return grade_call(row, reply)
+
 def grade_mixed(row: dict, reply: str) -> bool | float | None:
     "Grade by the grader that fits the row."
     return GRADERS[guess(row)[0]](row, reply)
@@ -183,7 +188,7 @@ GRADERS: dict[str, Callable] = {   # name → (row, reply) → true or false, or
     "json": grade_json,
     "judge": grade_judge,
     "tutor": grade_tutor,
-    "tool": grade_call,
+    "tool": grade_tool,
     "mixed": grade_mixed,
 }
 

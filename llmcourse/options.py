@@ -62,6 +62,7 @@ def parse(
         if word.startswith("-"): choose(word.split("=")[0], known, f"option of {prog}:")
     if rest: raise UserError(f"{rest[0]!r} is one word too many. {prog} --help shows what it takes")
     for name, value in vars(found).items():
+        if name == "n" and value is not None and value < 1: raise UserError(f"--n {value}: give at least 1")
         if isinstance(value, (int, float)) and not 0 <= value < MOST:
             raise UserError(f"{option(name)} {value}: has to be a number from 0 up")
     return vars(found)

@@ -26,7 +26,9 @@ def absent(
     if "gated" in text:
         return UserError(f"{place}: its owner wants you to accept a licence on its Hub page and to log in "
                          "(hf auth login). Or use an ungated copy, like those in settings.ini")
-    return UserError(f"{place}: no such folder here, and not on the Hub ({text[:120]}). Check the name and the network")
+    offline = any(word in text for word in ("cached", "Connect", "connect", "offline", "resolve"))
+    why = "the Hub was not reached" if offline else f"not on the Hub ({text[:120]})"
+    return UserError(f"{place}: no such folder here, and {why}. Check the name, or make the folder first")
 
 # %% ../nbs/workshop/pretrained.ipynb #1a62e0e6
 def adapter_base(

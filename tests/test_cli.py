@@ -218,3 +218,19 @@ def test_a_leak_between_files_of_one_name(capsys, tmp_path):
         main(["data", "check", str(one), "--against", str(two)]) == 2
         and "a leak between the splits" in capsys.readouterr().out
     )
+
+
+@pytest.mark.parametrize(
+    "words,said",
+    [
+        (["scores", "--n", "0"], "--n 0: give at least 1"),
+        (["export", "--model", "runs/none"], "runs/none: no such folder here, and the Hub was not reached"),
+        (["sft", "--model", "runs/none"], "runs/none: no such folder here, and the Hub was not reached"),
+        (["data", "chek", "x"], "did you mean 'check'? the only one is check"),
+    ],
+)
+def test_one_line_says_what_to_do(words, said, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 2
+    err = capsys.readouterr().err
+    assert said in err and err.count("\n") == 1

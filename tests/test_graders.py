@@ -610,3 +610,9 @@ def test_agrees_with_an_independent_reader():
     theirs = [verify.verify(verify.parse(w), verify.parse(r)) for r, w, _ in both]
     agree = sum(a == right for a, (*_, right) in zip(theirs, both))
     assert agree / len(both) > 0.6
+
+
+def test_calls_are_not_graded_where_none_is_wanted():
+    "A reply without a call would be right for each row."
+    with pytest.raises(UserError, match="a.jsonl:1: no call of a tool in the reference 'D'"):
+        grader_for([("a.jsonl:1", {"question": "Which?", "answer": "D"})], "tool")
