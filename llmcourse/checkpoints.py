@@ -22,7 +22,7 @@ LORA_RECIPE = dict(r=16, lora_alpha=32)
 SFT_RECIPE = dict(learning_rate=4e-3, train_sampling_strategy="random", bf16=False)   # the way tutor/sft was made
 GRPO_RECIPE = dict(learning_rate=2e-4, max_steps=50)
 RL_RECIPE = dict(learning_rate=2e-4, max_steps=120)
-TOOLS_RECIPE = dict(learning_rate=2e-3, num_train_epochs=3, max_length=384, wake_tokens=40, loss_type="nll",
+TOOLS_RECIPE = dict(learning_rate=3e-3, num_train_epochs=6, max_length=384, wake_tokens=40, loss_type="nll",
                     train_sampling_strategy="random", bf16=False)
 
 # %% ../nbs/workshop/checkpoints.ipynb #2e77934a
@@ -176,7 +176,7 @@ def _build_tools(place: Path) -> None:
     rows, tokenizer = calculator.tool_rows(), load_tokenizer("tutor/sft")
     tokenizer.chat_template = calculator.TOOL_TEMPLATE
     new = calculator.new_tokens(tokenizer, rows)
-    config = lora_config(r=8, lora_alpha=16, trainable_token_indices={"embed_tokens": new})
+    config = lora_config(r=16, lora_alpha=32, trainable_token_indices={"embed_tokens": new})
     sft(rows, place, model="tutor/sft", peft_config=config, chat_template=calculator.TOOL_TEMPLATE, **TOOLS_RECIPE)
     weights_file = place / "adapter_model.safetensors"
     save_file({k: v.bfloat16() for k, v in load_file(weights_file).items()}, weights_file, {"format": "pt"})

@@ -175,7 +175,7 @@ def test_tutor_tools_calls_and_answers(tools):
     called = sum(r["right"] for r in evaluate(tools, rows, progress=False))
     chats = with_calculator(tools, [row["messages"][:1] for row in rows])
     answered = sum(is_right(chat[-1]["content"], p["answer"]) for chat, p in zip(chats, drawn))
-    assert wilson(called, 100)[1] >= 0.6 and wilson(answered, 100)[1] >= 0.2, (called, answered)
+    assert wilson(called, 100)[0] >= 0.85 and wilson(answered, 100)[0] >= 0.35, (called, answered)
     net, tokenizer = load("tutor/sft")
     tokenizer.chat_template = TOOL_TEMPLATE
     before = evaluate(Local(net, tokenizer, max_new_tokens=60), rows[:20], progress=False)
@@ -189,7 +189,7 @@ def test_eval_compares_calls_row_by_row(capsys):
     assert [(k, r["n"]) for k, r in table.items()] == [
         ("all", 32), ("calls: whole", 26), ("calls: names", 26), ("calls: arguments", 52)]  # fmt: skip
     assert all(r["low"] <= r["accuracy"] <= r["high"] for r in table.values())
-    assert table["all"]["correct"] >= 12 and table["calls: names"]["correct"] >= 20
+    assert table["all"]["correct"] >= 18 and table["calls: names"]["correct"] >= 20
 
 
 def test_xray_shows_the_call(capsys):
@@ -247,7 +247,7 @@ def test_eval_through_a_server(served_tools, capsys, tmp_path):
     words = ["eval", "--url", served_tools.url, "--data", str(DATA / "calls.jsonl"), "--json", "--output", str(out)]
     assert main(words) == 0
     table = {r["task"]: r["correct"] for r in json.loads(capsys.readouterr().out)}
-    assert table["all"] >= 12 and table["calls: whole"] >= 12
+    assert table["all"] >= 18 and table["calls: whole"] >= 14
     replies = [json.loads(line) for line in out.read_text().splitlines()]
     called = [r for r in replies if "call" in r]
     assert len(called) == 26 and all(parse_calls(r["reply"]) for r in called if r["right"])

@@ -30,7 +30,7 @@ def test_a_changed_file_is_found(tmp_path):
 
 def test_size_and_format():
     files = [p for p in weights().rglob("*") if p.is_file()]
-    assert sum(p.stat().st_size for p in files) < 21.5e6  # 20 MB in the wheel, where the JSON is compressed
+    assert sum(p.stat().st_size for p in files) < 22e6  # 20 MB in the wheel, where the JSON is compressed
     assert not [p for p in files if p.suffix in (".bin", ".pt", ".pth", ".pkl")]
 
 
