@@ -216,7 +216,7 @@ def quantize(
     "Quantise a GGUF file as llama.cpp does. Raises `UserError` for an unknown kind or a quantised file."
     from gguf import GGUFValueType
     gguf = Path(gguf)
-    if Path(output).resolve() == gguf.resolve():
+    if Path(output).resolve() == Path(gguf).resolve():
         raise UserError(f"{output}: the file to read. Choose another output")
     plan = plan_types(gguf, kind)
     reader = read_gguf(gguf)

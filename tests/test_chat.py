@@ -631,7 +631,7 @@ def test_the_command_hands_its_options_on(fake, db, monkeypatch):
     [
         (["--temperature", "3"], "from 0 to 2"),
         (["--temperature", "hot"], "temperature"),
-        (["--temperature", "nan"], "from 0 to 2"),
+        (["--temperature", "nan"], "from 0 up"),
         (["--max-tokens", "0"], "at least 1"),
         (["--max-tokens", "many"], "max-tokens"),
         (["--key", "two words"], "key"),

@@ -376,7 +376,7 @@ def test_unknown_names(tmp_path):
         load(tmp_path / "nowhere")
     with pytest.raises(UserError, match="unknown scale 'cpuu': did you mean 'cpu'"):
         load(scale="cpuu")
-    with pytest.raises(UserError, match="no such folder here, and not on the Hub"):
+    with pytest.raises(UserError, match="no such folder here, and the Hub was not reached"):
         load("nobody-here/nothing-there")
 
 
@@ -446,7 +446,7 @@ def test_adapter_of_another_shape_without_a_card(adapter, tokenizer, tmp_path, c
 
 def test_broken_adapters(adapter, folder, tmp_path):
     path = copied(adapter, tmp_path, "adapter_model.safetensors")
-    with pytest.raises(UserError, match="this adapter does not fit"):
+    with pytest.raises(UserError, match="no adapter_model.safetensors. Save the adapter again"):
         load(path)
     point(path, "")
     with pytest.raises(UserError, match="names no base"):

@@ -31,7 +31,7 @@ QUESTION = [{"role": "user", "content": "What is 25 plus 31?"}]
 SHOWS = {
     "course list": ["06 sft"],
     "scores": ["tutor/base", "tutor/sft"],
-    "data check data/sick": ["✗", "!", "45 errors"],
+    "data check data/sick": ["✗", "!", "37 errors"],
     "data check data/splits": ["train 48, validation 16, test 16", "0 errors"],
     "xray data/chats": ["80 rows", "end_trained"],
     "xray data/calls": ["32 rows", "calculate"],
