@@ -71,7 +71,6 @@ def _repeated(hashes) -> Iterator[tuple[int, int]]:
     import numpy as np
     if not len(hashes): return zip()
     h = np.frombuffer(hashes, np.uint64)
-    if not len(h): return iter(())
     order = np.argsort(h, kind="stable")
     new = np.append(True, h[order][1:] != h[order][:-1])
     first = order[np.maximum.accumulate(np.where(new, np.arange(len(h)), 0))]

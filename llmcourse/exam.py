@@ -25,10 +25,12 @@ def examinable(row: Row) -> None:
     refuse_faults(row.place, chat_faults(prompt(row), row.data.get("tools"), answered=False))
     wanted = reference(row.data)
     empty = wanted is None or isinstance(wanted, str) and not wanted.strip()   # such as a call of a tool: no text
-    if empty and guess(row.data)[0] == "exact":
+    kind, _ = guess(row.data)
+    if empty and kind == "exact":
         raise UserError(f"{row.place}: no text to compare a reply with. "
                         'Give it an "answer", or let the last turn be the assistant\'s')
     if not isinstance(row.data.get("task", ""), str): raise UserError(f"{row.place}: its task is no name. Give a text")
+    if kind != "judge": grader_for([(row.place, row.data)], kind)   # a judge is asked later
 
 # %% ../nbs/workshop/exam.ipynb #db9c5495
 def exam_rows(

@@ -160,7 +160,7 @@ def guess(
     ones = [str(one) for one in (wanted if isinstance(wanted, list) else [wanted]) if one is not None]
     last = (row.get("messages") or [{}])[-1]
     if row.get("task") in TASKS and len(ones) == 1 and ones[0].isdigit(): return "tutor", "it is a task of the tutor"
-    if last.get("tool_calls") and "tool" in GRADERS: return "tool", "the answer is a call of a tool"
+    if last.get("tool_calls"): return "tool", "the answer is a call of a tool"
     if _schema(row): return "json", "there is a schema"
     for column, name in (("regex", "regex"), ("contains", "contains"), ("rubric", "judge")):
         if row.get(column) and isinstance(row[column], (str, list)): return name, f"there is a column {column!r}"

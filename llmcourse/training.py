@@ -232,8 +232,6 @@ def train_as_told(
     **short,                 # for `hyperparameters`
 ) -> Path:                   # the run folder
     "A training by the options of the command line; None: not given."
-    if reward and "reward_funcs" not in method.settings:
-        raise UserError(f"{method.name} takes no --reward: it learns from the answers in the rows. Take grpo or rloo")
     if reward: short["reward_funcs"] = [reward]
     rank = 0 if full else method.r if r is None else r
     config = lora_config(r=rank, lora_alpha=2 * rank) if rank else None

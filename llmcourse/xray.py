@@ -105,6 +105,7 @@ def xray_file(
     for row in walk(source):
         if isinstance(row, Fault): raise UserError(f"{row.place}: {row.what}")
         try: picture = xray(tokenizer, tokenize(tokenizer, conversations(row.data)[0], tools=row.data.get("tools")))
+        except UserError as e: raise UserError(f"{row.place}: {e}") from None
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as e:
             why = " ".join(str(e).split())[:120]
             raise UserError(f"{row.place}: this model's chat template refuses it: {why}") from None
