@@ -78,15 +78,35 @@ def test_what_is_missing_or_invented_counts():
     assert right_of("I do not know.") == (False, False, 0, 2)
 
 
+def test_words_beside_a_call_that_the_template_drops_are_said(capsys, tmp_path):
+    "By the doctor and by the training. The row is still trained: its call is there."
+    from llmcourse.cli import main
+
+    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 2, "b": 2}'}}
+    ask = {"role": "user", "content": "2+2?"}
+    add = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+    said = {"role": "assistant", "content": "Let me add.", "tool_calls": [call]}
+    rows = [{"messages": [ask, turn], "tools": [add]} for turn in (said | {"content": None}, said)]
+    path = tmp_path / "calls.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    main(["data", "check", str(path), "--model", "tutor/tools"])
+    report = capsys.readouterr().out
+    assert "line 2: the model's chat template leaves out the text of turn 1 (assistant)" in report
+    main(["sft", "--data", str(path), "--model", "tutor/tools", "--steps", "1", "--output", str(tmp_path / "run")])
+    assert f"out of 1 of 2 rows: the text of turn 1 (assistant) ({path}:2)" in "".join(capsys.readouterr())
+
+
 def test_parallel_calls_are_split_and_said(capsys):
     "The template of tutor/tools takes one call a turn, as Llama 3.1's does. Nothing of the row is lost."
-    from llmcourse.chats import encode_chats
+    from llmcourse.chats import encode_chats, say_what_changes
     from llmcourse.rows import read
 
     tokenizer = load_tokenizer("tutor/base")
     tokenizer.chat_template = TOOL_TEMPLATE
     found = read(DATA / "tools.jsonl")
-    encoded = encode_chats(tokenizer, [row.data for row in found], [row.place for row in found])
+    rows, places = [row.data for row in found], [row.place for row in found]
+    encoded = encode_chats(tokenizer, rows, places)
+    say_what_changes(tokenizer, rows, places)
     assert "6 rows call several tools at once, and the template takes one call a turn: they are split" in (
         "".join(capsys.readouterr())
     )
