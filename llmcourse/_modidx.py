@@ -232,6 +232,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'llmcourse.converter.add_general': ('workshop/converter.html#add_general', 'llmcourse/converter.py'),
                                      'llmcourse.converter.add_sizes': ('workshop/converter.html#add_sizes', 'llmcourse/converter.py'),
                                      'llmcourse.converter.check_words': ('workshop/converter.html#check_words', 'llmcourse/converter.py'),
+                                     'llmcourse.converter.convert': ('workshop/converter.html#convert', 'llmcourse/converter.py'),
                                      'llmcourse.converter.converted': ('workshop/converter.html#converted', 'llmcourse/converter.py'),
                                      'llmcourse.converter.file_data': ('workshop/converter.html#file_data', 'llmcourse/converter.py'),
                                      'llmcourse.converter.file_plan': ('workshop/converter.html#file_plan', 'llmcourse/converter.py'),

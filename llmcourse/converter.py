@@ -17,7 +17,7 @@ from .tensors import check_tensors, check_values, expected_tensors, slabs, tenso
 # %% auto #0
 __all__ = ['ROPE_NUMBERS', 'DTYPES', 'TINY', 'merge_whole', 'plain_model', 'read_config', 'gguf_name', 'permute', 'rope_factors',
            'add_general', 'add_sizes', 'add_attention', 'add_config', 'stored_as', 'file_plan', 'converted',
-           'file_data', 'check_words', 'to_gguf']
+           'file_data', 'check_words', 'convert', 'to_gguf']
 
 # %% ../nbs/workshop/converter.ipynb #822e7983
 def merge_whole(
@@ -258,14 +258,14 @@ def check_words(
     check_tokens(write_gguf(path.parent / "words" / path.name, about, plan, zeros), tokenizer)
 
 # %% ../nbs/workshop/converter.ipynb #6a45b63b
-def to_gguf(
-    model: str | Path,     # `tutor/NAME`, a folder (model or adapter), or a Hub name
-    output: str | Path,    # the .gguf file to write
-    dtype: str = "f32",    # f32, f16, bf16 or q8_0 (vectors stay float32), or a mixture such as Q4_K_M
-    verify: bool = True,   # let llama.cpp tokenize texts and conversations, and compare with transformers
-    threads: int = 1,      # processor threads, for the mixtures
-) -> Path:                 # `output`
-    "Write a Llama as one GGUF file. Raises `UserError` for a model that we cannot export exactly."
+def convert(
+    model: str | Path,
+    output: str | Path,
+    dtype: str,
+    verify: bool,
+    threads: int,
+):   # the model's tokenizer
+    "What `to_gguf` does, for whoever needs the tokenizer too: a large one takes a second to read."
     choose(dtype, [*DTYPES, *KINDS], "GGUF type")
     check_file(output)   # before an adapter is merged
     with plain_model(model) as (folder, name, index):
@@ -283,4 +283,16 @@ def to_gguf(
             if dtype in KINDS: add_kind(writer, dtype)
             said.update(writer.kv_data[0])
         def check(path): check_words(path, config, said, tokenizer)
-        return write_gguf(output, about, plan, file_data(plan, index, config, threads), check if verify else None)
+        write_gguf(output, about, plan, file_data(plan, index, config, threads), check if verify else None)
+        return tokenizer
+
+def to_gguf(
+    model: str | Path,     # `tutor/NAME`, a folder (model or adapter), or a Hub name
+    output: str | Path,    # the .gguf file to write
+    dtype: str = "f32",    # f32, f16, bf16 or q8_0 (vectors stay float32), or a mixture such as Q4_K_M
+    verify: bool = True,   # let llama.cpp tokenize texts and conversations, and compare with transformers
+    threads: int = 1,      # processor threads, for the mixtures
+) -> Path:                 # `output`
+    "Write a Llama as one GGUF file. Raises `UserError` for a model that we cannot export exactly."
+    convert(model, output, dtype, verify, threads)
+    return Path(output)
