@@ -209,17 +209,19 @@ def compare(args, model: Path, scratch: Path) -> None:
     contenders = {"ours": ours, "stock": stock}
     for quant in args.quants.split(","):
         found = {name: [] for name in contenders}
-        for _ in range(args.rounds):
+        for i in range(args.rounds):
             for name, run in contenders.items():
-                with tempfile.TemporaryDirectory(dir=scratch) as out:
-                    found[name].append(run(model, Path(out), quant, args))
+                with tempfile.TemporaryDirectory(dir=scratch) as out: used = run(model, Path(out), quant, args)
+                found[name].append(used)
+                print(f"round {i + 1} {name:<5} {used['seconds']:.1f} s {used['cpu']:.1f} CPU-s", flush=True)
         middle = {name: {k: statistics.median(row[k] for row in rows) for k in rows[0]} for name, rows in found.items()}
         for name, row in middle.items():
             print(f"{args.shape} {quant:<7} {name:<5} {row['seconds']:7.1f} s {row['cpu']:7.1f} CPU-s "
                   f"{row['mb']:7,.0f} MB at most (largest tensor in float32: {largest:,.0f} MB)", flush=True)
-        ratios = [a["seconds"] / b["seconds"] for a, b in zip(found["ours"], found["stock"])]
-        print(f"{args.shape} {quant:<7} ours / stock: {statistics.median(ratios):.2f} of the time "
-              f"({min(ratios):.2f}–{max(ratios):.2f}, n={args.rounds})", flush=True)
+        for key, what in (("seconds", "time"), ("cpu", "CPU time")):
+            ratios = [a[key] / b[key] for a, b in zip(found["ours"], found["stock"])]
+            print(f"{args.shape} {quant:<7} ours / stock: {statistics.median(ratios):.2f} of the {what} "
+                  f"({min(ratios):.2f}–{max(ratios):.2f}, n={args.rounds})", flush=True)
 
 
 def main() -> None:
