@@ -6,8 +6,8 @@
 from __future__ import annotations
 import contextlib, functools, math, sys
 from pathlib import Path
-from .pretrained import absent
 from .core import Scratch, UserError, choose, model_path, need_space
+from .fetching import fetched
 from .gguf_file import check_file, tensor_bytes, write_gguf
 from .gguf_tokens import add_tokenizer, check_tokens, pre_tokenizer
 from .models import load, load_tokenizer
@@ -25,15 +25,8 @@ def plain_model(
     model: str | Path,   # `tutor/NAME`, a folder (model or adapter), or a Hub name
 ):                       # yields (folder, name); the name is None for a folder that is a whole model
     "A folder with a whole model; an adapter is merged in float32. Raises `UserError` for a name that is nowhere."
-    path = Path(model_path(model))
-    name = None
-    if not path.is_dir():
-        from huggingface_hub import snapshot_download
-        name = path.name
-        wanted = ["*.json", "*.jinja", "*.safetensors"]
-        try: path = Path(snapshot_download(str(model), allow_patterns=wanted))
-        except Exception as e:
-            raise absent("model", model, e) from None
+    path = fetched(model, weights=True)
+    name = None if Path(model_path(model)).is_dir() else Path(model).name
     if not (path / "adapter_config.json").exists():
         yield path, name
         return
@@ -41,11 +34,11 @@ def plain_model(
     net, tokenizer = load(path, dtype=torch.float32)
     with Scratch() as room:
         need_space(room, 4 * net.num_parameters())
-        merged = room / path.name   # the name goes into the file
+        merged = room / (name or path.name)   # the name goes into the file
         net.save_pretrained(merged)
         tokenizer.save_pretrained(merged)
         del net
-        yield merged, path.name
+        yield merged, merged.name
 
 # %% ../nbs/workshop/converter.ipynb #7b609ec8
 ROPE_NUMBERS = {"default": (), "linear": ("factor",),
