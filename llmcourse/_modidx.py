@@ -1052,6 +1052,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'llmcourse.training._function': ('workshop/training.html#_function', 'llmcourse/training.py'),
                                     'llmcourse.training._lora_fields': ('workshop/training.html#_lora_fields', 'llmcourse/training.py'),
                                     'llmcourse.training._prepare': ('workshop/training.html#_prepare', 'llmcourse/training.py'),
+                                    'llmcourse.training._scale_of': ('workshop/training.html#_scale_of', 'llmcourse/training.py'),
                                     'llmcourse.training.check_fields': ('workshop/training.html#check_fields', 'llmcourse/training.py'),
                                     'llmcourse.training.from_card': ('workshop/training.html#from_card', 'llmcourse/training.py'),
                                     'llmcourse.training.hyperparameters': ( 'workshop/training.html#hyperparameters',

@@ -100,7 +100,7 @@ def load_to_train(
     if ours["engine"] == "unsloth": return _unsloth(model, dial, seed, ours)
     exact = dict(dtype="float32") if ours["peft_config"] is None or dial["device"] == "cpu" else {}
     bits = ours["quantization_config"]
-    net, tokenizer = load(model, dial["scale"], **exact, **(dict(quantization_config=bits) if bits else {}))
+    net, tokenizer = load(model, dial, **exact, **(dict(quantization_config=bits) if bits else {}))
     if ours["chat_template"]: tokenizer.chat_template = ours["chat_template"]
     check_size(net, ours["peft_config"])
     if ours["freeze_trainable_layers"]: freeze(net, ours["freeze_trainable_layers"])
@@ -153,13 +153,13 @@ def wake(
 def start_from_rounding(
     net,                 # a `PeftModel` over a base in 4 bits
     model: str | Path,   # the same base
-    scale: str,          # a section of settings.ini
+    dial: dict,          # from `core.scale`
 ) -> None:
     "Set A and B of each layer to the best guess, of their rank, of what rounding has taken from its weight."
     # peft.replace_lora_weights_loftq (0.21) does it on CUDA only, and leaves lora_alpha / r out of account
     import torch
     from bitsandbytes.functional import dequantize_4bit
-    whole = dict(load(model, scale, dtype="float32")[0].named_modules())
+    whole = dict(load(model, dial, dtype="float32")[0].named_modules())
     for name, layer in net.get_base_model().named_modules():
         if not hasattr(layer, "lora_A"): continue
         a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight

@@ -176,7 +176,7 @@ def from_files(
 # %% ../nbs/workshop/pretrained.ipynb #0297632c
 def load(
     model: str | Path = "tutor/base",  # `tutor/NAME`, a folder (model or adapter), or a Hub name
-    scale: str = "cpu",                # a section of settings.ini: decides dtype and device
+    scale: str | dict = "cpu",         # a section of settings.ini, or one read earlier: decides dtype and device
     merge: bool = True,                # add an adapter to its base's weights
     **overrides,                       # for `from_pretrained`: dtype, quantization_config, …
 ):                                     # (model in eval mode, tokenizer)

@@ -3,7 +3,6 @@
 import pytest
 
 from llmcourse.evals import grade_row
-from llmcourse.graders import mark_of
 
 # (reply, reference, is it right?)
 CASES = [

@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from llmcourse.card import Run, read_card
+from llmcourse.card import Run, read_card, write_card
 from llmcourse.core import UserError
 from llmcourse.drill import drill
 from llmcourse.rehearsal import rehearse
@@ -302,6 +302,36 @@ def test_the_command_pauses_with_code_75_and_goes_on(small, tmp_path):
 
 
 # cards
+
+
+def test_a_card_brings_its_own_scale_along(small, tmp_path, monkeypatch, capsys):
+    from llmcourse.cli import main
+
+    here, there = tmp_path / "here", tmp_path / "there"
+    for folder in (here, there):
+        folder.mkdir()
+    (here / "settings.ini").write_text("[mine]\nbatch_size = 5\nmax_length = 256\n")
+    (here / "chats.jsonl").write_text("".join(json.dumps(r) + "\n" for r in ROWS))
+    monkeypatch.chdir(here)
+    assert main(["sft", "--model", str(small), "--data", "chats.jsonl", "--scale", "mine", "--steps", "3"]) == 0
+    card = read_card(here / "runs/sft")
+    assert card.scale == "mine" and card.dial["batch_size"] == 5 and card.dial["device"] == "cpu"
+    monkeypatch.chdir(there)
+    assert main(["train", str(here / "runs/sft"), "--output", "again"]) == 0
+    assert weights(there / "again") == weights(here / "runs/sft")
+    assert "settings.ini" not in capsys.readouterr().err
+    (there / "settings.ini").write_text("[mine]\nbatch_size = 2\nmax_length = 256\n")
+    assert main(["train", str(here / "runs/sft"), "--output", "third"]) == 0
+    assert "settings.ini says batch_size 2 by now; the card's own values count" in capsys.readouterr().err
+    assert weights(there / "third") == weights(here / "runs/sft") and read_card("third").dial == card.dial
+
+
+def test_a_card_from_before_it_kept_the_scale_opens(small, tmp_path):
+    from llmcourse.methods import rerun
+
+    run = sft(output=tmp_path / "run", **options(small, peft_config=lora()) | dict(max_steps=2, save_steps=50))
+    write_card(replace(read_card(run), dial={}), run)
+    assert weights(rerun(run, tmp_path / "again")) == weights(run)
 
 
 def test_a_card_with_a_misspelt_field_is_refused(small, tmp_path):
