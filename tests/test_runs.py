@@ -200,6 +200,18 @@ def test_two_processes_do_not_write_one_run(tmp_path):
 # training
 
 
+def stop_at(step):
+    "Ctrl-C at the beginning of a step."
+    from transformers import TrainerCallback
+
+    class Stop(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kw):
+            if state.global_step == step:
+                raise KeyboardInterrupt
+
+    return Stop()
+
+
 def test_drill_to_the_bit(small, tmp_path):
     """Full training and an adapter with dropout, killed and paused at random moments, end in the weights of an
     uninterrupted run."""
@@ -269,6 +281,72 @@ def test_a_full_disk_loses_no_earlier_checkpoint(small, tmp_path, monkeypatch):
     assert last_complete(tmp_path / "run.unfinished/checkpoints").name == "step-000006"
     monkeypatch.setattr(resume, "seal", sealing)
     assert sft(output=tmp_path / "run", **options(small)).is_dir() and not (tmp_path / "run.unfinished").exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    "A disk of 16 MB."
+    place = tmp_path / "disk"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "none", place], capture_output=True).returncode:
+        pytest.skip("no tmpfs can be mounted here")
+    yield place
+    subprocess.run(["umount", "--lazy", place], check=True)
+
+
+FILLS = """
+import shutil
+from llmcourse import resume
+from llmcourse.cli import cli
+sealing = resume.seal
+def seal(folder, place, seconds=0):
+    sealed = sealing(folder, place, seconds)
+    if place.name == "step-000006":   # somebody else takes all that is left, but for a part of a checkpoint
+        with open(DISK + "/filler", "wb", buffering=0) as f: f.write(bytes(shutil.disk_usage(DISK).free - LEFT))
+    return sealed
+resume.seal = seal
+cli()
+"""
+
+
+@pytest.mark.parametrize("left", [0, 900_000])  # not a file more; the weights, but no optimizer
+def test_a_disk_that_fills_up_in_a_checkpoint(left, small, small_disk, tmp_path):
+    data = tmp_path / "chats.jsonl"
+    data.write_text("".join(json.dumps(r) + "\n" for r in ROWS))
+    words = ["sft", "--model", small, "--data", data, "--full", "--steps", "12", "--save-steps", "3", "--output"]
+    words = [str(word) for word in words]
+    python = [sys.executable, "-c"]
+    code = FILLS.replace("LEFT", str(left)).replace("DISK", repr(str(small_disk)))
+    full = subprocess.run([*python, code, *words, small_disk / "run"], capture_output=True, text=True)
+    assert full.returncode == 2, full.stderr
+    said = [line for line in full.stderr.splitlines() if "llmcourse: " in line or "Error" in line]
+    assert len(said) == 1 and said[0].endswith("no space left on the disk. Free some and run the same command again")
+    assert "Traceback" not in full.stderr and "Exception" not in full.stderr
+    assert last_complete(small_disk / "run.unfinished/checkpoints").name == "step-000006"
+    (small_disk / "filler").unlink()
+    again = [*python, "from llmcourse.cli import cli; cli()", *words]
+    done = subprocess.run([*again, small_disk / "run"], capture_output=True, text=True)
+    assert done.returncode == 0 and "going on from step 6" in done.stderr, done.stderr
+    subprocess.run([*again, tmp_path / "straight"], capture_output=True, check=True)
+    assert weights(small_disk / "run") == weights(tmp_path / "straight")
+
+
+def test_what_an_unfinished_run_takes_is_not_asked_for_again(small, tmp_path, monkeypatch):
+    "Room for the whole run but for what its checkpoints take already is enough to go on, and not to begin."
+    from llmcourse.models import load
+    from llmcourse.runs import room_for_run
+
+    with pytest.raises(KeyboardInterrupt):
+        sft(output=tmp_path / "run", **options(small), callbacks=[stop_at(8)])
+    size = load(small)[0].num_parameters()
+    taken = sum(f.stat().st_size for f in (tmp_path / "run.unfinished").rglob("*") if f.is_file())
+    whole = (4 + 1 + 3 * 12) * size
+    assert taken > 2 * 12 * size  # two checkpoints, of weights and of AdamW's two numbers
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=whole - taken))
+    with pytest.raises(UserError, match=r"MB free, .* MB needed"):
+        room_for_run(tmp_path / "another", size, keep=True, adapter=False)
+    assert sft(output=tmp_path / "run", **options(small)).is_dir()
 
 
 def test_the_command_pauses_with_code_75_and_goes_on(small, tmp_path):
