@@ -326,11 +326,8 @@ def main(
     "Run `llmcourse`."
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help", "help"):
-        print(usage())
-        return 0
-    if argv[0] in ("-V", "--version"):
-        print(__version__)
-        return 0
+        return in_one_line(lambda: print(usage()))
+    if argv[0] in ("-V", "--version"): return in_one_line(lambda: print(__version__))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with contextlib.suppress(ValueError):   # not the main thread
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))   # so that half-written files go away

@@ -12,6 +12,7 @@ import pytest
 from llmcourse.cli import COMMANDS, command, main, usage
 from llmcourse.options import parse
 
+ROOT = Path(__file__).parent.parent
 CHAT = {
     "messages": [{"role": "user", "content": "What is 12 plus 34?"}, {"role": "assistant", "content": "Answer: 46"}]
 }
@@ -174,6 +175,37 @@ def test_a_real_process_exits_with_2_and_no_traceback():
     )
     assert (
         done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.startswith("llmcourse: unknown scale")
+    )
+
+
+ENV = os.environ | {"PYTHONPATH": str(ROOT)}
+PROGRAM = f"{sys.executable} -c 'from llmcourse.cli import cli; cli()'"
+
+
+@pytest.mark.parametrize("reader", ["head -1", "true"])  # `true` is gone before the first line
+@pytest.mark.parametrize(
+    "words",
+    [
+        "data check data/gsm8k.jsonl",
+        "xray data/gsm8k.jsonl",
+        "scores --n 1 --checkpoints sft --json",
+        "--help",
+        "sft --help",
+        "--version",
+    ],
+)
+def test_a_reader_that_has_seen_enough(words, reader):
+    line = f"{PROGRAM} {words} | {reader}; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, cwd=ROOT, env=ENV)
+    assert done.returncode in (0, 141) and done.stderr == ""
+    assert len(done.stdout.splitlines()) == (reader != "true")
+
+
+def test_a_full_disk_under_the_standard_output():
+    done = subprocess.run(["bash", "-c", f"{PROGRAM} --help > /dev/full"], capture_output=True, text=True, env=ENV)
+    assert done.returncode == 2
+    assert (
+        done.stderr == "llmcourse: while writing: no space left on the disk. Free some and run the same command again\n"
     )
 
 
