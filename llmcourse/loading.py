@@ -7,10 +7,11 @@ from __future__ import annotations
 import math
 from pathlib import Path
 from .core import UserError, choose, model_path
+from .memory import free_memory
 from .models import load
 
 # %% auto #0
-__all__ = ['SETTINGS', 'TRAINED', 'free_memory', 'check_size', 'load_to_train', 'freeze', 'wake', 'start_from_rounding']
+__all__ = ['SETTINGS', 'TRAINED', 'check_size', 'load_to_train', 'freeze', 'wake', 'start_from_rounding']
 
 # %% ../nbs/workshop/loading.ipynb #f79c10fe
 SETTINGS = dict(
@@ -39,17 +40,6 @@ def _check(dial: dict, ours: dict) -> None:
 
 # %% ../nbs/workshop/loading.ipynb #14b64998
 TRAINED = 16   # bytes for each weight that learns: itself, its gradient, and AdamW's two numbers, in float32
-
-def free_memory(
-    device,         # of torch
-) -> float:         # bytes; infinity if nobody says
-    "Memory that could still be taken."
-    if device.type == "cuda":
-        import torch
-        return torch.cuda.mem_get_info(device)[0]
-    try: found = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    except OSError: return math.inf
-    return int(found["MemAvailable"].split()[0]) * 1024
 
 def check_size(
     net,             # the loaded model

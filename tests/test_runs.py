@@ -462,7 +462,7 @@ def test_a_sound_trainer_passes_and_stays_as_it_was(small, tmp_path):
     t = trainer(small, tmp_path)
     before, state = {k: v.clone() for k, v in t.model.state_dict().items()}, torch.get_rng_state()
     found = rehearse(t)
-    assert set(found) == {"vocabulary", "schedule", "packing", "gradient"}
+    assert set(found) == {"vocabulary", "schedule", "memory", "packing", "gradient"}
     assert torch.equal(state, torch.get_rng_state()) and all(
         torch.equal(v, before[k]) for k, v in t.model.state_dict().items()
     )
@@ -513,6 +513,56 @@ def test_it_names_what_to_change_when_memory_is_short(small, tmp_path, monkeypat
     monkeypatch.setattr(t.model, "forward", full)
     with pytest.raises(UserError, match="out of memory: halve per_device_train_batch_size.* 8 rows of up to"):
         rehearse(t)
+
+
+GROWTH = """
+import gc, re, sys
+from pathlib import Path
+from llmcourse import training, memory, tutor
+from llmcourse.lora import lora_config
+from llmcourse.sft import sft
+def status(key): return int(re.search(key + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+def fitted(*words):
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")   # the peak begins here
+    before = status("VmRSS")
+    fit(*words)
+    print(status("VmHWM") - before, predicted[0])
+def count(*words):
+    predicted.append(counted(*words))
+    return predicted[-1]
+predicted, fit, counted = [], training._fit, memory.training_bytes
+training._fit, memory.training_bytes = fitted, count
+turns = [turn for p in tutor.problems(9, 0, ("add",)) for turn in tutor.to_chat(p)["messages"][-2:]]
+config = lora_config(r=16, lora_alpha=32) if sys.argv[2] == "lora" else None
+options = dict(max_length=400, max_steps=1, warmup_steps=0)
+sft([{"messages": turns}] * 32, sys.argv[1], "tutor/base", peft_config=config, **options)
+"""
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="no /proc to read the peak from")
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_the_memory_of_a_training_is_foretold(kind, tmp_path):
+    words = [sys.executable, "-c", GROWTH, tmp_path / "run", kind]
+    done = subprocess.run([str(w) for w in words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    grew, predicted = map(float, done.stdout.split()[-2:])
+    assert grew > 1e9 and 1 / 1.5 < predicted / grew < 1.5, f"predicted {predicted / grew:.2f} of what it took"
+
+
+def test_a_training_without_room_is_refused_before_it_starts(small, tmp_path, monkeypatch, capsys):
+    from llmcourse import memory
+    from llmcourse.cli import main
+
+    data = tmp_path / "chats.jsonl"
+    data.write_text("".join(json.dumps(r) + "\n" for r in ROWS))
+    words = ["sft", "--model", small, "--data", data, "--output", tmp_path / "run", "--full", "--steps", "4"]
+    monkeypatch.setattr(memory, "free_memory", lambda device: 5e6)
+    assert main([str(w) for w in words]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("llmcourse: memory: ") and "smaller --batch-size, --max-length or --r" in said
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["chats.jsonl"]
+    assert main([str(w) for w in [*words, "--batch-size", "1"]]) == 0
 
 
 def test_packing_is_measured(small, tmp_path):
