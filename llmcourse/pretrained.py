@@ -8,6 +8,7 @@ import json, logging
 from pathlib import Path
 from .card import read_card
 from .core import UserError, choose, file_hash, model_path, scale as read_scale
+from .tensors import instead_of_weights, tensor_index
 
 # %% auto #0
 __all__ = ['TOKENIZER_FILES', 'PADS', 'WAY_OUT', 'absent', 'adapter_base', 'adapter_shapes', 'same_vocabulary', 'load_tokenizer',
@@ -58,7 +59,8 @@ def adapter_shapes(
     try:
         with safe_open(file, "pt") as f: return {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}
     except (SafetensorError, OSError) as e:
-        raise UserError(f"{file}: not a whole safetensors file ({str(e)[:80]}). Save or download it again") from None
+        why = instead_of_weights(file) or str(e)[:80]
+        raise UserError(f"{file}: not a whole safetensors file ({why}). Save or download it again") from None
 
 def same_vocabulary(path: Path, shapes: dict[str, tuple], rows: int, base: str) -> None:
     "Raise `UserError` if an adapter brings embeddings for another number of tokens than its base has."
@@ -167,7 +169,9 @@ def from_files(
     "Load weights. Raises `UserError` if there are none, or fewer than the config promises."
     from transformers import AutoModelForCausalLM
     try: net, info = AutoModelForCausalLM.from_pretrained(str(path), output_loading_info=True, **kwargs)
-    except Exception as e: raise absent("model", path, e) from e
+    except Exception as e:
+        if any(path.glob("*.safetensors")): tensor_index(path)   # names the file that is not whole
+        raise absent("model", path, e) from e
     if lost := info["missing_keys"]:
         raise UserError(f"{path}: {len(lost)} tensors of its config.json are not in its weights, e.g. {min(lost)}. "
                         "Save the model again")

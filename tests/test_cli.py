@@ -118,6 +118,29 @@ def test_adapter_of_another_base(capsys, tmp_path):
     assert "adapter" in bad(capsys, "eval", "--model", adapter, "--n", "1")
 
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 12345\n"
+
+
+@pytest.mark.parametrize("checkpoint, file", [("sft", "adapter_model.safetensors"), ("base", "model.safetensors")])
+@pytest.mark.parametrize(
+    "fault, why",
+    [("cut", "not fully covered"), ("pointer", "git lfs pull"), ("empty", "empty"), ("page", "a web page")],
+)
+def test_damaged_weights_are_called_damaged(checkpoint, file, fault, why, capsys, tmp_path, monkeypatch):
+    import shutil
+    from llmcourse.core import weights
+
+    monkeypatch.chdir(tmp_path)
+    whole = (Path(shutil.copytree(weights() / checkpoint, "mine")) / file).read_bytes()
+    faults = {"cut": whole[: len(whole) // 2], "pointer": POINTER, "empty": b"", "page": b"<!DOCTYPE html><html>"}
+    (tmp_path / "mine" / file).write_bytes(faults[fault])
+    commands = ["eval --n 1", "sft --steps 4", "grpo --steps 4", "export", "serve --engine transformers --port 0"]
+    for words in commands:
+        said = bad(capsys, *words.split(), "--model", "mine")
+        assert f"mine/{file}: not a whole safetensors file" in said and why in said and "not fit" not in said, words
+    assert not (tmp_path / "runs").exists()
+
+
 def test_too_long_a_prompt(capsys, tmp_path):
     data = jsonl(tmp_path / "long.jsonl", {"messages": [{"role": "user", "content": "12 plus " * 2000}], "answer": "1"})
     assert "tokens" in bad(capsys, "eval", "--data", data)
