@@ -200,6 +200,8 @@ def eval(
     system: str = None,        # a system prompt for questions of --data that have none
     skip_bad: bool = False,    # leave out rows that cannot be asked, and say so, instead of refusing the file
     grade: str = None,         # number, choice, exact, contains, regex, json, tool, judge; default: what fits
+    judge: str = None,         # the OpenAI-compatible server that judges; default $LLMCOURSE_JUDGE_URL
+    judge_model: str = None,   # its name there; default $LLMCOURSE_JUDGE_MODEL, or the first that it lists
     json: bool = False,        # print JSON instead of a table
 ):
     """Measure a model or a server: score, n and 95 % interval of each task.
@@ -211,7 +213,7 @@ def eval(
     from llmcourse.evals import show
     from llmcourse.exam import exam_report, examined
     if output: check_writable(output)   # before an hour of questions
-    results = examined(model, url, scale, data, n, seed, grade, system or "", skip_bad, progress=not json)
+    results = examined(model, url, scale, data, n, seed, grade, system or "", skip_bad, not json, judge, judge_model)
     if output: write_jsonl(output, results)
     table = exam_report(results)
     print(dumps(table) if json else show(table).to_string(index=False))

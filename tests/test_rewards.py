@@ -1,6 +1,7 @@
 """Graders as rewards: what is trained is what is measured, from the file as published, and what misbehaves is named."""
 
 import json
+import os
 import math
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
@@ -275,6 +276,21 @@ def judge_url(monkeypatch):
     monkeypatch.setenv("LLMCOURSE_JUDGE_URL", url)
     yield url
     server.shutdown()
+
+
+def test_the_judge_is_an_option_of_eval(judge_url, tmp_path, monkeypatch, capsys):
+    from llmcourse import exam
+    from llmcourse.cli import main
+
+    monkeypatch.delenv("LLMCOURSE_JUDGE_URL")
+    monkeypatch.setattr(exam, "examinee", lambda *_: lambda messages: "Hello!")
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps({"question": f"Greet {i}.", "answer": "Hello, you."}) + "\n" for i in range(3)))
+    words = ["eval", "--data", str(data), "--json"]
+    assert main([*words, "--judge", judge_url, "--judge-model", "judge"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["score"] == 0.8
+    assert not {"LLMCOURSE_JUDGE_URL", "LLMCOURSE_JUDGE_MODEL"} & set(os.environ)
+    assert main([*words, "--grade", "judge"]) == 2 and "--judge" in capsys.readouterr().err
 
 
 def test_a_judge_grades_and_rewards(judge_url):
