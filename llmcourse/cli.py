@@ -149,7 +149,7 @@ def _check_early(data: str, output: str) -> None:
 def training(
     model: str = None,            # a checkpoint, a folder or a Hub name; default: the tutor's, on a GPU the scale's
     data: str = None,             # rows: JSONL, JSON, CSV, Parquet, or a data set on the Hub; default: the tutor's
-    output: str = None,           # the run folder; by default runs/ and the method's name
+    output: str = None,           # the run folder; by default runs/ and the method's name. An earlier run is replaced
     scale: str = "cpu",           # a section of settings.ini: cpu, t4, l4, a100, h100
     full: bool = False,           # train all weights and no LoRA
     r: int = None,                # rank of the LoRA; 0 trains all weights; sft takes 16 by default, other methods 0

@@ -118,6 +118,19 @@ def test_adapter_of_another_base(capsys, tmp_path):
     assert "adapter" in bad(capsys, "eval", "--model", adapter, "--n", "1")
 
 
+def test_a_folder_that_is_not_there_yet(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for words in (["chat", "--model", "runs/gguf", "--port", 0], ["serve", "--model", "./mine", "--port", 0]):
+        said = bad(capsys, *words)
+        assert f"{words[2]}: no such folder. `llmcourse export --output {words[2]}` makes one" in said
+
+
+def test_help_says_that_an_earlier_run_is_replaced(capsys):
+    with pytest.raises(SystemExit):
+        main(["sft", "--help"])
+    assert "An earlier run is replaced" in " ".join(capsys.readouterr().out.split())
+
+
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 12345\n"
 
 
