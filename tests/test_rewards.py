@@ -278,6 +278,24 @@ def judge_url(monkeypatch):
     server.shutdown()
 
 
+def test_grpo_reports_the_reward_of_validation_rows(tmp_path, capsys):
+    from llmcourse.cli import main
+    from llmcourse.tutor import problems
+
+    paths = [tmp_path / "train.jsonl", tmp_path / "held.jsonl"]
+    stories = [{"question": p["question"], "answer": str(p["answer"])} for p in problems(12, 5, ("story2",))]
+    for path, rows in zip(paths, (stories[:8], stories[8:])):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["grpo", "--data", paths[0], "--validation", paths[1], "--output", tmp_path / "run", "--steps", 2]
+    words += ["--batch-size", 8, "--grad-accum", 1, "--max-length", 96, "--warmup", 0, "--model", "tutor/sft"]
+    assert main([str(word) for word in words]) == 0
+    assert "on the validation rows" in capsys.readouterr().err
+    log = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert all(0 <= row["eval_reward"] <= 1 for row in log if "eval_loss" in row or "eval_reward" in row)
+    assert sum("eval_reward" in row for row in log) == 2
+    assert len((tmp_path / "run/validation.jsonl").read_text().splitlines()) == 4
+
+
 def test_the_judge_is_an_option_of_eval(judge_url, tmp_path, monkeypatch, capsys):
     from llmcourse import exam
     from llmcourse.cli import main
