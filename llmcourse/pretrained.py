@@ -9,6 +9,7 @@ from pathlib import Path
 from .card import read_card
 from .core import UserError, choose, file_hash, model_path, scale as read_scale
 from .fetching import fetched
+from .tensors import instead_of_weights, tensor_index
 
 # %% auto #0
 __all__ = ['TOKENIZER_FILES', 'PADS', 'WAY_OUT', 'absent', 'adapter_base', 'adapter_shapes', 'same_vocabulary', 'load_tokenizer',
@@ -52,7 +53,8 @@ def adapter_shapes(
     try:
         with safe_open(file, "pt") as f: return {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}
     except (SafetensorError, OSError) as e:
-        raise UserError(f"{file}: not a whole safetensors file ({str(e)[:80]}). Save or download it again") from None
+        why = instead_of_weights(file) or str(e)[:80]
+        raise UserError(f"{file}: not a whole safetensors file ({why}). Save or download it again") from None
 
 def same_vocabulary(path: Path, shapes: dict[str, tuple], rows: int, base: str) -> None:
     "Raise `UserError` if an adapter brings embeddings for another number of tokens than its base has."
@@ -162,7 +164,9 @@ def from_files(
     "Load weights. Raises `UserError` if there are none, or fewer than the config promises."
     from transformers import AutoModelForCausalLM
     try: net, info = AutoModelForCausalLM.from_pretrained(str(path), output_loading_info=True, **kwargs)
-    except Exception as e: raise absent("model", path, e) from e
+    except Exception as e:
+        if any(path.glob("*.safetensors")): tensor_index(path)   # names the file that is not whole
+        raise absent("model", path, e) from e
     if lost := info["missing_keys"]:
         raise UserError(f"{path}: {len(lost)} tensors of its config.json are not in its weights, e.g. {min(lost)}. "
                         "Save the model again")
@@ -171,7 +175,7 @@ def from_files(
 # %% ../nbs/workshop/pretrained.ipynb #0297632c
 def load(
     model: str | Path = "tutor/base",  # `tutor/NAME`, a folder (model or adapter), or a Hub name
-    scale: str = "cpu",                # a section of settings.ini: decides dtype and device
+    scale: str | dict = "cpu",         # a section of settings.ini, or one read earlier: decides dtype and device
     merge: bool = True,                # add an adapter to its base's weights
     revision: str | None = None,       # a branch, tag or commit on the Hub; None: the newest
     **overrides,                       # for `from_pretrained`: dtype, quantization_config, …
