@@ -170,10 +170,11 @@ def chat_text(
     tokenizer,                # of transformers
     messages: list[Message],
     ask: bool = True,         # open the assistant's turn
+    tools: list | None = None,   # what the assistant may call
 ) -> str:
     "A conversation as text, on the day that llama.cpp is told, too."
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask,
-                                         date_string=DATE)
+                                         date_string=DATE, tools=tools)
 
 # %% ../nbs/workshop/gguf_tokens.ipynb #43011084
 def golden_chats(
