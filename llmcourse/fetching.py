@@ -17,6 +17,7 @@ def refused(
     revision: str | None,    # what was asked for; None: the newest
 ) -> UserError:              # to be raised in its place
     "One line for a download that failed: why, and the way out."
+    from httpx import TransportError
     from huggingface_hub import constants, errors
     page, status = f"{constants.ENDPOINT}/{name}", getattr(getattr(error.__cause__, "response", None), "status_code", 0)
     if isinstance(error, errors.GatedRepoError):
@@ -29,8 +30,10 @@ def refused(
                          "If it is private, log in (hf auth login)")
     if status:
         return UserError(f"{name}: the Hub could not give it (status {status}). Try again later")
-    return UserError(f"{name}: no such folder here, and the Hub was not reached. "
-                     "Check name and network, or make the folder first")
+    if isinstance(error, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, TransportError)):
+        return UserError(f"{name}: no such folder here, and the Hub was not reached. "
+                         "Check name and network, or make the folder first")
+    return UserError(f"{name}: not downloaded from the Hub ({' '.join(str(error).split())[:120]}). Try again")
 
 # %% ../nbs/workshop/fetching.ipynb #28fb3591
 SMALL = ("*.json", "*.jinja", "*.txt", "*.model", "run.yaml")     # config, tokenizer, template, our card

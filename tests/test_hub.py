@@ -145,6 +145,13 @@ def test_the_hub_is_ill(hub, monkeypatch):
         load("someone/tiny")
 
 
+def test_a_full_disk_is_said(hub, monkeypatch):
+    full = OSError(28, "No space left on device")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: (_ for _ in ()).throw(full))
+    with pytest.raises(UserError, match="someone/tiny: not downloaded from the Hub .*No space left on device"):
+        load("someone/tiny")
+
+
 def test_no_chat_template(hub, tmp_path):
     "Loading is fine; whoever needs the template says so in one line, with the way out."
     bare = shutil.copytree(BASE, tmp_path / "bare")
