@@ -42,11 +42,11 @@ def plain_model(
         return
     found, tokenizer = merged_tensors(path), load_tokenizer(path)
     with Scratch() as room:
-        merged = room / path.name   # the name goes into the file
+        merged = room / (path if asked.is_dir() else asked).name   # the name goes into the file
         tokenizer.save_pretrained(merged)
         if found: found[0].save_pretrained(merged)
         else: merge_whole(path, merged)
-        yield merged, path.name, found and found[1]
+        yield merged, merged.name, found and found[1]
 
 # %% ../nbs/workshop/converter.ipynb #7b609ec8
 ROPE_NUMBERS = {"default": (), "linear": ("factor",),
