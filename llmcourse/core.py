@@ -54,7 +54,7 @@ def _typed(text: str):
 
 # %% ../nbs/workshop/core.ipynb #5fb00d5f
 def scale(
-    name: str = "cpu",                # a section of settings.ini: cpu, t4, l4, a100, h100, or one of your own
+    name: str = "cpu",                # a section of settings.ini: cpu, t4, l4, a100, h100, mps, or one of your own
     start: str | Path | None = None,  # where to look for settings.ini, upwards; the working directory by default
     **overrides,                      # values that win over the file
 ) -> dict:                            # model, device, dtype, max_length (tokens), batch_size (rows), …

@@ -190,7 +190,8 @@ def load(
         base = adapter_base(path)
         net, _ = load(base, scale, **overrides)
         return with_adapter(net, path, base, merge).eval(), tokenizer
-    kwargs = dict(dtype=dial["dtype"], trust_remote_code=False, use_safetensors=True) | overrides
+    attention = {"attn_implementation": dial["attn"]} if "attn" in dial else {}
+    kwargs = dict(dtype=dial["dtype"], trust_remote_code=False, use_safetensors=True) | attention | overrides
     if "quantization_config" in kwargs: kwargs.setdefault("device_map", device)
     net = from_files(path, **kwargs)
     return (net if "device_map" in kwargs else net.to(device)).eval(), tokenizer

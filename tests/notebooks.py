@@ -17,8 +17,8 @@ def source(cell) -> str:
     return "".join(cell["source"])
 
 
-def run(path: Path, output: Path | None = None, progress: bool = False, **parameters) -> dict:
-    "Execute a notebook; cells flagged `eval: false` are left out. Returns the executed notebook."
+def run(path: Path, output: Path | None = None, progress: bool = False, cwd: Path | None = None, **parameters) -> dict:
+    "Execute a notebook, in its own folder by default; cells flagged `eval: false` are left out. Returns what came out."
     import nbformat
     import papermill
     from papermill.iorw import load_notebook_node
@@ -37,7 +37,7 @@ def run(path: Path, output: Path | None = None, progress: bool = False, **parame
     os.environ.setdefault("LLMCOURSE_HOME", str(ARTIFACTS / "home"))     # a test run is nobody's progress
     try:
         return papermill.execute_notebook(
-            str(filtered), str(output), parameters=parameters, cwd=str(path.parent), kernel_name="python3",
+            str(filtered), str(output), parameters=parameters, cwd=str(cwd or path.parent), kernel_name="python3",
             progress_bar=progress, extra_arguments=["--IPKernelApp.log_level=40"])
     finally:
         filtered.unlink()
