@@ -141,6 +141,14 @@ WAYS = {"full": dict, "lora": lambda: dict(peft_config=lora_config()),
         "qlora": lambda: dict(peft_config=lora_config(), quantization_config=NF4)}  # fmt: skip
 
 
+def test_a_base_saved_in_4_bits_goes_where_the_scale_says(t4):
+    "transformers would take the card whenever there is one."
+    net, tokenizer = load("tutor/base", quantization_config=NF4)
+    for part in (net, tokenizer):
+        part.save_pretrained("base4")
+    assert load("base4")[0].device.type == "cpu" and load("base4", "a100")[0].device.type == "cuda"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("scale", ["t4", "a100"])
