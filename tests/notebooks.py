@@ -17,8 +17,10 @@ def source(cell) -> str:
     return "".join(cell["source"])
 
 
-def run(path: Path, output: Path | None = None, progress: bool = False, cwd: Path | None = None, **parameters) -> dict:
-    "Execute a notebook, in its own folder by default; cells flagged `eval: false` are left out. Returns what came out."
+def run(path: Path, output: Path | None = None, progress: bool = False, cwd: Path | None = None, change=None,
+        **parameters) -> dict:
+    """Execute a notebook, in its own folder by default; cells flagged `eval: false` are left out. `change` may make
+    other sources of the cells'. Returns what came out."""
     import nbformat
     import papermill
     from papermill.iorw import load_notebook_node
@@ -28,6 +30,8 @@ def run(path: Path, output: Path | None = None, progress: bool = False, cwd: Pat
     output.parent.mkdir(parents=True, exist_ok=True)
     nb = load_notebook_node(str(path))
     nb.cells = [c for c in nb.cells if not re.search(r"^#\|\s*eval:\s*false", source(c), re.M)]
+    for cell in nb.cells if change else ():
+        cell.source = change(cell.source)
     filtered = output.with_suffix(".in.ipynb")
     nbformat.write(nb, filtered)
     dial = "\n".join(source(c) for c in nb.cells if "parameters" in c.metadata.get("tags", []))
