@@ -196,7 +196,7 @@ def load(
         base = adapter_base(path)
         net, _ = load(base, scale, **overrides)
         return with_adapter(net, path, base, merge).eval(), tokenizer
-    attention = {"attn_implementation": dial["attn"]} if "attn" in dial else {}
+    attention = {} if dial.get("attn", "auto") == "auto" else {"attn_implementation": dial["attn"]}
     kwargs = dict(dtype=dial["dtype"], trust_remote_code=False, use_safetensors=True) | attention | overrides
     if "quantization_config" in kwargs or _in_few_bits(path): kwargs.setdefault("device_map", device)
     net = from_files(path, **kwargs)
