@@ -99,7 +99,11 @@ def wanted_calls(
         calls = parse_calls(value) if isinstance(value, str) else [_call(v) for v in _listed(value)]
         return calls if None not in calls else []
     last = (row.get("messages") or [{}])[-1]
-    return parse_calls({"tool_calls": last.get("tool_calls")}) if last.get("role") == "assistant" else []
+    calls = parse_calls({"tool_calls": last.get("tool_calls")}) if last.get("role") == "assistant" else []
+    truths = row.get("ground_truth")
+    if not isinstance(truths, list) or len(truths) != len(calls): return calls
+    return [call | {"allowed": truth[call["name"]]} if isinstance(truth, dict) and call["name"] in truth else call
+            for call, truth in zip(calls, truths)]
 
 def _listed(value) -> list: return value if isinstance(value, list) else [value]
 
@@ -114,23 +118,54 @@ def _same(a, b) -> bool:
     first, second = (json.dumps(_plain(each), sort_keys=True, default=str) for each in (a, b))
     return first == second
 
+def _allowed(value, options) -> bool:
+    "Is a value one of those that are right? BFCL does not mind case, spaces and `,./-_*^` in texts."
+    plain = lambda text: re.sub(r"[ ,./\-_*^]", "", text).lower().replace("'", '"')
+    for option in options if isinstance(options, list) else [options]:
+        if isinstance(value, dict) and isinstance(option, dict): fits = _fields_fit(value, option)
+        elif isinstance(value, list) and isinstance(option, list):
+            fits = len(value) == len(option) and all(map(lambda v, o: _allowed(v, [o]), value, option))
+        elif isinstance(value, str) and isinstance(option, str): fits = plain(value) == plain(option)
+        else: fits = _same(value, option)
+        if fits: return True
+    return False
+
+def _fields_fit(given: dict, allowed: dict) -> bool:
+    "Is each field one of those that are right, and does none lack that may not?"
+    return (all(key in allowed and _allowed(value, allowed[key]) for key, value in given.items())
+            and all(key in given or "" in options for key, options in allowed.items()))
+
+# %% ../nbs/workshop/calls.ipynb #211f7a41
+def _same_name(wanted: Call, made: Call) -> bool:
+    name, said = wanted["name"], made["name"]
+    return name == said or bool(name) and "." in name and name.replace(".", "_") == said
+
+def _equal(wanted: Call, made: Call) -> bool:
+    "Are the arguments right?"
+    if made["arguments"] is None: return False
+    if "allowed" in wanted: return _fields_fit(made["arguments"], wanted["allowed"])
+    return _same(wanted["arguments"], made["arguments"])
+
 def _overlap(wanted: Call, made: Call) -> tuple[int, int]:
     "How many arguments are right, of how many: those of both calls together."
     a, b = wanted["arguments"] or {}, made["arguments"] or {}
-    return sum(key in b and _same(a[key], b[key]) for key in a), len(a.keys() | b.keys())
+    if "allowed" not in wanted: return sum(key in b and _same(a[key], b[key]) for key in a), len(a.keys() | b.keys())
+    allowed = wanted["allowed"]
+    needed = {key for key, options in allowed.items() if "" not in options}
+    return sum(key in allowed and _allowed(b[key], allowed[key]) for key in b), len(needed | b.keys())
 
 # %% ../nbs/workshop/calls.ipynb #5c60a292
 def _pairs(wanted: list[Call], made: list[Call]) -> list[tuple[Call | None, Call | None]]:
     "Each call with its partner: an equal one first, then the nearest of that name, then none."
     left, pairs, open_ones = list(made), [], []
     for call in wanted:
-        twin = next((m for m in left if m["name"] == call["name"] and _same(m["arguments"], call["arguments"])), None)
+        twin = next((m for m in left if _same_name(call, m) and _equal(call, m)), None)
         if twin is None: open_ones.append(call)
         else:
             left.remove(twin)
             pairs.append((call, twin))
     for call in open_ones:
-        near = [m for m in left if m["name"] == call["name"]]
+        near = [m for m in left if _same_name(call, m)]
         partner = max(near, key=lambda m: _overlap(call, m)[0]) if near else None
         if partner: left.remove(partner)
         pairs.append((call, partner))
@@ -145,8 +180,8 @@ def call_scores(
     wanted, made = wanted_calls(row), parse_calls(reply)
     none = {"name": None, "arguments": {}}
     pairs = [(a or none, b or none) for a, b in _pairs(wanted, made)]
-    name = bool(wanted) and all(a["name"] == b["name"] for a, b in pairs)
-    exact = name and all(b["arguments"] is not None and _same(a["arguments"], b["arguments"]) for a, b in pairs)
+    name = bool(wanted) and all(_same_name(a, b) for a, b in pairs)
+    exact = name and all(_equal(a, b) for a, b in pairs)
     counts = [_overlap(a, b) for a, b in pairs]
     right, of = (sum(column) for column in zip(*counts)) if counts else (0, 0)
     return {"name": name, "arguments": exact, "right": right, "of": of, "share": right / of if of else float(exact)}

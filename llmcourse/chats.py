@@ -8,12 +8,13 @@ from .calls import parallel
 from .core import UserError
 from .data import tokenize
 from .faults import chat_faults, refuse_faults
-from .labels import drawable, end_ids
+from .labels import drawable, end_ids, left_out
 from .progress import tell
 from .rows import Row
 
 # %% auto #0
-__all__ = ['take_chats', 'check_fit', 'encode_chat', 'say_if_split', 'encode_chats', 'check_labels', 'look_at_chats']
+__all__ = ['take_chats', 'check_fit', 'encode_chat', 'encode_chats', 'say_if_split', 'say_if_left_out', 'say_what_changes',
+           'check_labels', 'look_at_chats']
 
 # %% ../nbs/workshop/chats.ipynb #4510d369
 def take_chats(
@@ -64,12 +65,6 @@ def encode_chat(
     check_fit(out, place, max_length, context)
     return out
 
-def say_if_split(tokenizer, rows: list[dict]) -> None:
-    "Say how many rows call several tools at once, if the template takes one call a turn."
-    several = [row for row in rows if parallel(row["messages"])]
-    n = sum(len(drawable(tokenizer, row["messages"], row.get("tools"))) > len(row["messages"]) for row in several)
-    if n: tell(f"{n:,} rows call several tools at once, and the template takes one call a turn: they are split")
-
 def encode_chats(
     tokenizer,
     rows: list[dict],            # {"messages", …, perhaps "tools"}
@@ -77,9 +72,26 @@ def encode_chats(
     assistant_only: bool = True, # train only what the assistant says
 ) -> list[dict]:                 # as from `encode_chat`
     "Tokens and labels of every row. Raises `UserError` that names the row which the chat template refuses."
-    encoded = [encode_chat(tokenizer, row, place, assistant_only) for row, place in zip(rows, places, strict=True)]
+    return [encode_chat(tokenizer, row, place, assistant_only) for row, place in zip(rows, places, strict=True)]
+
+# %% ../nbs/workshop/chats.ipynb #f1560d67
+def say_if_split(tokenizer, rows: list[dict]) -> None:
+    "Say how many rows call several tools at once, if the template takes one call a turn."
+    several = [row for row in rows if parallel(row["messages"])]
+    n = sum(len(drawable(tokenizer, row["messages"], row.get("tools"))) > len(row["messages"]) for row in several)
+    if n: tell(f"{n:,} rows call several tools at once, and the template takes one call a turn: they are split")
+
+def say_if_left_out(tokenizer, rows: list[dict], places: list[str]) -> None:
+    "Say in how many rows the template leaves something out, and what it is in the first of them."
+    found = [(place, lost) for row, place in zip(rows, places, strict=True)
+             if (lost := left_out(tokenizer, row["messages"], row.get("tools")))]
+    if found: tell(f"the model's template leaves something out of {len(found):,} of {len(rows):,} rows: "
+                   f"{', '.join(found[0][1])} ({found[0][0]})")
+
+def say_what_changes(tokenizer, rows: list[dict], places: list[str]) -> None:
+    "Say what the template does to rows that it takes: calls that it splits, texts and tools that it leaves out."
     say_if_split(tokenizer, rows)
-    return encoded
+    say_if_left_out(tokenizer, rows, places)
 
 # %% ../nbs/workshop/chats.ipynb #2bf3ca0c
 def _check_start(tokenizer, rows: list[dict]) -> None:

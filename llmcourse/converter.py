@@ -6,7 +6,7 @@
 from __future__ import annotations
 import contextlib, functools, math, sys
 from pathlib import Path
-from .pretrained import absent
+from .adapted import local, merged_tensors
 from .core import Scratch, UserError, choose, model_path, need_space
 from .gguf_file import check_file, tensor_bytes, write_gguf
 from .gguf_tokens import add_tokenizer, check_tokens, pre_tokenizer
@@ -15,37 +15,37 @@ from .quantizers import KINDS, add_kind, mixture, packed
 from .tensors import check_tensors, check_values, expected_tensors, slabs, tensor_index
 
 # %% auto #0
-__all__ = ['ROPE_NUMBERS', 'DTYPES', 'TINY', 'plain_model', 'read_config', 'gguf_name', 'permute', 'rope_factors', 'add_general',
-           'add_sizes', 'add_attention', 'add_config', 'stored_as', 'file_plan', 'converted', 'file_data',
-           'check_words', 'to_gguf']
+__all__ = ['ROPE_NUMBERS', 'DTYPES', 'TINY', 'merge_whole', 'plain_model', 'read_config', 'gguf_name', 'permute', 'rope_factors',
+           'add_general', 'add_sizes', 'add_attention', 'add_config', 'stored_as', 'file_plan', 'converted',
+           'file_data', 'check_words', 'convert', 'to_gguf']
 
 # %% ../nbs/workshop/converter.ipynb #822e7983
+def merge_whole(
+    adapter: Path,   # its folder
+    output: Path,    # the folder for config and weights
+) -> None:
+    "Merge an adapter in float32, the whole model at once. Raises `UserError` if the disk is too full."
+    import torch
+    net, _ = load(adapter, dtype=torch.float32)
+    need_space(output.parent, 4 * net.num_parameters())
+    net.save_pretrained(output)
+
 @contextlib.contextmanager
 def plain_model(
     model: str | Path,   # `tutor/NAME`, a folder (model or adapter), or a Hub name
-):                       # yields (folder, name); the name is None for a folder that is a whole model
-    "A folder with a whole model; an adapter is merged in float32. Raises `UserError` for a name that is nowhere."
-    path = Path(model_path(model))
-    name = None
-    if not path.is_dir():
-        from huggingface_hub import snapshot_download
-        name = path.name
-        wanted = ["*.json", "*.jinja", "*.safetensors"]
-        try: path = Path(snapshot_download(str(model), allow_patterns=wanted))
-        except Exception as e:
-            raise absent("model", model, e) from None
+):                       # yields (folder, name, index or None); the name is None for a folder that is a whole model
+    "A model's config, tokenizer and tensors; an adapter is merged in float32. Raises `UserError` for what is nowhere."
+    path, asked = local(model), Path(model_path(model))
     if not (path / "adapter_config.json").exists():
-        yield path, name
+        yield path, None if asked.is_dir() else asked.name, None
         return
-    import torch
-    net, tokenizer = load(path, dtype=torch.float32)
+    found, tokenizer = merged_tensors(path), load_tokenizer(path)
     with Scratch() as room:
-        need_space(room, 4 * net.num_parameters())
         merged = room / path.name   # the name goes into the file
-        net.save_pretrained(merged)
         tokenizer.save_pretrained(merged)
-        del net
-        yield merged, path.name
+        if found: found[0].save_pretrained(merged)
+        else: merge_whole(path, merged)
+        yield merged, path.name, found and found[1]
 
 # %% ../nbs/workshop/converter.ipynb #7b609ec8
 ROPE_NUMBERS = {"default": (), "linear": ("factor",),
@@ -213,15 +213,15 @@ def file_plan(
 def converted(
     name: str,       # transformers' name
     shape: tuple,
-    file: Path,      # where it is stored
+    source,          # where it comes from, as for `slabs`
     config: dict,
     kind: str,       # a GGUF type
     threads: int = 1,
 ):                   # yields arrays, one slab of rows after the other
     "A tensor as llama.cpp wants it: q and k in its row order, in the type asked for. `UserError` for bad numbers."
     head = config["head_dim"] if ".q_proj." in name or ".k_proj." in name else 1
-    for rows in slabs(name, shape, file, head):
-        check_values(rows, f"{file}: {name}", kind)
+    for rows in slabs(name, shape, source, head):
+        check_values(rows, f"{source}: {name}", kind)
         if head > 1: rows = permute(rows, len(rows) // head)
         yield packed(rows, kind, threads)
 
@@ -258,21 +258,21 @@ def check_words(
     check_tokens(write_gguf(path.parent / "words" / path.name, about, plan, zeros), tokenizer)
 
 # %% ../nbs/workshop/converter.ipynb #6a45b63b
-def to_gguf(
-    model: str | Path,     # `tutor/NAME`, a folder (model or adapter), or a Hub name
-    output: str | Path,    # the .gguf file to write
-    dtype: str = "f32",    # f32, f16, bf16 or q8_0 (vectors stay float32), or a mixture such as Q4_K_M
-    verify: bool = True,   # let llama.cpp tokenize texts and conversations, and compare with transformers
-    threads: int = 1,      # processor threads, for the mixtures
-) -> Path:                 # `output`
-    "Write a Llama as one GGUF file. Raises `UserError` for a model that we cannot export exactly."
+def convert(
+    model: str | Path,
+    output: str | Path,
+    dtype: str,
+    verify: bool,
+    threads: int,
+):   # the model's tokenizer
+    "What `to_gguf` does, for whoever needs the tokenizer too: a large one takes a second to read."
     choose(dtype, [*DTYPES, *KINDS], "GGUF type")
     check_file(output)   # before an adapter is merged
-    with plain_model(model) as (folder, name):
+    with plain_model(model) as (folder, name, index):
         config = read_config(folder)
         tokenizer = load_tokenizer(folder)
         tokenizer.name_or_path = str(model)   # for errors
-        index = tensor_index(folder)
+        index = index or tensor_index(folder)
         check_tensors(folder, config, index)
         pre = pre_tokenizer(tokenizer)
         plan, said = file_plan(config, index, dtype), {}
@@ -283,4 +283,16 @@ def to_gguf(
             if dtype in KINDS: add_kind(writer, dtype)
             said.update(writer.kv_data[0])
         def check(path): check_words(path, config, said, tokenizer)
-        return write_gguf(output, about, plan, file_data(plan, index, config, threads), check if verify else None)
+        write_gguf(output, about, plan, file_data(plan, index, config, threads), check if verify else None)
+        return tokenizer
+
+def to_gguf(
+    model: str | Path,     # `tutor/NAME`, a folder (model or adapter), or a Hub name
+    output: str | Path,    # the .gguf file to write
+    dtype: str = "f32",    # f32, f16, bf16 or q8_0 (vectors stay float32), or a mixture such as Q4_K_M
+    verify: bool = True,   # let llama.cpp tokenize texts and conversations, and compare with transformers
+    threads: int = 1,      # processor threads, for the mixtures
+) -> Path:                 # `output`
+    "Write a Llama as one GGUF file. Raises `UserError` for a model that we cannot export exactly."
+    convert(model, output, dtype, verify, threads)
+    return Path(output)

@@ -16,6 +16,7 @@ from .exam import examinable
 from .faults import chat_faults
 from .forms import PREFERENCES
 from .intake import FEW, for_few
+from .labels import left_out
 from .loading import SETTINGS
 from .methods import METHODS, method
 from .models import encode, load, load_tokenizer
@@ -79,9 +80,15 @@ class Lengths:
                 yield "error", str(e).removeprefix("row: ")
                 return
             self.trained += sum(label != -100 for label in encoded["labels"][:self.max_length])
-            if self.reply is None: yield from _cut(n, self.max_length)
+            if self.reply is None: yield from self.warnings(chat, tools, n)
         self.kept += min(n, self.max_length)
         self.longest = max(self.longest, n)
+
+    def warnings(self, chat: list[Message], tools, n: int) -> Iterator[tuple[str, str]]:
+        "What training would lose of a row of `n` tokens without refusing it."
+        for lost in left_out(self.tokenizer, chat, tools):
+            yield "warning", f"the model's chat template leaves out {lost}"
+        yield from _cut(n, self.max_length)
 
     def check(self, encoded: dict) -> None:
         "Raises `UserError` for a row that does not fit."

@@ -115,6 +115,7 @@ class Desk:
         self.db = db
         self.options = {"temperature": 0} | options
         self.running = {}              # the id of a question → its turn
+        self.tabs = set()              # those in which something was asked
         self.lock = threading.Lock()
         self.keeper = open_db(db)      # while one connection is open, SQLite need not tidy its log after each other one
 
@@ -138,6 +139,7 @@ class Desk:
             looks = take_turn(self.db, server.client, server.model, path, stop, **self.options | options)
             turn = Turn(looks, tab, stop)
             self.running[turn.question] = turn
+            self.tabs.add(tab)
         def run():
             turn.run()
             self.running.pop(turn.question)

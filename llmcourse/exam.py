@@ -10,6 +10,7 @@ from .core import UserError, scale as read_scale
 from .evals import evaluate, score, summary
 from .faults import chat_faults, refuse_faults
 from .graders import grader_for, guess
+from .labels import left_out
 from .progress import tell
 from .questions import check_prompt
 from .rows import Row, leave_out, prompt, question, read, reference, say_what_is_left
@@ -17,7 +18,7 @@ from .runs import trained_rows
 from .tutor import problems
 
 # %% auto #0
-__all__ = ['examinable', 'exam_rows', 'exam_grader', 'examinee', 'fitting', 'exam_report', 'examined']
+__all__ = ['examinable', 'exam_rows', 'exam_grader', 'examinee', 'fitting', 'say_if_tools_unseen', 'exam_report', 'examined']
 
 # %% ../nbs/workshop/exam.ipynb #c1d4b885
 def examinable(row: Row) -> None:
@@ -92,6 +93,19 @@ def fitting(
     say_what_is_left("eval", len(rows), len(kept), {}, bad)
     return kept
 
+# %% ../nbs/workshop/exam.ipynb #1fd1131b
+def say_if_tools_unseen(
+    generate,           # from `examinee`
+    rows: list[dict],   # from `exam_rows`
+) -> None:
+    "Say so if rows offer tools that the template of a model of ours does not print."
+    offered = [row for row in rows if row.get("tools")]
+    if not offered or not hasattr(generate, "tokenizer"): return
+    first = offered[0]
+    if "the list of tools" in left_out(generate.tokenizer, conversation(first, first["place"]), first["tools"]):
+        tell(f"{len(offered):,} rows offer tools, and this model's chat template does not print them: "
+             "it cannot know what it may call")
+
 # %% ../nbs/workshop/exam.ipynb #a9f148e1
 def exam_report(
     results: list[dict],   # from `evals.evaluate`
@@ -122,5 +136,6 @@ def examined(
     generate = examinee(model, url, scale)
     if data:
         rows = fitting(generate, rows, skip_bad)
+        say_if_tools_unseen(generate, rows)
         grade = exam_grader(rows, grade, data)
     return evaluate(generate, rows, grade, workers=8 if url or grade == "judge" else 1, progress=progress)

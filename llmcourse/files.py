@@ -57,6 +57,9 @@ def _array(path: Path) -> Iterator[tuple]:
         yield 1, f"byte {e.start + 1} of the file is not UTF-8. Save it as UTF-8"
         return
     except (ValueError, RecursionError) as e:
+        if getattr(e, "msg", "") == "Extra data":   # one object a line, whatever the file's name
+            yield from _jsonl(path)
+            return
         yield getattr(e, "lineno", 1), f"not JSON ({getattr(e, 'msg', e)} at column {getattr(e, 'colno', 0)})"
         return
     if isinstance(rows, dict) and not ROW & set(rows):   # {"data": […]}, and not one row with its turns

@@ -5,6 +5,7 @@
 # %% ../nbs/workshop/forms.ipynb #98676520
 from __future__ import annotations
 import difflib, json, re
+from .bfcl import as_openai, is_bfcl
 from .choices import lettered, names_choice
 from .core import ROLES, Message, UserError, choose
 from .tutor import TASKS, to_chat
@@ -63,7 +64,7 @@ def _turn(m, place: str) -> Message:
 
 # %% ../nbs/workshop/forms.ipynb #23469f60
 FORMATS = ("messages", "sharegpt", "alpaca", "dolly", "prompt-completion", "chatml", "text")   # one answer
-READ_ONLY = ("problem", "choice", "classification", "evals", "prompt")   # also read as a chat: a tutor's problem, …
+READ_ONLY = ("problem", "choice", "bfcl", "classification", "evals", "prompt")   # also read as a chat
 PREFERENCES = ("preference", "openai-dpo", "ultrafeedback")    # a better and a worse answer
 PAIRS = (("prompt", "completion"), ("prompt", "response"), ("question", "answer"), ("input", "output"))
 
@@ -72,9 +73,9 @@ _BY_COLUMNS = [   # columns that a row must have → its form; the first that fi
     ("input preferred_output non_preferred_output", "openai-dpo"), ("chosen rejected", "preference"),
     ("instruction completions", "ultrafeedback"), ("prompt completions", "ultrafeedback"),
     ("prompt completion label", "unpaired"), ("messages label", "unpaired"), ("messages", "messages"),
-    ("conversations", "sharegpt"),
-    ("task question", "problem"), ("question", "choice"), ("input ideal", "evals"), ("instruction output", "alpaca"),
-    ("instruction response", "dolly"), *((f"{a} {b}", "prompt-completion") for a, b in PAIRS),
+    ("conversations", "sharegpt"), ("task question", "problem"), ("question", "bfcl"), ("question", "choice"),
+    ("input ideal", "evals"), ("instruction output", "alpaca"), ("instruction response", "dolly"),
+    *((f"{a} {b}", "prompt-completion") for a, b in PAIRS),
     ("text label", "classification"), ("text", "text"), ("prompt", "prompt"), ("question", "prompt")]
 
 def _fits(row: dict, columns: str, form: str) -> bool:
@@ -82,6 +83,7 @@ def _fits(row: dict, columns: str, form: str) -> bool:
     if not all(row.get(k) is not None for k in columns.split()): return False
     if columns == "messages label": return isinstance(row["label"], bool)
     if form == "choice": return names_choice(row)
+    if form == "bfcl": return is_bfcl(row)
     return form != "problem" or row["task"] in TASKS
 
 # %% ../nbs/workshop/forms.ipynb #3a36348d
@@ -106,8 +108,7 @@ def detect(
     if form is None:
         columns = ", ".join(map(str, row)) or "(none)"
         raise UserError(f"{place}: columns {columns}: no form that we know. {_near_miss(row)}")
-    text = row["text"] if form == "text" else None
-    return "chatml" if isinstance(text, str) and "<|im_start|>" in text else form
+    return "chatml" if form == "text" and isinstance(row["text"], str) and "<|im_start|>" in row["text"] else form
 
 # %% ../nbs/workshop/forms.ipynb #b2ed2169
 CHATML = re.compile(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>\n?", re.S)
@@ -143,7 +144,7 @@ def _question_and_answer(row: dict, form: str) -> tuple[list, tuple]:
 # %% ../nbs/workshop/forms.ipynb #9bd37151
 def _turns(row: dict, form: str, place: str) -> tuple[list, tuple]:
     "The turns of a row, still in the row's own names, and the columns that they came from."
-    if form == "messages": return row["messages"], ("messages",)
+    if form in ("messages", "bfcl"): return row["messages"], ("messages",)
     if form == "choice": return lettered(row, place)
     if form in READ_ONLY: return _asked(row, form)
     if form == "sharegpt":
@@ -171,7 +172,7 @@ def to_messages(
     if form not in FORMATS + READ_ONLY:
         other = "to_unpaired" if form == "unpaired" else "to_preference"
         raise UserError(f"{place}: a row of the form {form}: use {other}")
-    row = {"text": row} if isinstance(row, str) else row
+    row = {"text": row} if isinstance(row, str) else as_openai(row, place) if form == "bfcl" else row
     turns, used = _turns(row, form, place)
     if not isinstance(turns, list):
         raise UserError(f"{place}: {used[0]!r} is a {type(turns).__name__}, not a list of turns")
@@ -243,7 +244,6 @@ def _common(a, b) -> int:
 
 def _implicit(chosen: list, rejected: list) -> tuple[list, list, list]:
     "Take the common beginning of two chats, or of two texts, out as the prompt."
-    # `trl.extract_prompt` does the same to chats, but TRL takes seconds to load, and cuts texts inside a word
     if [m["role"] for m in chosen + rejected] == ["assistant"] * 2:   # two texts: up to a space before they differ
         a, b = chosen[0]["content"], rejected[0]["content"]
         n = max(a.rfind(" ", 0, _common(a, b)), 0)

@@ -9,7 +9,7 @@ from .core import Message, UserError
 from .models import DATE, stop_ids
 
 # %% auto #0
-__all__ = ['draw', 'check_calls', 'drawable', 'spans', 'end_ids']
+__all__ = ['draw', 'check_calls', 'drawable', 'left_out', 'spans', 'end_ids']
 
 # %% ../nbs/workshop/labels.ipynb #1785bb27
 def draw(
@@ -60,6 +60,22 @@ def drawable(
         except TemplateError: messages = split_calls(messages)
     check_calls(tokenizer, messages, tools)
     return messages
+
+# %% ../nbs/workshop/labels.ipynb #e2093a28
+def left_out(
+    tokenizer,
+    messages: list[Message],
+    tools: list | None = None,   # what the assistant may call
+) -> list[str]:                  # "the text of turn 2 (assistant)", "the list of tools"
+    "What the template does not write of a conversation that it takes."
+    from jinja2 import TemplateError
+    marks = {j: f"text{j}marked" for j, m in enumerate(messages) if m["content"].strip()}
+    marked = [m | {"content": marks.get(j, m["content"])} for j, m in enumerate(messages)]
+    try: text = draw(tokenizer, marked, tokenize=False, tools=tools)
+    except (TemplateError, TypeError, ValueError, LookupError, AttributeError): return []
+    lost = [f"the text of turn {j} ({messages[j]['role']})" for j, mark in marks.items() if mark not in text]
+    names = [tool.get("function", tool).get("name", "") for tool in tools or []]
+    return lost + ["the list of tools"] * (bool(names) and not any(name in text for name in names))
 
 # %% ../nbs/workshop/labels.ipynb #6b3cf399
 def _around(tokenizer, messages: list[Message], i: int, text: str, tools) -> tuple[str, str]:

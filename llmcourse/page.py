@@ -152,7 +152,8 @@ def wire_turns(p: types.SimpleNamespace, desk: Desk, users: int) -> None:
         turn = desk.edit(change.value, message_id(shown, change.index), leaf, tab.session_hash)
         yield from looks(desk, turn, leaf, tab.session_hash, "An empty question was not sent.")
     def stop(leaf, tab: gr.Request): desk.stop(leaf, tab.session_hash)
-    slow = dict(concurrency_limit=users, concurrency_id="talk", show_progress="hidden", api_visibility="private")
+    slow = dict(concurrency_limit=users, concurrency_id="talk", show_progress="hidden", api_visibility="private",
+                trigger_mode="multiple")    # "once" would drop a question sent while the last event ends
     p.box.submit(ask, [p.box, p.leaf, p.system], out, **slow)
     p.shown.example_select(example, [p.leaf, p.system], out, **slow)
     p.shown.retry(retry, [p.leaf], out, **slow)
@@ -168,9 +169,10 @@ def wire_rest(app, p: types.SimpleNamespace, desk: Desk) -> None:
     def vote(shown, leaf, given: gr.LikeData): return thumb(desk, given.liked, message_id(shown, given.index), leaf)
     def save(message, leaf, text): return correct(desk, message, leaf, text)
     def new(): return changes(desk, []) + [gr.Group(visible=False)]
-    def opened(token):
+    def opened(token, tab: gr.Request):
         for path in desk.restore(token):
-            yield changes(desk, path, running=bool(path) and path[-1].get("id") in desk.running)
+            if tab.session_hash in desk.tabs: yield [gr.skip()] * 5    # a question came first: keep what it shows
+            else: yield changes(desk, path, running=bool(path) and path[-1].get("id") in desk.running)
     quick = dict(queue=False, show_progress="hidden", api_visibility="private")
     p.shown.like(vote, [p.shown, p.leaf], hide, **quick)
     p.save.click(save, [p.target, p.leaf, p.better], [p.form, p.said], **quick)

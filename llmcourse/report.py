@@ -18,6 +18,7 @@ def _how_many(n: int, what: str) -> str: return f"{n:,} {what}{'s' * (n != 1)}"
 def _listed(counter: Counter) -> str: return ", ".join(f"{k} {v:,}" for k, v in counter.most_common())
 
 ADVICE = [   # the beginning of a fault → what to do, where the fault does not say it itself
+    ("the model's chat template leaves out", "write it where the template prints it, or take another model"),
     (r"turn .* is empty", "write its text"),
     (r"turn .* (calls|answers)|tools\[", "correct the call as the tool's schema says"),
     (r"a copy of", "the same row is trained twice: take one out, unless that is meant"),

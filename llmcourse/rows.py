@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from .calls import call_text
+from .bfcl import answers_beside, joined
 from .core import Message, UserError, choose
 from .files import lines
 from .forms import canonical, detect
@@ -51,7 +52,8 @@ def _split(row: dict) -> str | None:
 def _numbered(source, options: dict) -> Iterator[tuple]:
     "(place, number, row or what is wrong with it) for a file, a data set on the Hub, or rows in memory."
     if isinstance(source, (str, Path)):
-        for number, row in lines(source, **options): yield f"{source}:{number}", number, row
+        answers = answers_beside(source)
+        for number, row in lines(source, **options): yield f"{source}:{number}", number, joined(row, answers)
         return
     for i, row in enumerate(source):
         yield f"rows[{i}]", i + 1, row if isinstance(row, dict) else f"a {type(row).__name__}, not a row"

@@ -7,7 +7,7 @@ from __future__ import annotations
 import copy
 from importlib.util import find_spec
 from pathlib import Path
-from .chats import encode_chat, look_at_chats, say_if_split, take_chats
+from .chats import encode_chat, look_at_chats, say_what_changes, take_chats
 from .resume import seeded_batches
 from .training import Method, Work, measured_on, train, upstream
 from .pretraining import has_bf16
@@ -40,7 +40,7 @@ def _encode(work: Work, row: dict, place: str) -> dict:
     return encode_chat(work.tokenizer, row, place, hyper["assistant_only_loss"], hyper["max_length"], context)
 
 def _look(work: Work) -> dict:
-    say_if_split(work.tokenizer, work.rows)
+    say_what_changes(work.tokenizer, work.rows, work.places)
     context = getattr(work.net.config, "max_position_embeddings", None)
     return look_at_chats(work.tokenizer, work.data, work.hyper["max_length"], context)
 

@@ -29,17 +29,17 @@ def export_folder(
     quant: str = "Q8_0",   # F32, F16, BF16, or what `llmcourse.export.quantize` knows
 ) -> list[Path]:           # the GGUF, and the Modelfile if Ollama can say the chat template
     "Export a model to a folder that Ollama, llama.cpp and LM Studio take."
-    from llmcourse.export import modelfile, to_gguf
+    from llmcourse.converter import convert
     from llmcourse.gguf_file import check_file
-    from llmcourse.models import load_tokenizer
+    from llmcourse.modelfile import modelfile
     output = Path(output)
     if output.is_file(): raise UserError(f"{output}: a file. Name a folder for the GGUF and its Modelfile")
     name, dtype = gguf_name_of(model, quant)
     gguf, place = output / name, output / "Modelfile"
     check_file(gguf)
     check_free(place, begins(b"# ollama create"))
-    to_gguf(model, gguf, dtype, threads=os.cpu_count())
-    try: return [gguf, modelfile(gguf, load_tokenizer(model), place)]
+    tokenizer = convert(model, gguf, dtype, verify=True, threads=os.cpu_count())
+    try: return [gguf, modelfile(gguf, tokenizer, place)]
     except UserError as e:
         place.unlink(missing_ok=True)   # an earlier one would be about another model
         print(f"no Modelfile for Ollama: {e}\nllama.cpp reads the chat template from the GGUF itself: "

@@ -31,7 +31,7 @@ def counted(
     ranked = sorted(kinds.values(), key=len, reverse=True)
     shown = [f"{len(group):,} × {group[0][1].split('. ')[0]} ({group[0][0]})" for group in ranked[:most]]
     rest = sum(map(len, ranked[most:]))
-    return "; ".join(shown) + (f"; {rest:,} of {len(ranked) - most} other kinds" if rest else "")
+    return "; ".join(shown) + (f"; {rest:,} more of {len(ranked) - most} other kinds" if rest else "")
 
 # %% ../nbs/workshop/tally.ipynb #c8907d43
 def refusal(

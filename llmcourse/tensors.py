@@ -109,14 +109,17 @@ def rows_in_slab(
 def slabs(
     name: str,
     shape: tuple,
-    file: Path,      # a safetensors file
+    source,          # a safetensors file, or anything with `.slabs(shape, group)`
     group: int = 1,  # rows that must stay together: those of a head
 ) -> Iterator:       # torch tensors in float32: some rows each, in order
     "Read a tensor from disk, slab by slab."
     from safetensors import safe_open
+    if not isinstance(source, Path):
+        yield from source.slabs(shape, group)
+        return
     step = rows_in_slab(shape, group)
     for start in range(0, shape[0], step):
-        with safe_open(file, "pt") as f: yield f.get_slice(name)[start:start + step].float()
+        with safe_open(source, "pt") as f: yield f.get_slice(name)[start:start + step].float()
 
 # %% ../nbs/workshop/tensors.ipynb #7ac75bdf
 HALF = 65519.9   # the largest number that float16 still rounds down, to 65,504

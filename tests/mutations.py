@@ -30,7 +30,10 @@ OTHERS = [   # forms of which `data/` has no file
      "functions": [{"name": "calculate", "parameters": {"type": "object"}}]},
     {"messages": [ASK, {"role": "assistant", "content": [{"type": "text", "text": "4"}]}]},
     {"messages": [ASK, SAY], "label": True}, {"chosen": [ASK, SAY], "rejected": [ASK, SAY | {"content": "5"}]},
-    {"system": "Be brief.", "prompt": "2+2?", "history": [["1+1?", "2"]], "response": "4"}]
+    {"system": "Be brief.", "prompt": "2+2?", "history": [["1+1?", "2"]], "response": "4"},
+    {"id": "simple_0", "question": [[ASK]], "ground_truth": [{"math.add": {"a": [2], "b": [2.0, 2], "to": ["", 0]}}],
+     "function": [{"name": "math.add", "parameters": {"type": "dict", "required": ["a", "b"], "properties": {
+         "a": {"type": "float"}, "b": {"type": "float"}, "to": {"type": "any"}}}}]}]
 
 
 def deep(levels: int) -> list:

@@ -19,11 +19,11 @@ def test_all_benchmarks_are_run_here():
     assert {path.stem for path in (ROOT / "benchmarks").glob("*.py")} == set(BENCHMARKS)
 
 
-@pytest.mark.parametrize("name", BENCHMARKS)
-def test_a_benchmark_runs(name, tmp_path):
+@pytest.mark.parametrize("name, more", [*((name, []) for name in BENCHMARKS), ("export", ["--adapter"])])
+def test_a_benchmark_runs(name, more, tmp_path):
     "In another process, for each sets its own seeds and threads, and writes to a folder of its own."
     done = subprocess.run(
-        [sys.executable, ROOT / f"benchmarks/{name}.py", *BENCHMARKS[name]],
+        [sys.executable, ROOT / f"benchmarks/{name}.py", *BENCHMARKS[name], *more],
         cwd=tmp_path,
         capture_output=True,
         text=True,

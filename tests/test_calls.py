@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from llmcourse.calculator import CALCULATOR, TOOL_TEMPLATE, calculate, shown, tool_chat, tool_rows, with_calculator
-from llmcourse.calls import call_scores, grade_call, parse_calls, split_calls
+from llmcourse.calls import call_scores, grade_call, parse_calls, split_calls, wanted_calls
 from llmcourse.cli import main
 from llmcourse.core import UserError, weights
 from llmcourse.evals import evaluate, wilson
@@ -78,15 +78,33 @@ def test_what_is_missing_or_invented_counts():
     assert right_of("I do not know.") == (False, False, 0, 2)
 
 
+def test_words_beside_a_call_that_the_template_drops_are_said(capsys, tmp_path):
+    "By the doctor and by the training. The row is still trained: its call is there."
+    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 2, "b": 2}'}}
+    ask = {"role": "user", "content": "2+2?"}
+    add = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+    said = {"role": "assistant", "content": "Let me add.", "tool_calls": [call]}
+    rows = [{"messages": [ask, turn], "tools": [add]} for turn in (said | {"content": None}, said)]
+    path = tmp_path / "calls.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    main(["data", "check", str(path), "--model", "tutor/tools"])
+    report = capsys.readouterr().out
+    assert "line 2: the model's chat template leaves out the text of turn 1 (assistant)" in report
+    main(["sft", "--data", str(path), "--model", "tutor/tools", "--steps", "1", "--output", str(tmp_path / "run")])
+    assert f"out of 1 of 2 rows: the text of turn 1 (assistant) ({path}:2)" in "".join(capsys.readouterr())
+
+
 def test_parallel_calls_are_split_and_said(capsys):
     "The template of tutor/tools takes one call a turn, as Llama 3.1's does. Nothing of the row is lost."
-    from llmcourse.chats import encode_chats
+    from llmcourse.chats import encode_chats, say_what_changes
     from llmcourse.rows import read
 
     tokenizer = load_tokenizer("tutor/base")
     tokenizer.chat_template = TOOL_TEMPLATE
     found = read(DATA / "tools.jsonl")
-    encoded = encode_chats(tokenizer, [row.data for row in found], [row.place for row in found])
+    rows, places = [row.data for row in found], [row.place for row in found]
+    encoded = encode_chats(tokenizer, rows, places)
+    say_what_changes(tokenizer, rows, places)
     assert "6 rows call several tools at once, and the template takes one call a turn: they are split" in (
         "".join(capsys.readouterr())
     )
@@ -277,3 +295,83 @@ def test_the_day_of_training_is_in_the_gguf(tmp_path):
 def test_rows_for_an_exam_may_lack_content():
     rows = exam_rows(str(DATA / "calls.jsonl"), "tutor/tools")
     assert len(rows) == 32 and sum(bool(r["messages"][-1].get("tool_calls")) for r in rows) == 26
+
+
+# the Berkeley leaderboard's files, as they are published
+
+NUMBER = {"type": "float", "description": "A number."}
+FIELDS = {"a": NUMBER, "op": {"type": "string"}, "b": NUMBER, "round": {"type": "any", "optional": True}}
+SCHEMA = {"type": "dict", "required": ["a", "op", "b"], "properties": FIELDS}
+CALCULATE = {"name": "calculate", "description": "Calculate.", "parameters": SCHEMA}
+
+
+def berkeley(folder, truths):
+    "A file of questions and, beside it, one of right calls."
+    asks = [{"id": f"simple_{i}", "question": [[{"role": "user", "content": f"What is {30 + i} + 41?"}]],
+             "function": [CALCULATE]} for i in range(len(truths))]  # fmt: skip
+    answers = [{"id": ask["id"], "ground_truth": truth} for ask, truth in zip(asks, truths)]
+    (folder / "possible_answer").mkdir()
+    for path, rows in ((folder / "BFCL_v4.json", asks), (folder / "possible_answer/BFCL_v4.json", answers[::-1])):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / "BFCL_v4.json"
+
+
+def test_berkeley_files_are_read_as_published(tmp_path, capsys):
+    from llmcourse.rows import read
+
+    path = berkeley(tmp_path, [[{"calculate": {"a": [30 + i], "op": ["+", "plus"], "b": [41.0]}}] for i in range(3)])
+    rows = read(path)
+    assert [row.form for row in rows] == ["bfcl"] * 3 and [row.number for row in rows] == [1, 2, 3]
+    schema = rows[0].data["tools"][0]["function"]["parameters"]
+    assert schema["type"] == "object" and schema["properties"]["a"]["type"] == "number"
+    assert "type" not in schema["properties"]["round"]
+    assert wanted_calls(rows[2].data)[0]["arguments"] == {"a": 32, "op": "+", "b": 41.0}
+    assert main(["data", "check", str(path), "--model", "tutor/tools"]) == 0
+    assert main(["eval", "--data", str(path), "--model", "tutor/tools"]) == 0
+    assert "calls: names" in capsys.readouterr().out
+    (tmp_path / "possible_answer/BFCL_v4.json").unlink()
+    assert main(["eval", "--data", str(path), "--model", "tutor/tools"]) == 2
+
+
+BOX = [{"w": [3], "h": [4, ""]}]
+ALLOWED = {"a": [1, 2], "city": ["New York, NY", "NYC"], "km": [5.0, ""], "at": [[1, 2.5]], "box": BOX}
+RIGHT = {"a": 2, "city": "new york ny", "at": [1.0, 2.5], "box": {"w": 3}}
+
+
+@pytest.mark.parametrize(
+    ("change", "right"),
+    [
+        ({}, True),
+        ({"km": 5}, True),
+        ({"a": 3}, False),
+        ({"a": "2"}, False),
+        ({"a": True}, False),
+        ({"city": "NYC"}, True),
+        ({"city": "Boston"}, False),
+        ({"at": [2.5, 1]}, False),
+        ({"at": [1]}, False),
+        ({"box": {"w": 3, "h": 4}}, True),
+        ({"box": {"h": 4}}, False),
+        ({"box": {"w": 3, "d": 1}}, False),
+        ({"km": 6}, False),
+        ({"extra": 1}, False),
+        ({"at": ...}, False),
+    ],
+)
+def test_every_right_value_of_a_berkeley_row_is_right(change, right):
+    "The verdicts follow from the leaderboard's published rules: any listed value, texts without case and punctuation."
+    from llmcourse.rows import walk
+
+    truth = [{"shop.near": ALLOWED}]
+    asked = {"id": "simple_0", "question": [[{"role": "user", "content": "Where?"}]], "ground_truth": truth,
+             "function": [{"name": "shop.near", "parameters": {"type": "dict", "properties": {}}}]}  # fmt: skip
+    row = next(iter(walk([asked]))).data
+    arguments = {key: value for key, value in (RIGHT | change).items() if value is not ...}
+    for name in ("shop.near", "shop_near"):
+        assert grade_call(row, json.dumps({"name": name, "parameters": arguments})) is right
+    assert not grade_call(row, json.dumps({"name": "near", "parameters": arguments}))
+
+
+def test_tools_that_a_template_does_not_print_are_said(capsys):
+    assert main(["eval", "--data", str(DATA / "calls.jsonl"), "--model", "tutor/sft"]) == 0
+    assert "this model's chat template does not print them" in "".join(capsys.readouterr())

@@ -826,6 +826,22 @@ def test_browser_corrects(page, fake, db):
     assert [(r["vote"], r["correction"]) for r in votes(db)] == [(1, None), (1, None)]
 
 
+def test_browser_keeps_a_question_that_was_asked_while_the_page_opened(page, fake, db, monkeypatch):
+    restore, wait = Desk.restore, threading.Event()
+
+    def slow(desk, token):
+        wait.wait(30)
+        yield from restore(desk, token)
+
+    monkeypatch.setattr(Desk, "restore", slow)
+    page.reload()
+    say(page, "What is 47 + 38?")
+    settled(page, "Answer: 85")
+    wait.set()
+    page.wait_for_timeout(1500)
+    assert page.get_by_text("Answer: 85").is_visible()
+
+
 def test_browser_greets_and_an_example_asks(page, fake, db):
     page.get_by_role("heading", name="Hello!").wait_for(timeout=10_000)
     if not os.environ.get("UPDATE_PICTURES"):
@@ -840,10 +856,8 @@ def test_browser_greets_and_an_example_asks(page, fake, db):
 
 def test_browser_keeps_the_page_when_the_question_is_empty(page, fake, db):
     def say_nothing(text):
-        page.wait_for_timeout(700)  # Gradio drops what is sent while the end of the last event is on its way
         say(page, text)
         page.get_by_text("Type a question first.").wait_for(timeout=10_000)
-        page.wait_for_timeout(700)
 
     for text in ("", "   "):
         say_nothing(text)
