@@ -11,50 +11,49 @@ export TOKENIZERS_PARALLELISM := false
 help:            ## show this list
 	@grep -E '^[a-z]+: .*##|^[a-z]+: *##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
 
-setup: $(VENV)/.ready ## make the environment (the other targets do it when it is missing)
-$(VENV)/.ready: pyproject.toml constraints/$(LOCK).txt
+setup: $(VENV)/.ready-test ## make the whole environment (each target makes what it needs when that is missing)
+# What runs the demo, and on top of it what JupyterLab needs, and the tests. An interrupted one goes on where it was.
+$(VENV)/.ready-%: pyproject.toml constraints/$(LOCK).txt tests/install.py
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ". Try: make $(MAKECMDGOALS) PYTHON=python3.12") if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --progress-bar on $(PIP_INDEX_ARGS) -c constraints/$(LOCK).txt -e ".[dev,bnb]"
-	@$(BIN)/python tests/hooks.py
-	@touch $@
+	$(BIN)/python tests/install.py $(LOCK) $*
 
-demo: $(VENV)/.ready ## base model to chat, every step measured (about 5 minutes)
+demo: $(VENV)/.ready-demo ## base model to chat, every step measured (about 5 minutes)
 	llmcourse demo
 
-test: $(VENV)/.ready ## run every test: units, equality proofs, notebooks, browser
+test: $(VENV)/.ready-test ## run every test: units, equality proofs, notebooks, browser
 	python -m pytest $(if $(JOBS),-n $(JOBS) --no-loadscope-reorder)
 
-browser: $(VENV)/.ready ## install a browser for the tests that need one, if there is none
+browser: $(VENV)/.ready-test ## install a browser for the tests that need one, if there is none
 	python tests/browser.py
 
-lab: $(VENV)/.ready ## open JupyterLab at the map of the course
+lab: $(VENV)/.ready-lab ## open JupyterLab at the map of the course
 	jupyter lab nbs/index.ipynb
 
-course: $(VENV)/.ready ## run all chapters under papermill, to artifacts/
+course: $(VENV)/.ready-lab ## run all chapters under papermill, to artifacts/
 	python tests/notebooks.py
 
-gpu: $(VENV)/.ready ## measure the course on this machine's graphics card: artifacts/gpu/
+gpu: $(VENV)/.ready-test ## measure the course on this machine's graphics card: artifacts/gpu/
 	python tests/gpu.py
 
-check: $(VENV)/.ready ## the quick tests before a commit: exported, clean, folded, linted (about a minute)
+check: $(VENV)/.ready-test ## the quick tests before a commit: exported, clean, folded, linted (about a minute)
 	python -m pytest tests/test_house.py tests/test_hooks.py
 
-fold: $(VENV)/.ready ## make notebooks ready for a commit: export, clean, fold
+fold: $(VENV)/.ready-test ## make notebooks ready for a commit: export, clean, fold
 	nbdev-export
 	nbdev-clean
 	python tests/fold.py
 
-levels: $(VENV)/.ready ## draw who imports whom: nbs/images/levels.svg
+levels: $(VENV)/.ready-test ## draw who imports whom: nbs/images/levels.svg
 	python tests/levels.py
 
-hooks: $(VENV)/.ready ## let git merge notebooks cell by cell, in this clone only (part of setup)
+hooks: $(VENV)/.ready-test ## let git merge notebooks cell by cell, in this clone only (part of setup)
 	python tests/hooks.py
 
-docs: $(VENV)/.ready ## prepare the site in _proc/ and render it to _docs/ (needs quarto)
+docs: $(VENV)/.ready-test ## prepare the site in _proc/ and render it to _docs/ (needs quarto)
 	python tests/build_docs.py
 
-checkpoints: $(VENV)/.ready ## rebuild the tutor's checkpoints from nothing (about 20 minutes on two cores)
+checkpoints: $(VENV)/.ready-demo ## rebuild the tutor's checkpoints from nothing (about 20 minutes on two cores)
 	llmcourse checkpoints
 
 clean:           ## remove what the targets made, not the environments

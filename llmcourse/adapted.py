@@ -7,13 +7,14 @@ from __future__ import annotations
 import copy, json, sys, warnings
 from dataclasses import dataclass
 from pathlib import Path
-from .core import UserError, model_path
+from .core import UserError
+from .fetching import fetched
 from .pretrained import absent, adapter_base, adapter_shapes, fitted, hush, same_weights
 from .tensors import rows_in_slab, slabs, tensor_index
 
 # %% auto #0
 __all__ = ['KNOWN', 'HARMLESS', 'only_peft', 'skeleton', 'bare_adapter', 'matrices', 'change', 'adding', 'putting', 'dora',
-           'Renamed', 'Changed', 'adapted', 'local', 'merged_tensors']
+           'Renamed', 'Changed', 'adapted', 'merged_tensors']
 
 # %% ../nbs/workshop/adapted.ipynb #0e723c3f
 KNOWN = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, False, "gaussian", "orthogonal")}
@@ -183,22 +184,12 @@ def adapted(
     return config, dict(sorted(out.items()))
 
 # %% ../nbs/workshop/adapted.ipynb #7f599919
-def local(
-    model: str | Path,   # `tutor/NAME`, a folder, or a Hub name
-) -> Path:
-    "The folder of a model, downloaded if need be. Raises `UserError` for a name that is nowhere."
-    path = Path(model_path(model))
-    if path.is_dir(): return path
-    from huggingface_hub import snapshot_download
-    try: return Path(snapshot_download(str(model), allow_patterns=["*.json", "*.jinja", "*.safetensors"]))
-    except Exception as e: raise absent("model", model, e) from None
-
 def merged_tensors(
     model: str | Path,   # `tutor/NAME`, a folder (model or adapter), or a Hub name
 ) -> tuple | None:       # as for `adapted`
     "Config and tensors of a model, of an adapter with its base's. Raises `UserError` for what is missing or misfits."
     from transformers import AutoConfig
-    path = local(model)
+    path = fetched(model, weights=True)
     if not (path / "adapter_config.json").exists():
         try: return AutoConfig.from_pretrained(str(path)), tensor_index(path)
         except (OSError, ValueError) as e: raise absent("model", model, e) from e

@@ -9,8 +9,8 @@ from fractions import Fraction
 from typing import NamedTuple
 
 # %% auto #0
-__all__ = ['UNITS', 'SCALES', 'Amount', 'unit_of', 'plain_text', 'numbers', 'spoken', 'after_marks', 'said_number', 'is_number',
-           'same_number']
+__all__ = ['UNITS', 'SCALES', 'Amount', 'unit_of', 'plain_text', 'numbers', 'spoken', 'after_marks', 'in_digits', 'said_number',
+           'is_guess', 'is_number', 'same_number']
 
 # %% ../nbs/workshop/amounts.ipynb #cbce5bfb
 class Amount(NamedTuple):
@@ -131,6 +131,49 @@ def after_marks(
     "What follows each `####`, `<answer>`, `Answer:`, `the answer is` or LaTeX box in a text."
     return [text[m.end():].lstrip(" \n\t{*_:") for m in reversed(list(_MARKS.finditer(text)))]
 
+# %% ../nbs/workshop/amounts.ipynb #b8f52a20
+_ONE = "one two three four five six seven eight nine"
+_TEEN = "ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
+_TEN = "twenty thirty forty fifty sixty seventy eighty ninety"
+_VALUES = {word: i for i, word in enumerate(f"zero {_ONE} {_TEEN}".split())}
+_VALUES |= {word: 10 * i for i, word in enumerate(_TEN.split(), 2)}
+
+_one, _teen, _ten = (words.replace(" ", "|") for words in (_ONE, _TEEN, _TEN))
+_low = rf"(?:(?:{_ten})(?:[- ](?:{_one}))?|{_teen}|{_one})"
+_middle = rf"(?:(?:an?|{_low})[- ]hundred(?:[- ](?:and )?{_low})?|{_low})"
+_big = rf"(?:an?|{_middle})[- ](?:thousand|million|billion)"
+_large = rf"{_big}(?: (?:and )?{_big})*(?: (?:and )?{_middle})?"
+_place = r"[- ](?:first|second|third|fourth|fifth|sixth|seventh|eighth|ninth)\b"   # the twenty-first counts nothing
+_number = rf"(?:zero|{_large}|(?:an?|{_low})[- ]dozen|{_middle})(?: and a half)?"
+_WORDS = re.compile(rf"(?<![\w-]){_number}(?!\w|{_place})", re.I)
+_BEFORE = (":", "#", "{", "=", ">", "answer is")   # before a `one` that is the answer
+
+# %% ../nbs/workshop/amounts.ipynb #0a7df89b
+def _digits(found: re.Match) -> str:
+    "A number in words, in digits."
+    start = found.start()
+    before = found.string[max(0, start - 40):start].casefold().rstrip()
+    if found[0].casefold() == "one" and before and not before.endswith(_BEFORE): return found[0]
+    total, part = Fraction(0), Fraction(0)
+    for word in re.findall(r"[a-z]+", found[0].casefold()):
+        if word in ("hundred", "dozen"): part = (part or 1) * (100 if word == "hundred" else 12)
+        elif word in SCALES: total, part = total + (part or 1) * 10 ** SCALES[word], Fraction(0)
+        else: part += Fraction(1, 2) if word == "half" else _VALUES.get(word, 0)
+    return f"{float(total + part):.15g}"
+
+_SPOKEN = [(re.compile(pattern, re.I), by) for pattern, by in (
+    (r"\bkm per hour\b|\bkilomet(?:er|re)s? per hour\b", "km/h"), (r"\bmiles? per hour\b", "mph"),
+    (r"\bmet(?:er|re)s? per second\b|\bm per second\b", "m/s"),
+    (r"((?:^|[:#{=>]|\bis)\s*)minus\s+(?=\d)", r"\1-"))]
+
+def in_digits(
+    text: str,   # as `plain_text` leaves it
+) -> str:
+    "A text with its numbers in digits: `twenty-one` is 21, `a hundred and five` is 105."
+    text = _WORDS.sub(_digits, text)
+    for pattern, by in _SPOKEN: text = pattern.sub(by, text)
+    return text
+
 # %% ../nbs/workshop/amounts.ipynb #79b4395f
 _SUM = re.compile(r"[\s\d.,()$€£%]*(?:[+\-–*/×÷][\s\d.,()$€£%]*)+=(?=\s*\S)")                        # 48/2 =
 _SECOND = re.compile(r"\s*[%\w]*\s*(?:(?:\bor|\bto|\band|[-–])\s*[$€£¥₹]?\d|,\s+\d[\d.]*\s*$)", re.I)   # 12 or 13
@@ -150,10 +193,17 @@ def said_number(
     text,              # a reply, or a reference
 ) -> Amount | None:    # None: it gives none
     "The number that a text ends up with: what follows its last mark, or, if it has no mark, its last number."
-    text = plain_text(spoken(str(text)))
+    text = in_digits(plain_text(spoken(str(text))))
     marked = after_marks(text)
     if marked: return next((amount for amount in map(_marked, marked) if amount), None)
     return next((amount for _, amount in reversed(numbers(text))), None)
+
+def is_guess(
+    text: str,   # a reply
+) -> bool:
+    "Has a reply several different numbers, and no mark that says which of them is the answer?"
+    text = in_digits(plain_text(spoken(text)))
+    return not after_marks(text) and len({amount.value for _, amount in numbers(text)}) > 1
 
 # %% ../nbs/workshop/amounts.ipynb #e56f1afe
 def is_number(

@@ -26,7 +26,7 @@ def environment() -> dict:
 # %% ../nbs/workshop/card.ipynb #fabb8081
 @dataclass
 class Run:
-    "One training run. Its first fields, up to `settings`, make it this run; the rest is what came of it."
+    "One training run. Its first fields, up to `dial`, make it this run; the rest is what came of it."
     method: str                                          # "sft", "grpo" …
     model: str | None = None                             # where it started: `tutor/NAME`, a folder, or a Hub name
     model_hash: str | None = None                        # of those weights
@@ -35,6 +35,7 @@ class Run:
     scale: str | None = None                             # a section of settings.ini
     hyperparameters: dict = field(default_factory=dict)  # upstream's, spelled as upstream does
     settings: dict = field(default_factory=dict)         # ours: peft_config, quantization_config, reward_funcs …
+    dial: dict = field(default_factory=dict)             # the values of that section, as they were
     data: str | None = None                              # the file of the rows, beside the card
     environment: dict = field(default_factory=environment)
     seconds: float | None = None                         # of training, all starts together
@@ -77,7 +78,7 @@ def read_card(
     "Read a card. Raises `UserError` that names the file and the field."
     path = Path(path) / "run.yaml" if Path(path).is_dir() else Path(path)
     card = {"environment": {}} | _load(path)
-    for name in ("hyperparameters", "settings", "environment", "files"):
+    for name in ("dial", "hyperparameters", "settings", "environment", "files"):
         if not isinstance(card.get(name, {}), dict):
             raise UserError(f"{path}: {name} is a {type(card[name]).__name__}, not a mapping")
     for name, kinds in (("seed", int), ("seconds", (int, float)), ("model", str), ("scale", str), ("data", str)):
@@ -100,7 +101,8 @@ def differences(
     "What makes two runs different, hyperparameters and settings one by one."
     def flat(run):
         plain = {name: getattr(run, name) for name in PLAN[:-2]}
-        return plain | run.hyperparameters | run.settings
+        dial = run.dial if old.dial and new.dial else {}   # earlier cards have none
+        return dial | plain | run.hyperparameters | run.settings
     then, now = flat(old), flat(new)
     return [f"{name} {then.get(name)}, now {now.get(name)}" for name in then | now if then.get(name) != now.get(name)]
 

@@ -13,8 +13,8 @@ from .progress import tell
 from .rows import Row
 
 # %% auto #0
-__all__ = ['take_chats', 'check_fit', 'encode_chat', 'encode_chats', 'say_if_split', 'say_if_left_out', 'say_what_changes',
-           'check_labels', 'look_at_chats']
+__all__ = ['take_chats', 'check_fit', 'encode_chat', 'say_if_split', 'say_if_left_out', 'say_what_changes', 'check_labels',
+           'look_at_chats']
 
 # %% ../nbs/workshop/chats.ipynb #4510d369
 def take_chats(
@@ -64,15 +64,6 @@ def encode_chat(
         raise UserError(f"{place}: this model's chat template refuses it: {why}") from None
     check_fit(out, place, max_length, context)
     return out
-
-def encode_chats(
-    tokenizer,
-    rows: list[dict],            # {"messages", …, perhaps "tools"}
-    places: list[str],           # where each row came from, for the error
-    assistant_only: bool = True, # train only what the assistant says
-) -> list[dict]:                 # as from `encode_chat`
-    "Tokens and labels of every row. Raises `UserError` that names the row which the chat template refuses."
-    return [encode_chat(tokenizer, row, place, assistant_only) for row, place in zip(rows, places, strict=True)]
 
 # %% ../nbs/workshop/chats.ipynb #f1560d67
 def say_if_split(tokenizer, rows: list[dict]) -> None:

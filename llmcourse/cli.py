@@ -149,7 +149,7 @@ def _check_early(data: str, output: str) -> None:
 def training(
     model: str = None,            # a checkpoint, a folder or a Hub name; default: the tutor's, on a GPU the scale's
     data: str = None,             # rows: JSONL, JSON, CSV, Parquet, or a data set on the Hub; default: the tutor's
-    output: str = None,           # the run folder; by default runs/ and the method's name
+    output: str = None,           # the run folder; by default runs/ and the method's name. An earlier run is replaced
     scale: str = "cpu",           # a section of settings.ini: cpu, t4, l4, a100, h100
     full: bool = False,           # train all weights and no LoRA
     r: int = None,                # rank of the LoRA; 0 trains all weights; sft takes 16 by default, other methods 0
@@ -200,6 +200,8 @@ def eval(
     system: str = None,        # a system prompt for questions of --data that have none
     skip_bad: bool = False,    # leave out rows that cannot be asked, and say so, instead of refusing the file
     grade: str = None,         # number, choice, exact, contains, regex, json, tool, judge; default: what fits
+    judge: str = None,         # the OpenAI-compatible server that judges; default $LLMCOURSE_JUDGE_URL
+    judge_model: str = None,   # its name there; default $LLMCOURSE_JUDGE_MODEL, or the first that it lists
     json: bool = False,        # print JSON instead of a table
 ):
     """Measure a model or a server: score, n and 95 % interval of each task.
@@ -211,7 +213,7 @@ def eval(
     from llmcourse.evals import show
     from llmcourse.exam import exam_report, examined
     if output: check_writable(output)   # before an hour of questions
-    results = examined(model, url, scale, data, n, seed, grade, system or "", skip_bad, progress=not json)
+    results = examined(model, url, scale, data, n, seed, grade, system or "", skip_bad, not json, judge, judge_model)
     if output: write_jsonl(output, results)
     table = exam_report(results)
     print(dumps(table) if json else show(table).to_string(index=False))
@@ -326,11 +328,8 @@ def main(
     "Run `llmcourse`."
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help", "help"):
-        print(usage())
-        return 0
-    if argv[0] in ("-V", "--version"):
-        print(__version__)
-        return 0
+        return in_one_line(lambda: print(usage()))
+    if argv[0] in ("-V", "--version"): return in_one_line(lambda: print(__version__))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with contextlib.suppress(ValueError):   # not the main thread
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))   # so that half-written files go away

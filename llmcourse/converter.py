@@ -6,8 +6,9 @@
 from __future__ import annotations
 import contextlib, functools, math, sys
 from pathlib import Path
-from .adapted import local, merged_tensors
+from .adapted import merged_tensors
 from .core import Scratch, UserError, choose, model_path, need_space
+from .fetching import fetched
 from .gguf_file import check_file, tensor_bytes, write_gguf
 from .gguf_tokens import add_tokenizer, check_tokens, pre_tokenizer
 from .models import load, load_tokenizer
@@ -35,7 +36,7 @@ def plain_model(
     model: str | Path,   # `tutor/NAME`, a folder (model or adapter), or a Hub name
 ):                       # yields (folder, name, index or None); the name is None for a folder that is a whole model
     "A model's config, tokenizer and tensors; an adapter is merged in float32. Raises `UserError` for what is nowhere."
-    path, asked = local(model), Path(model_path(model))
+    path, asked = fetched(model, weights=True), Path(model_path(model))
     if not (path / "adapter_config.json").exists():
         yield path, None if asked.is_dir() else asked.name, None
         return

@@ -54,17 +54,18 @@ def _typed(text: str):
 
 # %% ../nbs/workshop/core.ipynb #5fb00d5f
 def scale(
-    name: str = "cpu",                # a section of settings.ini: cpu, t4, l4, a100, h100, mps, or one of your own
+    name: str | dict = "cpu",         # a section of settings.ini: cpu, t4 …, one of your own; or what was read earlier
     start: str | Path | None = None,  # where to look for settings.ini, upwards; the working directory by default
     **overrides,                      # values that win over the file
 ) -> dict:                            # model, device, dtype, max_length (tokens), batch_size (rows), …
     "Read one scale. Raises `UserError` for a name that no settings.ini has, or a file that does not parse."
+    if isinstance(name, dict): return name | overrides
     ini = configparser.ConfigParser(inline_comment_prefixes=(";",))
     for path in _settings_files(Path(start or Path.cwd()).resolve()):
         try: ini.read(path, encoding="utf-8")
         except configparser.Error as e: raise UserError(f"{path}: {str(e).splitlines()[0]}") from None
     choose(name, ini.sections(), "scale")
-    return {"scale": name, **{k: _typed(v) for k, v in ini[name].items()}, **overrides}
+    return {"scale": name, **{k: _typed(v) for k, v in {**ini["cpu"], **ini[name]}.items()}, **overrides}
 
 # %% ../nbs/workshop/core.ipynb #6256b9f3
 def set_seed(

@@ -11,7 +11,8 @@ from itertools import islice
 from pathlib import Path
 from .copies import Seen
 from .chats import check_fit, encode_chat
-from .core import Message, UserError, choose, model_path, scale as read_scale
+from .core import Message, UserError, choose, scale as read_scale
+from .fetching import fetched
 from .exam import examinable
 from .faults import chat_faults
 from .forms import PREFERENCES
@@ -224,7 +225,7 @@ def _price(tokens: int, tokens_per_second: float, price: float, model: str = "",
 def context_of(model: str | Path) -> int | None:
     "The tokens that a model can read; None if its config does not say."
     from transformers import AutoConfig
-    try: config = AutoConfig.from_pretrained(model_path(model))
+    try: config = AutoConfig.from_pretrained(str(fetched(model)))
     except (OSError, ValueError): return None   # such as the folder of an adapter
     return getattr(config, "max_position_embeddings", None)
 

@@ -6,39 +6,56 @@
 from __future__ import annotations
 import os, platform, shutil, sys
 from pathlib import Path
-from .core import UserError
+from .cards import Card, cards, has_bfloat16, must_be_silent, scale_for, too_old
+from .core import UserError, scale as read_scale
 
 # %% auto #0
-__all__ = ['examine']
+__all__ = ['RIGHT', 'WINDOWS', 'examine']
 
 # %% ../nbs/workshop/doctor.ipynb #998cf321
-def _gpus() -> list[str]:
-    "Names of NVIDIA cards, from nvidia-smi."
-    import subprocess
-    if not shutil.which("nvidia-smi"): return []
-    ask = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    out = subprocess.run(ask, capture_output=True, text=True, timeout=20)
-    return [line.strip() for line in out.stdout.splitlines() if line.strip()] if out.returncode == 0 else []
+RIGHT = "pip install uv && uv pip install --reinstall torch --torch-backend=auto"   # what the driver can run
 
-def _torch_line() -> tuple[str, str, str]:
+def _torch_line(found: list[Card]) -> tuple[str, str, str]:
     import torch
-    cuda = torch.cuda.is_available()
+    cuda, advice = torch.cuda.is_available(), ""
     device = "CUDA" if cuda else "Apple MPS" if torch.backends.mps.is_available() else "CPU"
-    unused = _gpus() and not cuda
-    advice = "there is a GPU but this torch cannot use it: install a CUDA build (README, 'On a GPU')" if unused else ""
+    old = max((too_old(card, torch.version.cuda) for card in found), default=0)
+    if old and not cuda:
+        advice = (f"CUDA {torch.version.cuda} needs driver {old} or newer, here is {found[0].driver}: "
+                  f"update the driver, or install a torch for it: {RIGHT}")
+    elif found and not cuda and not torch.version.cuda:
+        advice = f"there is a GPU, and this torch is built for the CPU: {RIGHT}"
+    elif found and not cuda:
+        advice = "there is a GPU, and torch finds none: is CUDA_VISIBLE_DEVICES empty?"
     return "torch", f"{torch.__version__}, {device}, {torch.get_num_threads()} threads", advice
 
-def _gpu_line() -> tuple[str, str, str]:
-    cards = _gpus()
-    twins = len(cards) > 1 and any(x in card for card in cards for x in ("3090", "4090"))
-    hangs = twins and not os.environ.get("NCCL_P2P_DISABLE")
-    advice = "cards of this kind hang without: export NCCL_P2P_DISABLE=1 NCCL_IB_DISABLE=1" if hangs else ""
-    return "GPUs", ", ".join(cards) or "none", advice
+def _gpu_line(found: list[Card], complaint: str) -> tuple[str, str, str]:
+    named = [f"{card.name}, {card.memory:.0f} GiB, driver {card.driver}" for card in found]
+    shown = "; ".join(f"{named.count(x)} × {x}" if named.count(x) > 1 else x for x in dict.fromkeys(named))
+    silent = " ".join(f"{name}=1" for name in must_be_silent(found))
+    advice = f"cards of this kind hang without: export {silent}" if silent else complaint
+    return "GPUs", shown or "none", advice
 
 # %% ../nbs/workshop/doctor.ipynb #edf30da0
+WINDOWS = "use WSL2, where all of this is tested; triton and xformers, which older guides install, are not needed"
+
+def _scale_line(found: list[Card]) -> tuple[str, str, str]:
+    if not found:
+        apple = platform.system() == "Darwin" and platform.machine() == "arm64"
+        own = "; to try the GPU: a section of your own in settings.ini, device = mps, dtype = float32" if apple else ""
+        return "scale", f"cpu{own}", ""
+    name = scale_for(found)
+    if not min(card.memory for card in found):
+        return "scale", "the one whose model fits: this GPU does not tell its memory", ""
+    if not name:
+        return "scale", "cpu; for so small a GPU a section of your own: t4's with max_length = 512, batch_size = 1", ""
+    dial = read_scale(name)
+    why = "" if all(map(has_bfloat16, found)) else "; no bfloat16 on this card"
+    return "scale", f"{name}: {dial['model']}, {dial['dtype']}{why}", ""
+
 def _system_line() -> tuple[str, str, str]:
-    found = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
-    return "system", found, "use WSL2: training libraries are tested on Linux and macOS" if os.name == "nt" else ""
+    system = platform.system()
+    return "system", f"{system} {platform.machine()}, {os.cpu_count()} cores", WINDOWS if system == "Windows" else ""
 
 def _disk_line() -> tuple[str, str, str]:
     free = shutil.disk_usage(Path.cwd()).free
@@ -57,4 +74,6 @@ def examine() -> list[tuple[str, str, str]]:
     python = ("python", platform.python_version(), "" if sys.version_info >= (3, 11) else "3.11 or newer is needed")
     versions = [f"{name} {version(name)}" for name in ("transformers", "trl", "peft", "xllamacpp", "gradio")]
     libraries = ("libraries", ", ".join(versions), "")
-    return [python, _system_line(), _torch_line(), _gpu_line(), libraries, _disk_line(), _checkpoint_line()]
+    found, complaint = cards()
+    gpus = [_torch_line(found), _gpu_line(found, complaint), _scale_line(found)]
+    return [python, _system_line(), *gpus, libraries, _disk_line(), _checkpoint_line()]

@@ -9,7 +9,7 @@ from .asking import conversation
 from .core import UserError, scale as read_scale
 from .evals import evaluate, score, summary
 from .faults import chat_faults, refuse_faults
-from .graders import grader_for, guess
+from .graders import grader_for, guess, guessed_numbers, judged_by_server
 from .labels import left_out
 from .progress import tell
 from .questions import check_prompt
@@ -129,13 +129,19 @@ def examined(
     grade: str | None,   # as for `exam_grader`
     system: str, skip_bad: bool,   # as for `exam_rows`
     progress: bool,      # show a bar
+    judge: str | None = None, judge_model: str | None = None,   # as for `graders.judged_by_server`
 ) -> list[dict]:         # as from `evals.evaluate`
     "Examine a model or a server. Raises `UserError` for rows that it cannot be asked or graded on."
     known = None if url else model or "tutor/sft"   # of a server nobody knows what it was trained on
     rows = exam_rows(data, known, skip_bad, system) if data else problems(n, seed, split="test")
     generate = examinee(model, url, scale)
-    if data:
-        rows = fitting(generate, rows, skip_bad)
-        say_if_tools_unseen(generate, rows)
-        grade = exam_grader(rows, grade, data)
-    return evaluate(generate, rows, grade, workers=8 if url or grade == "judge" else 1, progress=progress)
+    with judged_by_server(judge, judge_model):
+        if data:
+            rows = fitting(generate, rows, skip_bad)
+            say_if_tools_unseen(generate, rows)
+            grade = exam_grader(rows, grade or judge and "judge", data)
+        results = evaluate(generate, rows, grade, workers=8 if url or grade == "judge" else 1, progress=progress)
+    if n := guessed_numbers(results, rows, grade):
+        tell(f"{n:,} of {len(rows):,} replies were graded by a guess: they mark no answer and have several numbers, of "
+             "which the last counts. Ask for a last line such as Answer: 18")
+    return results

@@ -37,17 +37,21 @@ def full_disk(e: BaseException) -> bool:
     return "PytorchStreamWriter" in said or "unexpected pos" in said or "No space left" in said or "os error 28" in said
 
 # %% ../nbs/workshop/exits.ipynb #244932f3
+def _nowhere() -> None:
+    "Send what nobody takes any more nowhere, or the interpreter complains about it at its end."
+    try: sys.stdout.flush()
+    except OSError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
 def in_one_line(
     call: Callable,   # () → an exit code, or None for 0
 ) -> int:
     "Call it. Errors that somebody can mend become one line on stderr and an exit code."
     try:
-        code = call() or 0
-        sys.stdout.flush()
-        return code
+        try: return call() or 0
+        finally: sys.stdout.flush()   # also on the way out of `--help`
     except UserError as e: said = str(e)
     except BrokenPipeError:   # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _nowhere()
         return 141
     except KeyboardInterrupt:
         print("\nllmcourse: interrupted", file=sys.stderr)
@@ -55,5 +59,6 @@ def in_one_line(
     except Exception as e:
         said = disk_line(e) if isinstance(e, OSError) else WAYS[errno.ENOSPC] if full_disk(e) else ""
         if not said: raise
+    _nowhere()
     print(f"llmcourse: {said}", file=sys.stderr)
     return 2

@@ -120,6 +120,9 @@ def _streamed(name: str, split: str, options: dict):
     try: return load_dataset(name, split=split, streaming=True, **options)
     except Exception as e:
         why = " ".join(str(e).split())[:120]
+        if "is a gated dataset" in why:
+            raise UserError(f"{name}: its owner wants you to accept a licence. Do so on its page on the Hub "
+                            "and log in (hf auth login)") from None
         raise UserError(f"{name}: neither a file here nor on the Hub ({why}). "
                         "Check name, split and network") from None
 

@@ -4,11 +4,11 @@
 
 # %% ../nbs/workshop/graders.ipynb #78a787ee
 from __future__ import annotations
-import functools, json, os, re, statistics
+import contextlib, functools, json, os, re, statistics
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from .amounts import is_number, said_number, same_number, spoken
+from .amounts import is_guess, is_number, said_number, same_number, spoken
 from .asking import NO_REFERENCE, normal
 from .calls import grade_call, wanted_calls
 from .byfield import json_of, right_share, valid_share
@@ -20,9 +20,10 @@ from .rows import Row, reference
 from .tutor import TASKS, is_right
 
 # %% auto #0
-__all__ = ['GRADERS', 'grade_number', 'grade_tutor', 'grade_choice', 'grade_exact', 'grade_contains', 'grade_regex', 'grade_json',
-           'mark_of', 'grade_judge', 'guess', 'grade_tool', 'grade_mixed', 'mean_share', 'verdict_of', 'grader_for',
-           'as_graded', 'reward', 'rewarded_rows']
+__all__ = ['LONGEST_MATCH', 'GRADERS', 'grade_number', 'grade_tutor', 'grade_choice', 'grade_exact', 'grade_contains',
+           'grade_regex', 'grade_json', 'mark_of', 'grade_judge', 'judged_by_server', 'guess', 'grade_tool',
+           'grade_mixed', 'mean_share', 'verdict_of', 'grader_for', 'guessed_numbers', 'as_graded', 'reward',
+           'rewarded_rows']
 
 # %% ../nbs/workshop/graders.ipynb #dbaa42ac
 def _wanted(row: dict) -> list:
@@ -81,11 +82,18 @@ def grade_contains(row: dict, reply: str) -> bool:
     if not all(texts): raise UserError("an empty text is in every reply. Give the row a text to look for")
     return any(re.search(rf"(?<![\w.,]){re.escape(text)}(?!\w|[.,]\d)", normal(spoken(reply))) for text in texts)
 
+LONGEST_MATCH = 5   # seconds
+
 def grade_regex(row: dict, reply: str) -> bool:
     "Does the row's `regex`, or else its reference, match somewhere in the reply? Raises `UserError` for a bad pattern."
+    import regex
     pattern = str(row.get("regex") or _wanted(row)[0])
-    try: return re.search(pattern, spoken(reply)) is not None
-    except (re.error, RecursionError) as e: raise UserError(f"{pattern[:60]!r}: no regular expression ({e})") from None
+    try: return regex.search(pattern, spoken(reply), timeout=LONGEST_MATCH) is not None
+    except TimeoutError:
+        raise UserError(f"{pattern[:60]!r}: this regular expression was not done with a reply in {LONGEST_MATCH} s. "
+                        "Do not repeat what repeats already: a+, not (a+)+") from None
+    except (regex.error, RecursionError) as e:
+        raise UserError(f"{pattern[:60]!r}: no regular expression ({e})") from None
 
 # %% ../nbs/workshop/graders.ipynb #ddfe1f4b
 def _schema(row: dict) -> dict | None:
@@ -122,14 +130,14 @@ def mark_of(
 
 def _judge_url() -> str:
     url = os.environ.get("LLMCOURSE_JUDGE_URL")
-    if not url: raise UserError("a judge needs the address of a server: set LLMCOURSE_JUDGE_URL=http://…/v1")
+    if not url: raise UserError("a judge needs the address of a server: --judge, or LLMCOURSE_JUDGE_URL=http://…/v1")
     return url
 
 @functools.cache
-def _judge(url: str) -> Generate:
+def _judge(url: str, model: str) -> Generate:
     "The judge at that address. Raises `UserError` if nothing answers there."
     from llmcourse.serve import remote
-    return remote(url, os.environ.get("LLMCOURSE_JUDGE_MODEL"), os.environ.get("LLMCOURSE_API_KEY"))
+    return remote(url, model or None, os.environ.get("LLMCOURSE_API_KEY"))
 
 def grade_judge(
     row: dict,                         # with a `rubric`, a reference, or both
@@ -140,8 +148,25 @@ def grade_judge(
     rubric = row.get("rubric") or f"It says the same as: {_wanted(row)[0]}"
     request = (f"Question:\n{_question(row)}\n\nAnswer:\n{reply}\n\nA good answer:\n{rubric}\n\n"
                "How good is the answer? Reply with one line, Score: N, where N goes from 0 (bad) to 10 (no fault).")
-    mark = mark_of((generate or _judge(_judge_url()))([{"role": "user", "content": request}]))
+    judge = generate or _judge(_judge_url(), os.environ.get("LLMCOURSE_JUDGE_MODEL", ""))
+    mark = mark_of(judge([{"role": "user", "content": request}]))
     return None if mark is None else mark / 10
+
+# %% ../nbs/workshop/graders.ipynb #934b4ed4
+@contextlib.contextmanager
+def judged_by_server(
+    url: str | None,     # of the judge, an OpenAI-compatible server; None: the one at `$LLMCOURSE_JUDGE_URL`
+    model: str | None,   # its name there; None: `$LLMCOURSE_JUDGE_MODEL`, or the first that the server lists
+):
+    "While the block runs, this judge is asked. Its key is in `$LLMCOURSE_API_KEY`."
+    given = {"LLMCOURSE_JUDGE_URL": url, "LLMCOURSE_JUDGE_MODEL": model}
+    before = {name: os.environ.get(name) for name in given}
+    os.environ.update({name: value for name, value in given.items() if value})
+    try: yield
+    finally:
+        for name, value in before.items():
+            if value is None: os.environ.pop(name, None)
+            else: os.environ[name] = value
 
 # %% ../nbs/workshop/graders.ipynb #4ad2cc4f
 def _lettered_question(row: dict) -> bool:
@@ -232,6 +257,15 @@ def grader_for(
     return used, f"graded by {used}: " + (why if used == "mixed" else " or ".join(reason for _, reason in kinds))
 
 # %% ../nbs/workshop/graders.ipynb #70e390a0
+def guessed_numbers(
+    results: list[dict],   # from `evals.evaluate`, with the `reply` of each row
+    rows: list[dict],
+    name: str | None,      # of `GRADERS`; None: the one that fits
+) -> int:
+    "How many replies were graded by their last number of several, since none was marked as the answer?"
+    by_number = [name == "number" or name in (None, "mixed") and guess(row)[0] == "number" for row in rows]
+    return sum(used and is_guess(result["reply"]) for used, result in zip(by_number, results))
+
 def as_graded(row: Row) -> dict:
     "The row that a reply is graded against: as it was read, or as it was when it was trained on."
     kept = row.data.get("graded_against")

@@ -7,10 +7,11 @@ from __future__ import annotations
 import math
 from pathlib import Path
 from .core import UserError, choose, model_path
+from .memory import free_memory
 from .models import load
 
 # %% auto #0
-__all__ = ['SETTINGS', 'TRAINED', 'free_memory', 'check_size', 'load_to_train', 'freeze', 'wake', 'start_from_rounding']
+__all__ = ['SETTINGS', 'TRAINED', 'check_size', 'load_to_train', 'freeze', 'wake', 'start_from_rounding']
 
 # %% ../nbs/workshop/loading.ipynb #f79c10fe
 SETTINGS = dict(
@@ -39,17 +40,6 @@ def _check(dial: dict, ours: dict) -> None:
 
 # %% ../nbs/workshop/loading.ipynb #14b64998
 TRAINED = 16   # bytes for each weight that learns: itself, its gradient, and AdamW's two numbers, in float32
-
-def free_memory(
-    device,         # of torch
-) -> float:         # bytes; infinity if nobody says
-    "Memory that could still be taken."
-    if device.type == "cuda":
-        import torch
-        return torch.cuda.mem_get_info(device)[0]
-    try: found = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    except OSError: return math.inf
-    return int(found["MemAvailable"].split()[0]) * 1024
 
 def check_size(
     net,             # the loaded model
@@ -100,7 +90,7 @@ def load_to_train(
     if ours["engine"] == "unsloth": return _unsloth(model, dial, seed, ours)
     exact = dict(dtype="float32") if ours["peft_config"] is None or dial["device"] == "cpu" else {}
     bits = ours["quantization_config"]
-    net, tokenizer = load(model, dial["scale"], **exact, **(dict(quantization_config=bits) if bits else {}))
+    net, tokenizer = load(model, dial, **exact, **(dict(quantization_config=bits) if bits else {}))
     if ours["chat_template"]: tokenizer.chat_template = ours["chat_template"]
     check_size(net, ours["peft_config"])
     if ours["freeze_trainable_layers"]: freeze(net, ours["freeze_trainable_layers"])
@@ -153,13 +143,13 @@ def wake(
 def start_from_rounding(
     net,                 # a `PeftModel` over a base in 4 bits
     model: str | Path,   # the same base
-    scale: str,          # a section of settings.ini
+    dial: dict,          # from `core.scale`
 ) -> None:
     "Set A and B of each layer to the best guess, of their rank, of what rounding has taken from its weight."
     # peft.replace_lora_weights_loftq (0.21) does it on CUDA only, and leaves lora_alpha / r out of account
     import torch
     from bitsandbytes.functional import dequantize_4bit
-    whole = dict(load(model, scale, dtype="float32")[0].named_modules())
+    whole = dict(load(model, dial, dtype="float32")[0].named_modules())
     for name, layer in net.get_base_model().named_modules():
         if not hasattr(layer, "lora_A"): continue
         a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight

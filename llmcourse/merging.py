@@ -7,6 +7,7 @@ from __future__ import annotations
 from pathlib import Path
 from .card import Run, write_card
 from .core import UserError, choose, is_run, model_path, need_space, write_aside
+from .fetching import fetched
 from .models import load, load_tokenizer, weights_hash
 from .pretrained import adapter_base, with_adapter
 from .progress import quiet
@@ -31,7 +32,7 @@ def _adapter(path: str | Path) -> Path:
 def _base_config(base: str | Path):
     "The config of the model under `base`, which may be an adapter itself."
     from transformers import AutoConfig
-    path = Path(model_path(base))
+    path = fetched(base)
     if (path / "adapter_config.json").is_file(): return _base_config(adapter_base(path))
     try: return AutoConfig.from_pretrained(str(path))
     except (OSError, ValueError) as e:

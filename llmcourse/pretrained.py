@@ -8,6 +8,8 @@ import contextlib, json, logging
 from pathlib import Path
 from .card import read_card
 from .core import UserError, choose, file_hash, model_path, scale as read_scale
+from .fetching import fetched
+from .tensors import instead_of_weights, tensor_index
 
 # %% auto #0
 __all__ = ['TOKENIZER_FILES', 'PADS', 'WAY_OUT', 'absent', 'adapter_base', 'adapter_shapes', 'same_vocabulary', 'load_tokenizer',
@@ -16,19 +18,12 @@ __all__ = ['TOKENIZER_FILES', 'PADS', 'WAY_OUT', 'absent', 'adapter_base', 'adap
 # %% ../nbs/workshop/pretrained.ipynb #38a8e00e
 def absent(
     what: str,          # "model" or "tokenizer"
-    place: str | Path,  # the folder or Hub name that was asked for
+    place: str | Path,  # the folder that was asked for
     error: Exception,   # what `from_pretrained` raised
 ) -> UserError:         # to be raised in its place
     "One line for a `from_pretrained` that failed: what is missing where, and the way out."
     text = " ".join(str(error).split())
-    if Path(place).is_dir():
-        return UserError(f"{place}: no readable {what} in there ({text[:120]}). Save one with {what}.save_pretrained")
-    if "gated" in text:
-        return UserError(f"{place}: its owner wants you to accept a licence on its Hub page and to log in "
-                         "(hf auth login). Or use an ungated copy, like those in settings.ini")
-    offline = any(word in text for word in ("cached", "Connect", "connect", "offline", "resolve"))
-    why = "the Hub was not reached" if offline else f"not on the Hub ({text[:120]})"
-    return UserError(f"{place}: no such folder here, and {why}. Check the name, or make the folder first")
+    return UserError(f"{place}: no readable {what} in there ({text[:120]}). Save one with {what}.save_pretrained")
 
 # %% ../nbs/workshop/pretrained.ipynb #1a62e0e6
 def adapter_base(
@@ -58,7 +53,8 @@ def adapter_shapes(
     try:
         with safe_open(file, "pt") as f: return {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}
     except (SafetensorError, OSError) as e:
-        raise UserError(f"{file}: not a whole safetensors file ({str(e)[:80]}). Save or download it again") from None
+        why = instead_of_weights(file) or str(e)[:80]
+        raise UserError(f"{file}: not a whole safetensors file ({why}). Save or download it again") from None
 
 def same_vocabulary(path: Path, shapes: dict[str, tuple], rows: int, base: str) -> None:
     "Raise `UserError` if an adapter brings embeddings for another number of tokens than its base has."
@@ -72,12 +68,13 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt
 PADS = ("<|finetune_right_pad_id|>", "<|pad|>", "<pad>", "[PAD]")   # made for padding, by family
 
 def load_tokenizer(
-    model: str | Path,  # `tutor/NAME`, a folder, or a Hub name
-):                      # the tokenizer, with a pad token
+    model: str | Path,            # `tutor/NAME`, a folder, or a Hub name
+    revision: str | None = None,  # a branch, tag or commit on the Hub; None: the newest
+):                                # the tokenizer, with a pad token
     "Load a tokenizer; an adapter without one gets its base's. Raises `UserError` if there is none."
     from transformers import AutoTokenizer
-    path = Path(model_path(model))
-    if path.is_dir() and not any((path / f).exists() for f in TOKENIZER_FILES):
+    path = fetched(model, revision)
+    if not any((path / f).exists() for f in TOKENIZER_FILES):
         if (path / "adapter_config.json").exists(): return load_tokenizer(adapter_base(path))
         raise UserError(f"{path}: a model without a tokenizer. Save one there with tokenizer.save_pretrained")
     try: tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
@@ -161,13 +158,15 @@ def with_adapter(
 
 # %% ../nbs/workshop/pretrained.ipynb #b8442a8c
 def from_files(
-    path: Path,  # a folder with config and weights, or a Hub name
+    path: Path,  # a folder with config and weights
     **kwargs,    # for `from_pretrained`
 ):               # the model
     "Load weights. Raises `UserError` if there are none, or fewer than the config promises."
     from transformers import AutoModelForCausalLM
     try: net, info = AutoModelForCausalLM.from_pretrained(str(path), output_loading_info=True, **kwargs)
-    except Exception as e: raise absent("model", path, e) from e
+    except Exception as e:
+        if any(path.glob("*.safetensors")): tensor_index(path)   # names the file that is not whole
+        raise absent("model", path, e) from e
     if lost := info["missing_keys"]:
         raise UserError(f"{path}: {len(lost)} tensors of its config.json are not in its weights, e.g. {min(lost)}. "
                         "Save the model again")
@@ -182,15 +181,16 @@ def _in_few_bits(path: Path) -> bool:
 
 def load(
     model: str | Path = "tutor/base",  # `tutor/NAME`, a folder (model or adapter), or a Hub name
-    scale: str = "cpu",                # a section of settings.ini: decides dtype and device
+    scale: str | dict = "cpu",         # a section of settings.ini, or one read earlier: decides dtype and device
     merge: bool = True,                # add an adapter to its base's weights
+    revision: str | None = None,       # a branch, tag or commit on the Hub; None: the newest
     **overrides,                       # for `from_pretrained`: dtype, quantization_config, …
 ):                                     # (model in eval mode, tokenizer)
     "Load a model and its tokenizer. Raises `UserError` if either is missing or an adapter fits another base."
     dial = read_scale(scale)
-    path = Path(model_path(model))
     device = device_of(dial)
-    tokenizer = load_tokenizer(model)
+    path = fetched(model, revision, weights=True)
+    tokenizer = load_tokenizer(path)
     if device == "cpu": hush()
     if (path / "adapter_config.json").exists():
         base = adapter_base(path)

@@ -6,11 +6,12 @@
 from __future__ import annotations
 import math
 from .core import UserError
+from .memory import need_memory
 from .progress import tell
 from .resume import OUT_OF_MEMORY
 
 # %% auto #0
-__all__ = ['check_schedule', 'check_vocabulary', 'check_packing', 'check_gradient', 'rehearse']
+__all__ = ['check_schedule', 'check_vocabulary', 'check_packing', 'check_memory', 'check_gradient', 'rehearse']
 
 # %% ../nbs/workshop/rehearsal.ipynb #3ec27a0c
 def check_schedule(trainer) -> str:
@@ -75,6 +76,11 @@ def check_packing(
     return f"{rows} rows in the longest batch, logits as alone (within {gap:.1g})"
 
 # %% ../nbs/workshop/rehearsal.ipynb #dba8a758
+def check_memory(trainer) -> str:
+    "There is room for the longest batch on the way back."
+    rows = _longest(trainer)
+    return need_memory(trainer.model, len(rows), len(rows[-1]["input_ids"]), trainer.args.gradient_checkpointing)
+
 def check_gradient(trainer) -> str:
     "The longest batch fits into memory, its loss is a number, and weights that are to be trained get a gradient."
     import torch
@@ -104,7 +110,8 @@ def rehearse(
     "Run every check that fits the trainer's rows. Raises `UserError` at the first fault."
     import torch
     tokens = "input_ids" in trainer.train_dataset.column_names
-    checks = [check_vocabulary, check_schedule, check_packing, check_gradient] if tokens else [check_schedule]
+    checks = [check_schedule]
+    if tokens: checks = [check_vocabulary, check_schedule, check_memory, check_packing, check_gradient]
     cards = range(torch.cuda.device_count()) if trainer.model.device.type == "cuda" else []
     was = trainer.model.training
     trainer.model.train()

@@ -61,7 +61,7 @@ def _numbers(r: dict) -> list[str]:
     "Lengths, steps, time and cost, as lines of text."
     if not r.get("lengths"): return []
     n = len(r["lengths"])
-    guess = f" (of {n:,} rows; {r['estimated']:,} more estimated from their letters)" if r.get("estimated") else ""
+    guess = f" (estimated from {n:,} of {n + r['estimated']:,} rows)" if r.get("estimated") else ""
     full = [text.format(r[what]) for what, text in _LIMITS.items() if r.get(what)]
     reads = f", the model reads {r['context']:,}" if r.get("context") else ""
     shown = [f"tokens a row: median {sorted(r['lengths'])[n // 2]:,}, longest {r['longest']:,}, "

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 from .children import Child
 from .core import Scratch, UserError, choose, model_path
 from .models import load
+from .tensors import tensor_index
 
 # %% auto #0
 __all__ = ['ENGINES', 'resolve', 'is_loopback', 'free_port', 'check_key', 'check_address', 'run_llama', 'guard',
@@ -33,6 +34,7 @@ def _folder(model: str | Path) -> str:
     if Path(path).is_dir() and not any((Path(path) / f).is_file() for f in ("config.json", "adapter_config.json")):
         raise UserError(f"{model}: no config.json there, so it is not a model folder. "
                         "Save one with model.save_pretrained")
+    if any(Path(path).glob("model*.safetensors")): tensor_index(Path(path))   # names a file that is not whole
     return path
 
 # %% ../nbs/workshop/servers.ipynb #29b53fe5

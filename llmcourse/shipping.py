@@ -47,6 +47,14 @@ def export_folder(
         return [gguf]
 
 # %% ../nbs/workshop/shipping.ipynb #701db594
+def _no_folder(model: str | Path) -> None:
+    "Raise `UserError` if the name is one of a folder, and no such folder is there."
+    name, place = str(model), Path(model)
+    if place.exists() or name.startswith("tutor/") or name.endswith(".gguf"): return
+    if name.startswith(("runs/", ".", "/", "~")) or "/" in name and place.parent.is_dir():
+        raise UserError(f"{name}: no such folder. `llmcourse export --output {name}` makes one with a GGUF, "
+                        f"`llmcourse sft --output {name}` a trained model")
+
 @contextlib.contextmanager
 def served(
     model: str | Path = "tutor/sft",  # a .gguf, a checkpoint, a folder, or a Hub name
@@ -62,6 +70,7 @@ def served(
     from llmcourse.serve import check_address, serve
     check_address(host, port, key)
     choose(engine, ["llama.cpp", "transformers"], "engine")
+    _no_folder(model)
     found = list(Path(model).glob("*.gguf"))
     if len(found) == 1: model = found[0]      # the folder that `export_folder` made
     if len(found) > 1: raise UserError(f"{model}: holds {len(found)} GGUF files. Name one, such as {min(found)}")

@@ -10,8 +10,8 @@ from pathlib import Path
 from .core import UserError
 
 # %% auto #0
-__all__ = ['BUFFERS', 'SLAB', 'HALF', 'LARGEST', 'OTHERS', 'tensors_of_layer', 'expected_tensors', 'weight_files', 'tensor_index',
-           'check_tensors', 'rows_in_slab', 'slabs', 'check_values']
+__all__ = ['BUFFERS', 'SLAB', 'HALF', 'LARGEST', 'OTHERS', 'tensors_of_layer', 'expected_tensors', 'weight_files',
+           'instead_of_weights', 'tensor_index', 'check_tensors', 'rows_in_slab', 'slabs', 'check_values']
 
 # %% ../nbs/workshop/tensors.ipynb #f8ef91cd
 def tensors_of_layer(config: dict) -> dict[str, tuple]:
@@ -58,7 +58,9 @@ def weight_files(folder: Path) -> list[Path]:
 # %% ../nbs/workshop/tensors.ipynb #70a280ea
 BUFFERS = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
 
-def _instead(file: Path) -> str:
+def instead_of_weights(
+    file: Path,
+) -> str:        # empty if nobody can tell
     "What a file that is no safetensors file begins like."
     with file.open("rb") as f: start = f.read(200).lstrip().lower()
     if start.startswith(b"version https://git-lfs"): return "a pointer of Git LFS; fetch the file with `git lfs pull`"
@@ -76,7 +78,7 @@ def tensor_index(folder: Path) -> dict[str, tuple]:
                 slices = {name: f.get_slice(name) for name in sorted(f.keys()) if not name.endswith(BUFFERS)}
                 found |= {name: (s.get_dtype(), tuple(s.get_shape()), file) for name, s in slices.items()}
         except (SafetensorError, OSError) as e:
-            why = (_instead(file) if isinstance(e, SafetensorError) else e.strerror) or str(e)[:80]
+            why = (instead_of_weights(file) if isinstance(e, SafetensorError) else e.strerror) or str(e)[:80]
             raise UserError(f"{file}: not a whole safetensors file ({why}). Put the whole file there") from None
     return found
 

@@ -176,7 +176,7 @@ def measured_on(work: Work):
 # %% ../nbs/workshop/training.ipynb #70752957
 HELD = "validation.jsonl"   # in a run folder: the rows that were measured and not trained
 
-def _begin(method: Method, rows, validation, model, scale: str, seed: int, how: dict, options: dict) -> tuple:
+def _begin(method: Method, rows, validation, model, dial: dict, seed: int, how: dict, options: dict) -> tuple:
     "Read the rows and sort the options; nothing heavy yet. Returns the work and the options that are TRL's."
     known = SETTINGS | method.settings
     ours = known | {k: v for k, v in options.items() if k in known}
@@ -184,8 +184,9 @@ def _begin(method: Method, rows, validation, model, scale: str, seed: int, how: 
     check_fields(theirs, upstream(method.config))
     positive(theirs)
     found = take_rows(method, rows, "train", ours, **how)
-    run = Run(method.name, base_name(model), weights_hash(model), seed=seed, scale=scale)
-    work = Work(run, read_scale(scale), [row.place for row in found], method.take(found, ours), ours)
+    kept = {name: value for name, value in dial.items() if name != "scale"}
+    run = Run(method.name, base_name(model), weights_hash(model), seed=seed, scale=dial["scale"], dial=kept)
+    work = Work(run, dial, [row.place for row in found], method.take(found, ours), ours)
     if validation: work.held = held_back(method, validation, found, ours, **how)
     return work, theirs
 
@@ -251,7 +252,7 @@ def _fit(method: Method, work: Work, callbacks) -> None:
     work.args.output_dir = str(work.folder)
     trainer = method.trainer(work)
     _scalable(trainer)
-    if work.ours["loftq"]: start_from_rounding(trainer.model, work.run.model, work.run.scale)
+    if work.ours["loftq"]: start_from_rounding(trainer.model, work.run.model, work.dial)
     rehearse(trainer)
     log, seconds = fit(trainer, work.folder, method.name.upper(), method.shows, callbacks)
     finish(work.folder, replace(work.run, seconds=seconds), method.title, log)
@@ -262,7 +263,7 @@ def train(
     rows,                             # a file in any usual form, a data set on the Hub, or rows in memory
     output: str | Path,               # the run folder; an earlier run there is replaced
     model: str | Path | None = None,  # `tutor/NAME`, a folder, a Hub name; the method's or, on a GPU, the scale's own
-    scale: str = "cpu",               # a section of settings.ini
+    scale: str | dict = "cpu",        # a section of settings.ini, or what `core.scale` has read
     seed: int = 42,                   # of data order, sampling, dropout and new weights
     callbacks=(),                     # transformers' `TrainerCallback`s, such as `progress.live_plot()`
     validation=None,                  # rows whose loss is measured and shown, and which are not trained
@@ -271,10 +272,11 @@ def train(
     **options,                        # ours (`loading.SETTINGS`, `Method.settings`), and TRL's by TRL's names
 ) -> Path:                            # the run folder: weights, tokenizer, rows, log, card, README
     "Train. Raises `UserError` for rows, names or settings that cannot work, before anything is trained."
-    model = model or (method.model if scale == "cpu" else read_scale(scale)["model"])
+    dial = read_scale(scale)
+    model = model or (method.model if dial["scale"] == "cpu" else dial["model"])
     output = check_output(output, model)
     how = dict(skip_bad=skip_bad, system=system)
-    work, theirs = _begin(method, rows, validation, model, scale, seed, how, options)
+    work, theirs = _begin(method, rows, validation, model, dial, seed, how, options)
     set_seed(seed)
     with quiet():
         _prepare(method, work, theirs, skip_bad)
@@ -284,6 +286,16 @@ def train(
     return output
 
 # %% ../nbs/workshop/training.ipynb #c427d8ea
+def _scale_of(run: Run) -> str | dict:
+    "The scale to repeat a run on: the card's values, and a line where settings.ini has others by now."
+    if not run.dial: return run.scale
+    try: here = read_scale(run.scale)
+    except UserError: here = run.dial   # the section is not here
+    other = [f"{name} {here.get(name)}" for name in here | run.dial
+             if name != "scale" and here.get(name) != run.dial.get(name)]
+    if other: tell(f"scale {run.scale}: settings.ini says {', '.join(other)} by now; the card's own values count")
+    return read_scale("cpu") | {"scale": run.scale} | run.dial   # a card edited by hand may lack some
+
 def retrain(
     method: Method,
     card: str | Path,     # a run folder, or its run.yaml
@@ -295,4 +307,4 @@ def retrain(
     if run.method != method.name: raise UserError(f"{card}: the card of a {run.method}, not of a {method.name}")
     settings = {name: from_card(name, value) for name, value in run.settings.items() if name not in options}
     if "validation" in settings: settings["validation"] = data.parent / HELD
-    return train(method, data, output, run.model, run.scale, run.seed, **run.hyperparameters | settings | options)
+    return train(method, data, output, run.model, _scale_of(run), run.seed, **run.hyperparameters | settings | options)

@@ -27,6 +27,16 @@ def own_home(tmp_path, monkeypatch):
     monkeypatch.setattr(logging, "raiseExceptions", False)   # a library may hold a stream that pytest has closed
 
 
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    "A stand-in for the Hub, for this process and, by `hub.env`, for its children."
+    from hub import Hub
+
+    with Hub(tmp_path / "hub") as hub:
+        hub.patch(monkeypatch)
+        yield hub
+
+
 def pytest_collection_modifyitems(items):
     "Fast tests first, whole notebooks last."
     late = ("test_notebooks", "test_demo", "test_checkpoints")

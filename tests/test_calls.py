@@ -96,14 +96,14 @@ def test_words_beside_a_call_that_the_template_drops_are_said(capsys, tmp_path):
 
 def test_parallel_calls_are_split_and_said(capsys):
     "The template of tutor/tools takes one call a turn, as Llama 3.1's does. Nothing of the row is lost."
-    from llmcourse.chats import encode_chats, say_what_changes
+    from llmcourse.chats import encode_chat, say_what_changes
     from llmcourse.rows import read
 
     tokenizer = load_tokenizer("tutor/base")
     tokenizer.chat_template = TOOL_TEMPLATE
     found = read(DATA / "tools.jsonl")
     rows, places = [row.data for row in found], [row.place for row in found]
-    encoded = encode_chats(tokenizer, rows, places)
+    encoded = [encode_chat(tokenizer, row, place) for row, place in zip(rows, places)]
     say_what_changes(tokenizer, rows, places)
     assert "6 rows call several tools at once, and the template takes one call a turn: they are split" in (
         "".join(capsys.readouterr())
@@ -116,7 +116,7 @@ def test_parallel_calls_are_split_and_said(capsys):
     two = next(row for row in found if len(row.data["messages"][2].get("tool_calls", [])) == 2)
     cut = two.data | {"messages": two.data["messages"][:3]}
     with pytest.raises(UserError, match=f"{two.place}: .*turn 2 calls 2 tools at once, and their results do not"):
-        encode_chats(tokenizer, [cut], [two.place])
+        encode_chat(tokenizer, cut, two.place)
 
 
 def test_results_follow_their_calls_by_id():

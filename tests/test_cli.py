@@ -12,6 +12,7 @@ import pytest
 from llmcourse.cli import COMMANDS, command, main, usage
 from llmcourse.options import parse
 
+ROOT = Path(__file__).parent.parent
 CHAT = {
     "messages": [{"role": "user", "content": "What is 12 plus 34?"}, {"role": "assistant", "content": "Answer: 46"}]
 }
@@ -117,6 +118,42 @@ def test_adapter_of_another_base(capsys, tmp_path):
     assert "adapter" in bad(capsys, "eval", "--model", adapter, "--n", "1")
 
 
+def test_a_folder_that_is_not_there_yet(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for words in (["chat", "--model", "runs/gguf", "--port", 0], ["serve", "--model", "./mine", "--port", 0]):
+        said = bad(capsys, *words)
+        assert f"{words[2]}: no such folder. `llmcourse export --output {words[2]}` makes one" in said
+
+
+def test_help_says_that_an_earlier_run_is_replaced(capsys):
+    with pytest.raises(SystemExit):
+        main(["sft", "--help"])
+    assert "An earlier run is replaced" in " ".join(capsys.readouterr().out.split())
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 12345\n"
+
+
+@pytest.mark.parametrize("checkpoint, file", [("sft", "adapter_model.safetensors"), ("base", "model.safetensors")])
+@pytest.mark.parametrize(
+    "fault, why",
+    [("cut", "not fully covered"), ("pointer", "git lfs pull"), ("empty", "empty"), ("page", "a web page")],
+)
+def test_damaged_weights_are_called_damaged(checkpoint, file, fault, why, capsys, tmp_path, monkeypatch):
+    import shutil
+    from llmcourse.core import weights
+
+    monkeypatch.chdir(tmp_path)
+    whole = (Path(shutil.copytree(weights() / checkpoint, "mine")) / file).read_bytes()
+    faults = {"cut": whole[: len(whole) // 2], "pointer": POINTER, "empty": b"", "page": b"<!DOCTYPE html><html>"}
+    (tmp_path / "mine" / file).write_bytes(faults[fault])
+    commands = ["eval --n 1", "sft --steps 4", "grpo --steps 4", "export", "serve --engine transformers --port 0"]
+    for words in commands:
+        said = bad(capsys, *words.split(), "--model", "mine")
+        assert f"mine/{file}: not a whole safetensors file" in said and why in said and "not fit" not in said, words
+    assert not (tmp_path / "runs").exists()
+
+
 def test_too_long_a_prompt(capsys, tmp_path):
     data = jsonl(tmp_path / "long.jsonl", {"messages": [{"role": "user", "content": "12 plus " * 2000}], "answer": "1"})
     assert "tokens" in bad(capsys, "eval", "--data", data)
@@ -174,6 +211,37 @@ def test_a_real_process_exits_with_2_and_no_traceback():
     )
     assert (
         done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.startswith("llmcourse: unknown scale")
+    )
+
+
+ENV = os.environ | {"PYTHONPATH": str(ROOT)}
+PROGRAM = f"{sys.executable} -c 'from llmcourse.cli import cli; cli()'"
+
+
+@pytest.mark.parametrize("reader", ["head -1", "true"])  # `true` is gone before the first line
+@pytest.mark.parametrize(
+    "words",
+    [
+        "data check data/gsm8k.jsonl",
+        "xray data/gsm8k.jsonl",
+        "scores --n 1 --checkpoints sft --json",
+        "--help",
+        "sft --help",
+        "--version",
+    ],
+)
+def test_a_reader_that_has_seen_enough(words, reader):
+    line = f"{PROGRAM} {words} | {reader}; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, cwd=ROOT, env=ENV)
+    assert done.returncode in (0, 141) and done.stderr == ""
+    assert len(done.stdout.splitlines()) == (reader != "true")
+
+
+def test_a_full_disk_under_the_standard_output():
+    done = subprocess.run(["bash", "-c", f"{PROGRAM} --help > /dev/full"], capture_output=True, text=True, env=ENV)
+    assert done.returncode == 2
+    assert (
+        done.stderr == "llmcourse: while writing: no space left on the disk. Free some and run the same command again\n"
     )
 
 

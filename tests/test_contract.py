@@ -7,7 +7,7 @@ import pytest
 import whole_way
 from hypothesis import given, settings, strategies as st
 
-from llmcourse.chats import encode_chats, look_at_chats, take_chats
+from llmcourse.chats import encode_chat, look_at_chats, take_chats
 from llmcourse.core import UserError
 from llmcourse.datacheck import check_data
 from llmcourse.faults import turn_faults
@@ -73,7 +73,7 @@ def written(data, folder):
 def trained(path, tokenizer):
     "What SFT would be trained to say, of every row."
     rows = take_chats(read(path, "train", "SFT"))
-    encoded = encode_chats(tokenizer, rows, [path] * len(rows))
+    encoded = [encode_chat(tokenizer, one, f"{path}:{i}") for i, one in enumerate(rows, 1)]
     look_at_chats(tokenizer, encoded, 320)
     return [tokenizer.decode([t for t in r["labels"] if t != -100]) for r in encoded]
 
@@ -116,7 +116,7 @@ def test_a_rated_chat_is_not_a_chat_to_learn_from(tmp_path):
 
 
 def test_rows_beyond_the_context_are_refused(tokenizer):
-    long = encode_chats(tokenizer, [row(said("so " * 2000))], ["rows[0]"])
+    long = [encode_chat(tokenizer, row(said("so " * 2000)), "rows[0]")]
     with pytest.raises(UserError, match="the model reads 1,024. Give max_length=1024"):
         look_at_chats(tokenizer, long, 4096, context=1024)
 

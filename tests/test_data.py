@@ -872,7 +872,7 @@ def test_dial_decides_length_and_steps(tmp_path):
 def test_estimate_beyond_the_sample(tmp_path):
     full, part = check(tmp_path / "a.jsonl", *chats(400)), check(tmp_path / "a.jsonl", sample=100)
     assert len(part.run["lengths"]) == 100 and part.run["tokens"] == pytest.approx(full.run["tokens"], rel=0.1)
-    assert "estimated" in repr(part) and "estimated" not in repr(full)
+    assert "(estimated from 100 of 400 rows)" in repr(part) and "estimated" not in repr(full)
 
 
 def test_report_does_not_obey_what_it_prints(tmp_path):

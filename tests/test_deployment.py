@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -75,6 +76,7 @@ def test_dockerfile():
     words = [x.split()[0] for x in lines if not x.startswith((" ", "\t"))]
     assert words[0] == "FROM" and set(words) <= {
         "FROM",
+        "ARG",
         "RUN",
         "WORKDIR",
         "COPY",
@@ -92,6 +94,21 @@ def test_dockerfile():
     assert user != "root"
     text = "\n".join(lines)
     assert "constraints/default.txt" in text and '"demo"' in text and "LLMCOURSE_API_KEY=" not in text
+
+
+def test_the_image_installs_the_package_for_the_cpu():
+    "Plain pip on Linux would bring gigabytes of CUDA. uv knows each option, and both builds that are named."
+    text = (DEPLOY / "Dockerfile").read_text()
+    command = re.search(r"uv pip install (.+)$", text, re.M)[1].split()
+    assert command[-1] == "." and (ROOT / command[command.index("-c") + 1]).exists()
+    known = subprocess.run(
+        [sys.executable, "-m", "uv", "pip", "install", "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    assert all(f" {x}" in known for x in command if x.startswith("--"))
+    named = re.findall(r"\bTORCH=(\w+)", text)
+    assert "ARG TORCH=cpu" in text and command[command.index("--torch-backend") + 1] == "$TORCH"
+    values = re.search(r"--torch-backend <.*?possible\s+values: (.*?)\]", known, re.S)[1]
+    assert len(named) == 2 and all(re.search(rf"\b{x}\b", values) for x in named)
 
 
 def test_modelfile():

@@ -1,6 +1,7 @@
 """Graders as rewards: what is trained is what is measured, from the file as published, and what misbehaves is named."""
 
 import json
+import os
 import math
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
@@ -275,6 +276,39 @@ def judge_url(monkeypatch):
     monkeypatch.setenv("LLMCOURSE_JUDGE_URL", url)
     yield url
     server.shutdown()
+
+
+def test_grpo_reports_the_reward_of_validation_rows(tmp_path, capsys):
+    from llmcourse.cli import main
+    from llmcourse.tutor import problems
+
+    paths = [tmp_path / "train.jsonl", tmp_path / "held.jsonl"]
+    stories = [{"question": p["question"], "answer": str(p["answer"])} for p in problems(12, 5, ("story2",))]
+    for path, rows in zip(paths, (stories[:8], stories[8:])):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["grpo", "--data", paths[0], "--validation", paths[1], "--output", tmp_path / "run", "--steps", 2]
+    words += ["--batch-size", 8, "--grad-accum", 1, "--max-length", 96, "--warmup", 0, "--model", "tutor/sft"]
+    assert main([str(word) for word in words]) == 0
+    assert "on the validation rows" in capsys.readouterr().err
+    log = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert all(0 <= row["eval_reward"] <= 1 for row in log if "eval_loss" in row or "eval_reward" in row)
+    assert sum("eval_reward" in row for row in log) == 2
+    assert len((tmp_path / "run/validation.jsonl").read_text().splitlines()) == 4
+
+
+def test_the_judge_is_an_option_of_eval(judge_url, tmp_path, monkeypatch, capsys):
+    from llmcourse import exam
+    from llmcourse.cli import main
+
+    monkeypatch.delenv("LLMCOURSE_JUDGE_URL")
+    monkeypatch.setattr(exam, "examinee", lambda *_: lambda messages: "Hello!")
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps({"question": f"Greet {i}.", "answer": "Hello, you."}) + "\n" for i in range(3)))
+    words = ["eval", "--data", str(data), "--json"]
+    assert main([*words, "--judge", judge_url, "--judge-model", "judge"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["score"] == 0.8
+    assert not {"LLMCOURSE_JUDGE_URL", "LLMCOURSE_JUDGE_MODEL"} & set(os.environ)
+    assert main([*words, "--grade", "judge"]) == 2 and "--judge" in capsys.readouterr().err
 
 
 def test_a_judge_grades_and_rewards(judge_url):

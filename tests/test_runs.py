@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from llmcourse.card import Run, read_card
+from llmcourse.card import Run, read_card, write_card
 from llmcourse.core import UserError
 from llmcourse.drill import drill
 from llmcourse.rehearsal import rehearse
@@ -200,6 +200,18 @@ def test_two_processes_do_not_write_one_run(tmp_path):
 # training
 
 
+def stop_at(step):
+    "Ctrl-C at the beginning of a step."
+    from transformers import TrainerCallback
+
+    class Stop(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kw):
+            if state.global_step == step:
+                raise KeyboardInterrupt
+
+    return Stop()
+
+
 def test_drill_to_the_bit(small, tmp_path):
     """Full training and an adapter with dropout, killed and paused at random moments, end in the weights of an
     uninterrupted run."""
@@ -271,6 +283,72 @@ def test_a_full_disk_loses_no_earlier_checkpoint(small, tmp_path, monkeypatch):
     assert sft(output=tmp_path / "run", **options(small)).is_dir() and not (tmp_path / "run.unfinished").exists()
 
 
+@pytest.fixture
+def small_disk(tmp_path):
+    "A disk of 16 MB."
+    place = tmp_path / "disk"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "none", place], capture_output=True).returncode:
+        pytest.skip("no tmpfs can be mounted here")
+    yield place
+    subprocess.run(["umount", "--lazy", place], check=True)
+
+
+FILLS = """
+import shutil
+from llmcourse import resume
+from llmcourse.cli import cli
+sealing = resume.seal
+def seal(folder, place, seconds=0):
+    sealed = sealing(folder, place, seconds)
+    if place.name == "step-000006":   # somebody else takes all that is left, but for a part of a checkpoint
+        with open(DISK + "/filler", "wb", buffering=0) as f: f.write(bytes(shutil.disk_usage(DISK).free - LEFT))
+    return sealed
+resume.seal = seal
+cli()
+"""
+
+
+@pytest.mark.parametrize("left", [0, 900_000])  # not a file more; the weights, but no optimizer
+def test_a_disk_that_fills_up_in_a_checkpoint(left, small, small_disk, tmp_path):
+    data = tmp_path / "chats.jsonl"
+    data.write_text("".join(json.dumps(r) + "\n" for r in ROWS))
+    words = ["sft", "--model", small, "--data", data, "--full", "--steps", "12", "--save-steps", "3", "--output"]
+    words = [str(word) for word in words]
+    python = [sys.executable, "-c"]
+    code = FILLS.replace("LEFT", str(left)).replace("DISK", repr(str(small_disk)))
+    full = subprocess.run([*python, code, *words, small_disk / "run"], capture_output=True, text=True)
+    assert full.returncode == 2, full.stderr
+    said = [line for line in full.stderr.splitlines() if "llmcourse: " in line or "Error" in line]
+    assert len(said) == 1 and said[0].endswith("no space left on the disk. Free some and run the same command again")
+    assert "Traceback" not in full.stderr and "Exception" not in full.stderr
+    assert last_complete(small_disk / "run.unfinished/checkpoints").name == "step-000006"
+    (small_disk / "filler").unlink()
+    again = [*python, "from llmcourse.cli import cli; cli()", *words]
+    done = subprocess.run([*again, small_disk / "run"], capture_output=True, text=True)
+    assert done.returncode == 0 and "going on from step 6" in done.stderr, done.stderr
+    subprocess.run([*again, tmp_path / "straight"], capture_output=True, check=True)
+    assert weights(small_disk / "run") == weights(tmp_path / "straight")
+
+
+def test_what_an_unfinished_run_takes_is_not_asked_for_again(small, tmp_path, monkeypatch):
+    "Room for the whole run but for what its checkpoints take already is enough to go on, and not to begin."
+    from llmcourse.models import load
+    from llmcourse.runs import room_for_run
+
+    with pytest.raises(KeyboardInterrupt):
+        sft(output=tmp_path / "run", **options(small), callbacks=[stop_at(8)])
+    size = load(small)[0].num_parameters()
+    taken = sum(f.stat().st_size for f in (tmp_path / "run.unfinished").rglob("*") if f.is_file())
+    whole = (4 + 1 + 3 * 12) * size
+    assert taken > 2 * 12 * size  # two checkpoints, of weights and of AdamW's two numbers
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=whole - taken))
+    with pytest.raises(UserError, match=r"MB free, .* MB needed"):
+        room_for_run(tmp_path / "another", size, keep=True, adapter=False)
+    assert sft(output=tmp_path / "run", **options(small)).is_dir()
+
+
 def test_the_command_pauses_with_code_75_and_goes_on(small, tmp_path):
     data = tmp_path / "chats.jsonl"
     data.write_text("".join(json.dumps(r) + "\n" for r in ROWS))
@@ -302,6 +380,36 @@ def test_the_command_pauses_with_code_75_and_goes_on(small, tmp_path):
 
 
 # cards
+
+
+def test_a_card_brings_its_own_scale_along(small, tmp_path, monkeypatch, capsys):
+    from llmcourse.cli import main
+
+    here, there = tmp_path / "here", tmp_path / "there"
+    for folder in (here, there):
+        folder.mkdir()
+    (here / "settings.ini").write_text("[mine]\nbatch_size = 5\nmax_length = 256\n")
+    (here / "chats.jsonl").write_text("".join(json.dumps(r) + "\n" for r in ROWS))
+    monkeypatch.chdir(here)
+    assert main(["sft", "--model", str(small), "--data", "chats.jsonl", "--scale", "mine", "--steps", "3"]) == 0
+    card = read_card(here / "runs/sft")
+    assert card.scale == "mine" and card.dial["batch_size"] == 5 and card.dial["device"] == "cpu"
+    monkeypatch.chdir(there)
+    assert main(["train", str(here / "runs/sft"), "--output", "again"]) == 0
+    assert weights(there / "again") == weights(here / "runs/sft")
+    assert "settings.ini" not in capsys.readouterr().err
+    (there / "settings.ini").write_text("[mine]\nbatch_size = 2\nmax_length = 256\n")
+    assert main(["train", str(here / "runs/sft"), "--output", "third"]) == 0
+    assert "settings.ini says batch_size 2 by now; the card's own values count" in capsys.readouterr().err
+    assert weights(there / "third") == weights(here / "runs/sft") and read_card("third").dial == card.dial
+
+
+def test_a_card_from_before_it_kept_the_scale_opens(small, tmp_path):
+    from llmcourse.methods import rerun
+
+    run = sft(output=tmp_path / "run", **options(small, peft_config=lora()) | dict(max_steps=2, save_steps=50))
+    write_card(replace(read_card(run), dial={}), run)
+    assert weights(rerun(run, tmp_path / "again")) == weights(run)
 
 
 def test_a_card_with_a_misspelt_field_is_refused(small, tmp_path):
@@ -354,7 +462,7 @@ def test_a_sound_trainer_passes_and_stays_as_it_was(small, tmp_path):
     t = trainer(small, tmp_path)
     before, state = {k: v.clone() for k, v in t.model.state_dict().items()}, torch.get_rng_state()
     found = rehearse(t)
-    assert set(found) == {"vocabulary", "schedule", "packing", "gradient"}
+    assert set(found) == {"vocabulary", "schedule", "memory", "packing", "gradient"}
     assert torch.equal(state, torch.get_rng_state()) and all(
         torch.equal(v, before[k]) for k, v in t.model.state_dict().items()
     )
@@ -405,6 +513,56 @@ def test_it_names_what_to_change_when_memory_is_short(small, tmp_path, monkeypat
     monkeypatch.setattr(t.model, "forward", full)
     with pytest.raises(UserError, match="out of memory: halve per_device_train_batch_size.* 8 rows of up to"):
         rehearse(t)
+
+
+GROWTH = """
+import gc, re, sys
+from pathlib import Path
+from llmcourse import training, memory, tutor
+from llmcourse.lora import lora_config
+from llmcourse.sft import sft
+def status(key): return int(re.search(key + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+def fitted(*words):
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")   # the peak begins here
+    before = status("VmRSS")
+    fit(*words)
+    print(status("VmHWM") - before, predicted[0])
+def count(*words):
+    predicted.append(counted(*words))
+    return predicted[-1]
+predicted, fit, counted = [], training._fit, memory.training_bytes
+training._fit, memory.training_bytes = fitted, count
+turns = [turn for p in tutor.problems(9, 0, ("add",)) for turn in tutor.to_chat(p)["messages"][-2:]]
+config = lora_config(r=16, lora_alpha=32) if sys.argv[2] == "lora" else None
+options = dict(max_length=400, max_steps=1, warmup_steps=0)
+sft([{"messages": turns}] * 32, sys.argv[1], "tutor/base", peft_config=config, **options)
+"""
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="no /proc to read the peak from")
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_the_memory_of_a_training_is_foretold(kind, tmp_path):
+    words = [sys.executable, "-c", GROWTH, tmp_path / "run", kind]
+    done = subprocess.run([str(w) for w in words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    grew, predicted = map(float, done.stdout.split()[-2:])
+    assert grew > 1e9 and 1 / 1.5 < predicted / grew < 1.5, f"predicted {predicted / grew:.2f} of what it took"
+
+
+def test_a_training_without_room_is_refused_before_it_starts(small, tmp_path, monkeypatch, capsys):
+    from llmcourse import memory
+    from llmcourse.cli import main
+
+    data = tmp_path / "chats.jsonl"
+    data.write_text("".join(json.dumps(r) + "\n" for r in ROWS))
+    words = ["sft", "--model", small, "--data", data, "--output", tmp_path / "run", "--full", "--steps", "4"]
+    monkeypatch.setattr(memory, "free_memory", lambda device: 5e6)
+    assert main([str(w) for w in words]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("llmcourse: memory: ") and "smaller --batch-size, --max-length or --r" in said
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["chats.jsonl"]
+    assert main([str(w) for w in [*words, "--batch-size", "1"]]) == 0
 
 
 def test_packing_is_measured(small, tmp_path):
