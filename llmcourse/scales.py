@@ -13,12 +13,12 @@ from .models import parameter_count, weight_bytes
 from .progress import tell
 
 # %% auto #0
-__all__ = ['WHAT_LEARNS', 'training_bytes', 'to_train']
+__all__ = ['WHAT_LEARNS', 'bytes_by_method', 'to_train']
 
-# %% ../nbs/workshop/scales.ipynb #0d177f09
+# %% ../nbs/workshop/scales.ipynb #55b1241b
 WHAT_LEARNS = {"full": "all weights", "lora": "a LoRA", "qlora": "a LoRA over 4 bits"}   # a scale's `method`
 
-def training_bytes(
+def bytes_by_method(
     config,                 # a Llama's `model.config`, or its config.json as a dict
     dtype: str = "bfloat16",# of weights that do not learn
 ) -> dict[str, int]:        # way → bytes of the weights and of what training keeps beside them
@@ -27,10 +27,10 @@ def training_bytes(
     return {"full": TRAINED * parameter_count(config), "lora": weight_bytes(config, dtype) + learns,
             "qlora": weight_bytes(config, "nf4") + learns}
 
-# %% ../nbs/workshop/scales.ipynb #f1b071f9
+# %% ../nbs/workshop/scales.ipynb #3e32a989
 def _needs(model, dial: dict, method: str) -> str:
     "The memory of a way, in words."
-    try: found = training_bytes(config_of(model), dial["dtype"])[method]
+    try: found = bytes_by_method(config_of(model), dial["dtype"])[method]
     except UserError: return "memory unknown, as it is no Llama"
     return f"{found / 1e9:.2g} GB for weights and optimizer, and activations on top"
 

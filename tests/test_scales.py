@@ -16,7 +16,7 @@ import pytest
 from llmcourse.core import UserError, scale
 from llmcourse.lookalike import lookalike
 from llmcourse.models import load
-from llmcourse.scales import WHAT_LEARNS, to_train, training_bytes
+from llmcourse.scales import WHAT_LEARNS, to_train, bytes_by_method
 from llmcourse.sft import sft
 from llmcourse.tutor import problems, to_chat
 
@@ -96,7 +96,7 @@ def test_the_dial_trains_what_fits():
     shapes = {"t4": "Llama 3.2 1B", "l4": "Llama 3.2 3B", "a100": "Llama 3.1 8B", "h100": "Llama 3.1 8B"}
     for name, shape in shapes.items():
         dial, config = scale(name), LlamaConfig(**LLAMAS[shape])
-        needs = training_bytes(config, dial["dtype"])
+        needs = bytes_by_method(config, dial["dtype"])
         assert needs[dial["method"]] < 0.75e9 * gpu.FITS[name] < needs["full"]
     assert set(MODELS) | {"cpu"} <= set(scale_names()) and all(scale(s)["method"] in WHAT_LEARNS for s in MODELS)
     assert scale("t4")["dtype"] == "float16"  # it has no bfloat16
