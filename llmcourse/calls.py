@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from .core import Message, UserError
 
 # %% auto #0
-__all__ = ['Call', 'DATE', 'parse_calls', 'call_text', 'wanted_calls', 'call_scores', 'grade_call', 'open_calls', 'parallel',
-           'split_calls', 'prompt_text']
+__all__ = ['Call', 'DATE', 'parse_calls', 'call_text', 'wanted_calls', 'call_scores', 'grade_call', 'sent_calls', 'open_calls',
+           'parallel', 'split_line', 'split_calls', 'prompt_text']
 
 # %% ../nbs/workshop/calls.ipynb #07646732
 Call = dict   # {"name": "calculate", "arguments": {"a": 47, "b": 38, "op": "+"}}
@@ -202,6 +202,16 @@ def _opened(call: dict) -> dict:
     try: return call | {"function": function | {"arguments": json.loads(function["arguments"])}}
     except (KeyError, TypeError, ValueError): return call
 
+def sent_calls(messages: list[Message]) -> list[Message]:
+    "Turns with the arguments of their calls as text, as clients send them."
+    text = lambda given: given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
+    out = []
+    for m in messages:
+        calls = [(c, c["function"]) for c in m.get("tool_calls") or []]
+        sent = [c | {"function": f | {"arguments": text(f["arguments"])}} for c, f in calls]
+        out.append(m | {"tool_calls": sent} if sent else m)
+    return out
+
 def open_calls(messages: list[Message]) -> list[Message]:
     "Turns with the arguments of their calls as objects."
     return [m | {"tool_calls": [_opened(c) for c in m["tool_calls"]]} if m.get("tool_calls") else m for m in messages]
@@ -210,6 +220,15 @@ def open_calls(messages: list[Message]) -> list[Message]:
 def parallel(messages: list[Message]) -> bool:
     "Is there a turn that calls several tools at once?"
     return any(len(m.get("tool_calls") or []) > 1 for m in messages)
+
+def split_line(
+    n: int,       # rows
+    first: str,   # the place of the first one
+) -> str:
+    "What is said about rows that `is_split` finds."
+    what = "rows call" if n > 1 else "row calls"
+    return (f"{n:,} {what} several tools at once, and the template takes one call a turn: "
+            f"{'they are' if n > 1 else 'it is'} split, one call after the other (first {first})")
 
 def _taken(call: dict, results: list[Message]) -> Message:
     "Take a call's result out of a list: the one with its id, else the first."

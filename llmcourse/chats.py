@@ -4,8 +4,8 @@
 
 # %% ../nbs/workshop/chats.ipynb #32ffc34d
 from __future__ import annotations
-from .calls import parallel
-from .core import UserError
+from .calls import parallel, split_line
+from .core import Message, UserError
 from .data import tokenize
 from .faults import chat_faults, refuse_faults
 from .labels import drawable, end_ids, left_out
@@ -13,8 +13,8 @@ from .progress import tell
 from .rows import Row
 
 # %% auto #0
-__all__ = ['take_chats', 'check_fit', 'encode_chat', 'say_if_split', 'say_if_left_out', 'say_what_changes', 'check_labels',
-           'look_at_chats']
+__all__ = ['take_chats', 'check_fit', 'encode_chat', 'is_split', 'say_if_split', 'say_if_left_out', 'say_what_changes',
+           'check_labels', 'look_at_chats']
 
 # %% ../nbs/workshop/chats.ipynb #4510d369
 def take_chats(
@@ -66,11 +66,15 @@ def encode_chat(
     return out
 
 # %% ../nbs/workshop/chats.ipynb #f1560d67
-def say_if_split(tokenizer, rows: list[dict]) -> None:
-    "Say how many rows call several tools at once, if the template takes one call a turn."
-    several = [row for row in rows if parallel(row["messages"])]
-    n = sum(len(drawable(tokenizer, row["messages"], row.get("tools"))) > len(row["messages"]) for row in several)
-    if n: tell(f"{n:,} rows call several tools at once, and the template takes one call a turn: they are split")
+def is_split(tokenizer, messages: list[Message], tools: list | None = None) -> bool:
+    "Does a conversation call several tools at once, and the template takes one call a turn?"
+    return parallel(messages) and len(drawable(tokenizer, messages, tools)) > len(messages)
+
+def say_if_split(tokenizer, rows: list[dict], places: list[str]) -> None:
+    "Say how many rows call several tools at once and which is the first, if the template takes one call a turn."
+    found = [place for row, place in zip(rows, places, strict=True)
+             if is_split(tokenizer, row["messages"], row.get("tools"))]
+    if found: tell(split_line(len(found), found[0]))
 
 def say_if_left_out(tokenizer, rows: list[dict], places: list[str]) -> None:
     "Say in how many rows the template leaves something out, and what it is in the first of them."
@@ -81,7 +85,7 @@ def say_if_left_out(tokenizer, rows: list[dict], places: list[str]) -> None:
 
 def say_what_changes(tokenizer, rows: list[dict], places: list[str]) -> None:
     "Say what the template does to rows that it takes: calls that it splits, texts and tools that it leaves out."
-    say_if_split(tokenizer, rows)
+    say_if_split(tokenizer, rows, places)
     say_if_left_out(tokenizer, rows, places)
 
 # %% ../nbs/workshop/chats.ipynb #2bf3ca0c

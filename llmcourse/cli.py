@@ -11,6 +11,7 @@ from . import __version__
 from .core import CHAPTERS, UserError, choose
 from .exits import in_one_line
 from .methods import METHODS, method
+from .planreport import plan
 from .options import parse
 
 # %% auto #0
@@ -289,7 +290,7 @@ def checkpoints(
     rebuild(output or None, _names(names))
 
 # %% ../nbs/workshop/cli.ipynb #29427043
-COMMANDS = {f.__name__: f for f in (demo, doctor, scores, course, data, xray)}
+COMMANDS = {f.__name__: f for f in (demo, doctor, scores, course, data, xray, plan)}
 COMMANDS |= {name: training for name in METHODS}
 COMMANDS |= {f.__name__: f for f in (train, eval, export, serve, chat, checkpoints)}
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from .copies import Seen
-from .chats import check_fit, encode_chat
+from .chats import check_fit, encode_chat, is_split
 from .core import Message, UserError, choose, scale as read_scale
 from .fetching import fetched
 from .exam import examinable
@@ -51,7 +51,7 @@ class Lengths:
         self.tokenizer, self.max_length, self.sample = tokenizer, max_length, sample
         self.context, self.reply = context, reply
         self.measured = []
-        self.letters = self.trained = self.rows = 0
+        self.letters = self.trained = self.rows = self.split = 0   # `split`: rows with several calls in a turn
         self.kept = self.longest = 0   # tokens that fit into the room, and the longest row
         silenced = getattr(tokenizer, "deprecation_warnings", {})
         silenced["sequence-length-is-longer-than-the-specified-maximum"] = True   # we say it ourselves
@@ -77,6 +77,7 @@ class Lengths:
                 self.measured.append(n)
                 self.letters += letters
                 self.check(encoded)
+                self.split += self.reply is None and is_split(self.tokenizer, chat, tools)
             except UserError as e:
                 yield "error", str(e).removeprefix("row: ")
                 return
@@ -151,7 +152,9 @@ def _examine(report: Report, code: int, row: Row | Fault, seen: Seen, lengths: L
     report.forms[row.form] += 1
     report.sides[where] += 1
     report.first.setdefault(row.form, code)
+    before = lengths.split
     found = dict.fromkeys(_found(row, lengths, report.purpose))   # each fault once
+    if lengths.split > before and not code >> 40: report.split.append(code)
     report.refused += not code >> 40 and any(level == "error" for level, _ in found)
     copies = seen.faults(code, row.data, where) if conversations(row.data)[0] else ()
     for level, what in [*found, *copies]: report.say(level, code, what)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 import re
 from pathlib import Path
+from .calls import sent_calls
 from .children import Child
 from .core import Message, UserError
 from .models import DATE
@@ -74,9 +75,14 @@ class Engine:
         "Token ids of a text, special tokens read as such, with what the model adds in front and behind."
         return self.post("/tokenize", content=text, add_special=True, parse_special=True)["tokens"]
 
-    def template(self, messages: list[Message]) -> str:
+    def template(self,
+        messages: list[Message],
+        tools: list | None = None,   # what the assistant may call
+        day: str | None = DATE,      # for templates that print one; None: as the file has it
+    ) -> str:
         "The text that llama.cpp makes of a conversation, before it adds BOS."
-        body = {"messages": messages, "chat_template_kwargs": {"date_string": DATE}}
+        body = {"messages": sent_calls(messages)} | ({"tools": tools} if tools else {})
+        if day: body["chat_template_kwargs"] = {"date_string": day}
         return self.post("/apply-template", **body)["prompt"]
 
     def generate(self, ids: list[int], n: int) -> list[int]:

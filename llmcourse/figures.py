@@ -14,8 +14,9 @@ __all__ = ['WIDTH', 'INK', 'FAINT', 'TINT', 'DEEP', 'TRAINED', 'MASKED', 'UP', '
 # %% ../nbs/workshop/figures.ipynb #a9093cf9
 WIDTH = 504                         # points: 7 inches
 INK, FAINT = "#222222", "#767676"   # two colours of text
-TINT = {"use": "#dbe9f9", "train": "#d9f0d9", "ship": "#fce8cf"}   # the parts of the course, pale and deep
-DEEP = {"use": "#1f5fa8", "train": "#23702f", "ship": "#a85a00"}
+# the parts of the course, pale and deep
+TINT = {"use": "#dbe9f9", "train": "#d9f0d9", "ship": "#fce8cf", "scale": "#ece0f5"}
+DEEP = {"use": "#1f5fa8", "train": "#23702f", "ship": "#a85a00", "scale": "#6a3d9a"}
 TRAINED, MASKED = "#a8dfa8", "#e6e6e6"
 UP, DOWN = "#23702f", "#b03030"
 
@@ -50,7 +51,8 @@ def arrow(ax, start: tuple, end: tuple, color: str = FAINT, **style):
 STOPS = {"model": ("01", "use", 0, 0), "serve": ("02", "use", 1, 0), "evals": ("04", "use", 2, 0),
          "data": ("05", "train", 3, 0), "sft": ("06", "train", 4, 0), "lora": ("07", "train", 5, 0),
          "preference": ("08", "train", 6, 0), "rl": ("09", "train", 6, 1),
-         "export": ("10", "ship", 4.5, 1), "chat": ("11", "ship", 3, 1)}   # name → chapter, part, column, row
+         "export": ("10", "ship", 4.5, 1), "chat": ("11", "ship", 3, 1),
+         "plan": ("14", "scale", 1.3, 1)}   # name → chapter, part, column, row
 
 def _stop(ax, name: str, here: bool):
     "One chapter of the pipeline: its number and its name, in a box that shows whether it is written and read now."
@@ -67,7 +69,7 @@ def _stop(ax, name: str, here: bool):
 # %% ../nbs/workshop/figures.ipynb #d5c8a5aa
 def _legend(ax, part: str | None):
     "What the colours mean, and the names of the course's parts."
-    for name, x, y in (("use", 6, 14), ("train", 219, 14), ("ship", 178, 108)):
+    for name, x, y in (("use", 6, 14), ("train", 219, 14), ("ship", 178, 108), ("scale", 98, 80)):
         write(ax, x, y, name, 9, DEEP[name], weight="bold")
     box(ax, 6, 90, 14, 10, DEEP[part] if part else TINT["use"])
     write(ax, 26, 95, "you are here" if part else "written", 8)

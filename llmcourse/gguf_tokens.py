@@ -8,12 +8,14 @@ import contextlib, json, logging, re
 from pathlib import Path
 from .core import Message, UserError
 from .engine import Engine
+from .gotools import TOOL_CHATS
 from .models import DATE
+from .progress import tell
 
 # %% auto #0
 __all__ = ['LLAMA3', 'QWEN2', 'GPT2', 'SPLITS', 'TEXTS', 'CHATS', 'splits', 'merges_matter', 'pre_tokenizer', 'adds',
            'vocabulary', 'dated', 'add_tokenizer', 'chat_text', 'golden_chats', 'parts_at', 'overlaps', 'special_texts',
-           'both_read', 'check_tokens']
+           'both_read', 'tools_differ', 'check_tokens']
 
 # %% ../nbs/workshop/gguf_tokens.ipynb #cd131eae
 LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -170,10 +172,11 @@ def chat_text(
     tokenizer,                # of transformers
     messages: list[Message],
     ask: bool = True,         # open the assistant's turn
+    tools: list | None = None,   # what the assistant may call
 ) -> str:
     "A conversation as text, on the day that llama.cpp is told, too."
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask,
-                                         date_string=DATE)
+                                         date_string=DATE, tools=tools)
 
 # %% ../nbs/workshop/gguf_tokens.ipynb #43011084
 def golden_chats(
@@ -221,17 +224,32 @@ def special_texts(tokenizer) -> list[str]:
 
 # %% ../nbs/workshop/gguf_tokens.ipynb #f24db92d
 def both_read(
-    gguf: str | Path,
+    engine: Engine,
     tokenizer,                                   # of transformers
 ) -> list[tuple[str, list[int], list[int]]]:     # (text, llama.cpp's ids, transformers' ids)
     "Texts, special tokens and conversations as both programs read them."
-    with Engine(gguf) as engine:
-        texts = TEXTS + special_texts(tokenizer)
-        pairs = [(text, engine.tokenize(text), tokenizer(text)["input_ids"]) for text in texts]
-        for chat, text in golden_chats(tokenizer):
-            theirs = tokenizer(text, add_special_tokens=False)["input_ids"]
-            pairs.append((text, engine.tokenize(engine.template(chat)), theirs))
+    texts = TEXTS + special_texts(tokenizer)
+    pairs = [(text, engine.tokenize(text), tokenizer(text)["input_ids"]) for text in texts]
+    for chat, text in golden_chats(tokenizer):
+        theirs = tokenizer(text, add_special_tokens=False)["input_ids"]
+        pairs.append((text, engine.tokenize(engine.template(chat, day=None)), theirs))   # the day is in the file
     return pairs
+
+# %% ../nbs/workshop/gguf_tokens.ipynb #77d0a3be
+def tools_differ(
+    engine: Engine,
+    tokenizer,        # of transformers
+) -> str:             # empty if nowhere, or if the chat template takes no tools
+    "Where llama.cpp makes something else of golden conversations with tools than transformers does."
+    for chat, tools in TOOL_CHATS if tokenizer.chat_template else []:
+        try: text, plain = chat_text(tokenizer, chat, tools=tools), chat_text(tokenizer, chat)
+        except Exception: continue   # templates refuse what they do not want, in their own words
+        if text == plain: continue
+        try: ours = engine.tokenize(engine.template(chat, tools, day=None))
+        except UserError as e: return str(e).rpartition("llama.cpp answers ")[2][:120]
+        theirs = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if (at := parts_at(ours, theirs)) is not None: return f"at {tokenizer.decode(theirs[at:at + 8])!r}"
+    return ""
 
 # %% ../nbs/workshop/gguf_tokens.ipynb #f5df03cc
 def check_tokens(
@@ -239,10 +257,14 @@ def check_tokens(
     tokenizer,         # of transformers, the one that the model was trained with
 ) -> int:              # how many texts and conversations were compared
     "Prove that llama.cpp reads text, special tokens and conversations as transformers does. Raises `UserError` if not."
-    pairs = both_read(gguf, tokenizer)
+    with Engine(gguf) as engine:
+        pairs, otherwise = both_read(engine, tokenizer), tools_differ(engine, tokenizer)
     for text, ours, theirs in pairs:
         if (at := parts_at(ours, theirs)) is not None:
             raise UserError(f"{Path(gguf).name}: llama.cpp reads {text[:60]!r} as {ours[:at + 3]}, "
                             f"transformers as {theirs[:at + 3]}: they part at token {at}. "
                             "Look at the pre-tokenizer, the chat template and whether both add BOS")
+    if otherwise:
+        tell(f"{Path(gguf).name}: llama.cpp prints tools otherwise than the chat template, {otherwise}; plain turns are"
+             " as trained. Serve it with tools by: llmcourse serve --engine transformers")
     return len(pairs)

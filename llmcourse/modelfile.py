@@ -8,11 +8,12 @@ import os, re
 from pathlib import Path
 from .core import Message, UserError, begins, write_aside
 from .gguf_file import contents, read_gguf
+from .gotools import go_with_tools, prove_tools, takes_tools, tool_pieces
 from .gguf_tokens import adds, chat_text, golden_chats
 from .models import load_tokenizer, stop_ids
 
 # %% auto #0
-__all__ = ['fill', 'takes_system', 'chat_pieces', 'go_template', 'missing', 'modelfile']
+__all__ = ['SORTED', 'fill', 'takes_system', 'chat_pieces', 'go_template', 'with_tools', 'missing', 'modelfile']
 
 # %% ../nbs/workshop/modelfile.ipynb #26a51e88
 def _asked(say, system: bool = True) -> dict[str, str]:
@@ -48,37 +49,68 @@ def takes_system(tokenizer) -> bool:
                                                    {"role": "user", "content": "userword"}])
     except Exception: return False   # templates refuse what they do not want, in their own words
 
+def _sayer(tokenizer):
+    "The chat template as a function of messages, without BOS."
+    bos = tokenizer.bos_token if adds(tokenizer)[0] else ""
+    def say(*messages, ask=False, tools=None):
+        return chat_text(tokenizer, list(messages), ask, tools).removeprefix(bos)
+    return say
+
 def chat_pieces(
     tokenizer,           # of transformers
 ) -> dict[str, str]:     # start, user, user_end, assistant, assistant_end, answer; system and system_end if it has them
     "The constant text that a chat template puts around each role's words. Raises `UserError` if it does more."
     place = tokenizer.name_or_path
-    system = takes_system(tokenizer)
-    bos = tokenizer.bos_token if adds(tokenizer)[0] else ""
-    def say(*messages, ask=False): return chat_text(tokenizer, list(messages), ask).removeprefix(bos)
-    try: pieces = _asked(say, system)
+    say = _sayer(tokenizer)
+    try: pieces = _asked(say, takes_system(tokenizer))
     except Exception as e:
         raise UserError(f"{place}: its chat template refuses a user or an assistant turn "
                         f"({str(e)[:80]}). Write the Modelfile by hand") from None
-    for chat, text in golden_chats(tokenizer):
-        if fill(pieces, chat) != text.removeprefix(bos):
+    for chat, _ in golden_chats(tokenizer):
+        if fill(pieces, chat) != say(*chat, ask=True):
             raise UserError(f"{place}: its chat template does more than put constant text around each turn. "
                             "Write the Modelfile by hand")
     return pieces
 
 # %% ../nbs/workshop/modelfile.ipynb #d022f458
+def _check_text(pieces: dict) -> None:
+    "Raises `UserError` for text that Go or a Modelfile would read as something else."
+    for text in (text for text in [*pieces.values(), *pieces.get("tools", {}).values()] if isinstance(text, str)):
+        plain = re.sub("\0[^\0]*\0|\\s", "", text)   # without the marks of tools
+        if re.search(r'\{\{|\}\}|"""|\{(\0|$)', text) or not plain.isprintable():
+            raise UserError(f"the chat template holds {text!r}, which a Modelfile cannot. Write it by hand")
+
 def go_template(
-    pieces: dict[str, str],  # from `chat_pieces`
+    pieces: dict[str, str],  # from `chat_pieces` or `with_tools`
 ) -> str:
     "A chat template in the template language of Go. Raises `UserError` for text that a Modelfile cannot hold."
-    for text in pieces.values():
-        if re.search(r'\{\{|\}\}|"""', text) or not re.sub(r"\s", "", text).isprintable():
-            raise UserError(f"the chat template holds {text!r}, which a Modelfile cannot. Write it by hand")
+    _check_text(pieces)
+    if "tools" in pieces: return go_with_tools(pieces)
     roles = [role for role in ("system", "user", "assistant") if role in pieces]
     turns = [f'if eq .Role "{r}" }}}}{pieces[r]}{{{{ .Content }}}}{pieces[r + "_end"]}{{{{ ' for r in roles]
     start = pieces["start"]
     if start and "system" in pieces: start = "{{ if not .System }}" + start + "{{ end }}"
     return start + "{{ range .Messages }}{{ " + "else ".join(turns) + "end }}{{ end }}" + pieces["answer"]
+
+# %% ../nbs/workshop/modelfile.ipynb #8c2f4a11
+SORTED = ("Tools: parameters are printed as `required` lists them, then the others, sorted; "
+          "Ollama drops fields that it does not know, such as default.")
+
+def with_tools(
+    tokenizer,             # of transformers
+    pieces: dict,          # from `chat_pieces`
+) -> tuple[dict, list[str]]:   # the pieces, with "tools" if Go can say them; what to know about tools: one line each
+    "What the chat template makes of tools, proved on golden conversations."
+    say = _sayer(tokenizer)
+    try:
+        if not takes_tools(say): return pieces, []
+        found = pieces | {"tools": tool_pieces(say, pieces)}
+        prove_tools(say, found)
+        _check_text(found)
+    except Exception as e:   # templates refuse what they do not want, in their own words
+        why = " ".join(str(e).split())[:100]
+        return pieces, [f"No tools in Ollama, though the chat template takes some: {why}."]
+    return found, [SORTED]
 
 # %% ../nbs/workshop/modelfile.ipynb #4b9f392a
 def missing(tokenizer) -> list[str]:
@@ -100,8 +132,11 @@ def modelfile(
     if num_ctx and num_ctx > made_for:
         raise UserError(f"num_ctx {num_ctx}: {Path(gguf).name} was made for {made_for} tokens. Give at most that")
     near = Path(os.path.relpath(gguf, output.parent)).as_posix()
-    template = go_template(chat_pieces(tokenizer)) if tokenizer.chat_template else "{{ .Prompt }}"
-    lines = [f"# ollama create NAME -f {output.name}", *(f"# {line}" for line in missing(tokenizer)),
+    template, lacks = "{{ .Prompt }}", missing(tokenizer)
+    if tokenizer.chat_template:
+        pieces, about = with_tools(tokenizer, chat_pieces(tokenizer))
+        template, lacks = go_template(pieces), lacks + about
+    lines = [f"# ollama create NAME -f {output.name}", *(f"# {line}" for line in lacks),
              f"FROM {near if near.startswith('.') else './' + near}", f'TEMPLATE """{template}"""']
     lines += [f'PARAMETER stop "{token}"' for token in tokenizer.convert_ids_to_tokens(stop_ids(tokenizer))]
     lines += [f"PARAMETER num_ctx {num_ctx or min(made_for, 8192)}"]

@@ -7,6 +7,7 @@ from __future__ import annotations
 import math, re
 from collections import Counter
 from pathlib import Path
+from .calls import split_line
 from .faults import printable
 from .tally import kind_of
 
@@ -91,6 +92,7 @@ class Report:
         self.rows = self.refused = 0
         self.count, self.kinds, self.forms, self.sides = (Counter() for _ in range(4))
         self.findings, self.first, self.run = {}, {}, {}
+        self.split = []   # rows whose calls the template takes one after the other only
 
     def say(self, level: str, code: int, what: str) -> None:
         "Count a finding; keep the first few of each kind."
@@ -151,7 +153,8 @@ def _written(report: Report) -> str:
                    f"{_how_many(fine, 'row')} can be used, {report.refused:,} cannot"
                    + ": correct them, or leave them out with --skip-bad" * bool(report.refused))
     totals = [_how_many(report.count[level], level) for level in ("error", "warning")]
-    return "\n".join([*top, *map(_line, _kinds(report)), *_numbers(report.run), ", ".join(totals)])
+    split = [split_line(len(report.split), report.where(report.split[0]))] if report.split else []
+    return "\n".join([*top, *map(_line, _kinds(report)), *split, *_numbers(report.run), ", ".join(totals)])
 
 def _as_dict(report: Report) -> dict:
     "The report for a program; the lengths are a histogram of their own, so only their sum is here."
@@ -160,7 +163,7 @@ def _as_dict(report: Report) -> dict:
     return {"source": report.source, "purpose": report.purpose, "rows": report.rows, "refused": report.refused,
             "usable": report.rows - report.refused, "forms": dict(report.forms), "splits": dict(report.sides),
             "errors": report.count["error"], "warnings": report.count["warning"], "code": report.code,
-            "findings": _kinds(report), "run": run}
+            "split_calls": len(report.split), "findings": _kinds(report), "run": run}
 
 # %% ../nbs/workshop/report.ipynb #d037a11b
 def plot_lengths(

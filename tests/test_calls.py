@@ -105,9 +105,10 @@ def test_parallel_calls_are_split_and_said(capsys):
     rows, places = [row.data for row in found], [row.place for row in found]
     encoded = [encode_chat(tokenizer, row, place) for row, place in zip(rows, places)]
     say_what_changes(tokenizer, rows, places)
-    assert "6 rows call several tools at once, and the template takes one call a turn: they are split" in (
-        "".join(capsys.readouterr())
-    )
+    said = "".join(capsys.readouterr())
+    assert "6 rows call several tools at once, and the template takes one call a turn: they are split" in said
+    two = next(row for row in found if len(row.data["messages"][2].get("tool_calls", [])) == 2)
+    assert f"(first {two.place})" in said
     for row, tokens in zip(found, encoded):
         trained = tokenizer.decode([t for t in tokens["labels"] if t != -100])
         for m in row.data["messages"]:
@@ -117,6 +118,30 @@ def test_parallel_calls_are_split_and_said(capsys):
     cut = two.data | {"messages": two.data["messages"][:3]}
     with pytest.raises(UserError, match=f"{two.place}: .*turn 2 calls 2 tools at once, and their results do not"):
         encode_chat(tokenizer, cut, two.place)
+
+
+def test_the_doctor_says_that_parallel_calls_are_split(capsys):
+    "As the trainer does: how many, and where first. A template that takes several at once has nothing to say."
+    line = "6 rows call several tools at once, and the template takes one call a turn: they are split, one call after "
+    assert main(["data", "check", str(DATA / "tools.jsonl"), "--model", "tutor/tools", "--tokens-per-second", "1"]) == 0
+    assert line + "the other (first line 2)\n" in capsys.readouterr().out
+
+
+def test_the_doctor_counts_rows_whose_calls_are_split(tmp_path):
+    from llmcourse.datacheck import check_data
+    from test_ollama import dressed, family
+
+    def split(name, rows=DATA / "tools.jsonl", **options):
+        report = check_data(rows, tokenizer=dressed(family(name)), max_length=9999, tokens_per_second=1, **options)
+        assert report.as_dict()["split_calls"] == len(report.split)
+        assert ("split, one" in str(report)) == bool(report.split)
+        return len(report.split), str(report)
+
+    assert split("tutor")[0] == 6 and split("qwen2_5_training")[0] == 0 and split("tutor", purpose="eval")[0] == 0
+    one = tmp_path / "one.jsonl"
+    one.write_text((DATA / "tools.jsonl").read_text().splitlines()[1] + "\n")
+    n, said = split("tutor", one)
+    assert n == 1 and "1 row calls several tools at once, and the template takes one call a turn: it is split" in said
 
 
 def test_results_follow_their_calls_by_id():
@@ -290,6 +315,79 @@ def test_the_day_of_training_is_in_the_gguf(tmp_path):
         ids = engine.tokenize(theirs)
     ours = draw(tokenizer, chat, tokenize=False, add_generation_prompt=True)
     assert "Today Date: 26 Jul 2024" in theirs and ids == tokenizer(ours, add_special_tokens=False)["input_ids"]
+
+
+@pytest.fixture(params=["llama3_1", "llama3_2", "qwen2_5", "qwen3"])
+def look_alike(request, tmp_path):
+    "(folder, tokenizer): the tutor's base model in the clothes of another family, its own chat template from TRL."
+    import shutil
+
+    from test_ollama import family
+
+    folder = Path(shutil.copytree(weights() / "base", tmp_path / "model"))
+    tokenizer = load_tokenizer(folder)
+    tokenizer.chat_template = family(request.param)
+    if "bos_token" not in tokenizer.chat_template:  # llama.cpp would put BOS in front of every prompt
+        from tokenizers.processors import TemplateProcessing
+
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
+    tokenizer.save_pretrained(folder)
+    return folder, load_tokenizer(folder)
+
+
+def prompts_in_llama_cpp(gguf, tokenizer):
+    "(llama.cpp's token ids, transformers') of each prompt; llama.cpp is not told the day."
+    from llmcourse.engine import Engine
+    from test_ollama import prompts, rows_of_all_kinds
+
+    with Engine(gguf) as engine:
+        for chat, tools in prompts(tokenizer, rows_of_all_kinds()):
+            ours = draw(tokenizer, chat, tokenize=False, add_generation_prompt=True, tools=tools)
+            theirs = engine.tokenize(engine.template(chat, tools, day=None))
+            yield theirs, tokenizer(ours, add_special_tokens=False)["input_ids"]
+
+
+def test_llama_cpp_reads_real_templates_with_tools_as_trained(look_alike, tmp_path, capsys):
+    from llmcourse.converter import to_gguf
+
+    folder, tokenizer = look_alike
+    pairs = list(prompts_in_llama_cpp(to_gguf(folder, tmp_path / "m.gguf", "f32"), tokenizer))
+    assert len(pairs) > 400 and all(theirs == ours for theirs, ours in pairs)
+    assert "prints tools otherwise" not in "".join(capsys.readouterr())
+
+
+def test_a_file_without_its_day_is_not_exported(tmp_path, monkeypatch):
+    "Planted fault: llama.cpp prints today's date where the template leaves it to the caller."
+    import shutil
+
+    from llmcourse import gguf_tokens
+    from llmcourse.converter import to_gguf
+    from test_ollama import family
+
+    folder = Path(shutil.copytree(weights() / "base", tmp_path / "model"))
+    tokenizer = load_tokenizer(folder)
+    tokenizer.chat_template = family("llama3_2")
+    tokenizer.save_pretrained(folder)
+    monkeypatch.setattr(gguf_tokens, "dated", lambda template: template)
+    with pytest.raises(UserError, match="they part at token 41"):
+        to_gguf(folder, tmp_path / "m.gguf", "f32")
+
+
+def test_a_template_whose_tools_llama_cpp_prints_otherwise_is_exported_and_said(tmp_path, monkeypatch, capsys):
+    "Planted fault: other words before the tools in the file. Plain turns are as trained, so the file is written."
+    import shutil
+
+    from llmcourse import gguf_tokens
+    from llmcourse.converter import to_gguf
+
+    folder = Path(shutil.copytree(weights() / "base", tmp_path / "model"))
+    tokenizer = load_tokenizer(folder)
+    tokenizer.chat_template = TOOL_TEMPLATE
+    tokenizer.save_pretrained(folder)
+    monkeypatch.setattr(gguf_tokens, "dated", lambda template: template.replace("Tools:", "Functions:"))
+    assert to_gguf(folder, tmp_path / "m.gguf", "f32").is_file()
+    said = "".join(capsys.readouterr())
+    assert "m.gguf: llama.cpp prints tools otherwise" in said and "Tools" in said and "--engine transformers" in said
 
 
 def test_rows_for_an_exam_may_lack_content():
