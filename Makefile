@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup hooks demo test browser lab course check fold levels docs checkpoints clean
+.PHONY: help setup hooks demo test browser lab course gpu check fold levels docs checkpoints clean
 help:            ## show this list
 	@grep -E '^[a-z]+: .*##|^[a-z]+: *##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -32,6 +32,9 @@ lab: $(VENV)/.ready-lab ## open JupyterLab at the map of the course
 
 course: $(VENV)/.ready-lab ## run all chapters under papermill, to artifacts/
 	python tests/notebooks.py
+
+gpu: $(VENV)/.ready-test ## measure the course on this machine's graphics card: artifacts/gpu/
+	python tests/gpu.py
 
 check: $(VENV)/.ready-test ## the quick tests before a commit: exported, clean, folded, linted (about a minute)
 	python -m pytest tests/test_house.py tests/test_hooks.py

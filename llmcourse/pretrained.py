@@ -4,7 +4,7 @@
 
 # %% ../nbs/workshop/pretrained.ipynb #9effa007
 from __future__ import annotations
-import json, logging
+import contextlib, json, logging
 from pathlib import Path
 from .card import read_card
 from .core import UserError, choose, file_hash, model_path, scale as read_scale
@@ -173,6 +173,12 @@ def from_files(
     return net
 
 # %% ../nbs/workshop/pretrained.ipynb #0297632c
+def _in_few_bits(path: Path) -> bool:
+    "Were these weights saved in 4 or 8 bits? Then they cannot be moved once they are loaded."
+    with contextlib.suppress(OSError, ValueError):
+        return "quantization_config" in json.loads((path / "config.json").read_text(encoding="utf-8"))
+    return False
+
 def load(
     model: str | Path = "tutor/base",  # `tutor/NAME`, a folder (model or adapter), or a Hub name
     scale: str | dict = "cpu",         # a section of settings.ini, or one read earlier: decides dtype and device
@@ -190,7 +196,8 @@ def load(
         base = adapter_base(path)
         net, _ = load(base, scale, **overrides)
         return with_adapter(net, path, base, merge).eval(), tokenizer
-    kwargs = dict(dtype=dial["dtype"], trust_remote_code=False, use_safetensors=True) | overrides
-    if "quantization_config" in kwargs: kwargs.setdefault("device_map", device)
+    attention = {} if dial.get("attn", "auto") == "auto" else {"attn_implementation": dial["attn"]}
+    kwargs = dict(dtype=dial["dtype"], trust_remote_code=False, use_safetensors=True) | attention | overrides
+    if "quantization_config" in kwargs or _in_few_bits(path): kwargs.setdefault("device_map", device)
     net = from_files(path, **kwargs)
     return (net if "device_map" in kwargs else net.to(device)).eval(), tokenizer

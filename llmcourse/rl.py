@@ -71,7 +71,8 @@ def grpo_loss(
     import torch
     choose(loss_type, LOSS_TYPES, "loss type")
     ratio = torch.exp(logps - old_logps)
-    gains = torch.as_tensor(advantages, dtype=logps.dtype)[:, None]
+    gains = torch.as_tensor(advantages, dtype=logps.dtype, device=logps.device)[:, None]
+    mask = mask.to(logps.device)
     token_loss = -torch.min(ratio * gains, ratio.clamp(1 - epsilon, 1 + epsilon) * gains) * mask
     if loss_type == "grpo": return (token_loss.sum(1) / mask.sum(1)).mean()
     if loss_type == "dr_grpo": return token_loss.sum() / (len(logps) * max_completion_length)

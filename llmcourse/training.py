@@ -240,12 +240,18 @@ def train_as_told(
                  validation=validation, system=system or "", skip_bad=skip_bad, **hyperparameters(method, **short))
 
 # %% ../nbs/workshop/training.ipynb #1a538b8f
+def _scalable(trainer) -> None:
+    "TRL makes an adapter over 4 bits bfloat16, whose gradients float16's scaling cannot take: make it float32."
+    for p in trainer.model.parameters() if trainer.args.fp16 else ():
+        if p.requires_grad: p.data = p.data.float()
+
 def _fit(method: Method, work: Work, callbacks) -> None:
     "Write the rows, train, and write what came of it into the run folder."
     write_jsonl(work.folder / "train.jsonl", work.rows)
     if work.held: write_jsonl(work.folder / HELD, work.held.rows)
     work.args.output_dir = str(work.folder)
     trainer = method.trainer(work)
+    _scalable(trainer)
     if work.ours["loftq"]: start_from_rounding(trainer.model, work.run.model, work.dial)
     rehearse(trainer)
     log, seconds = fit(trainer, work.folder, method.name.upper(), method.shows, callbacks)

@@ -17,8 +17,10 @@ def source(cell) -> str:
     return "".join(cell["source"])
 
 
-def run(path: Path, output: Path | None = None, progress: bool = False, **parameters) -> dict:
-    "Execute a notebook; cells flagged `eval: false` are left out. Returns the executed notebook."
+def run(path: Path, output: Path | None = None, progress: bool = False, cwd: Path | None = None, change=None,
+        **parameters) -> dict:
+    """Execute a notebook, in its own folder by default; cells flagged `eval: false` are left out. `change` may make
+    other sources of the cells'. Returns what came out."""
     import nbformat
     import papermill
     from papermill.iorw import load_notebook_node
@@ -28,6 +30,8 @@ def run(path: Path, output: Path | None = None, progress: bool = False, **parame
     output.parent.mkdir(parents=True, exist_ok=True)
     nb = load_notebook_node(str(path))
     nb.cells = [c for c in nb.cells if not re.search(r"^#\|\s*eval:\s*false", source(c), re.M)]
+    for cell in nb.cells if change else ():
+        cell.source = change(cell.source)
     filtered = output.with_suffix(".in.ipynb")
     nbformat.write(nb, filtered)
     dial = "\n".join(source(c) for c in nb.cells if "parameters" in c.metadata.get("tags", []))
@@ -37,7 +41,7 @@ def run(path: Path, output: Path | None = None, progress: bool = False, **parame
     os.environ.setdefault("LLMCOURSE_HOME", str(ARTIFACTS / "home"))     # a test run is nobody's progress
     try:
         return papermill.execute_notebook(
-            str(filtered), str(output), parameters=parameters, cwd=str(path.parent), kernel_name="python3",
+            str(filtered), str(output), parameters=parameters, cwd=str(cwd or path.parent), kernel_name="python3",
             progress_bar=progress, extra_arguments=["--IPKernelApp.log_level=40"])
     finally:
         filtered.unlink()
