@@ -23,7 +23,7 @@ LEVEL = {
     "memory": 1, "options": 1, "resume": 1, "tally": 1, "tensors": 1, "tutor": 1,
     "asking": 2, "forms": 2, "pretrained": 2, "pretraining": 2, "quantizers": 2, "rehearsal": 2, "replies": 2,
     "report": 2,
-    "adapted": 3, "byfield": 3, "letters": 3, "models": 3, "rows": 3, "templates": 3,
+    "adapted": 3, "byfield": 3, "letters": 3, "lookalike": 3, "models": 3, "rows": 3, "templates": 3,
     "copies": 4, "engine": 4, "intake": 4, "labels": 4, "loading": 4, "questions": 4, "runs": 4, "servers": 4,
     "data": 5, "gguf_tokens": 5, "merging": 5, "serve": 5, "synthesis": 5, "training": 5,
     "calculator": 6, "chats": 6, "converter": 6, "desk": 6, "graders": 6, "kl": 6, "lora": 6, "methods": 6,
