@@ -14,7 +14,8 @@ from .methods import rerun
 
 # %% auto #0
 __all__ = ['PRETRAIN_RECIPE', 'LORA_RECIPE', 'SFT_RECIPE', 'GRPO_RECIPE', 'RL_RECIPE', 'TOOLS_RECIPE', 'ABOUT_BASE', 'BUILDERS',
-           'sft_rows', 'grpo_rows', 'score_model', 'scores', 'hashes', 'verify', 'score_changes', 'rebuild', 'repeat']
+           'sft_rows', 'grpo_rows', 'score_model', 'score_line', 'scores', 'hashes', 'verify', 'score_changes',
+           'rebuild', 'repeat']
 
 # %% ../nbs/workshop/checkpoints.ipynb #f07fdbde
 PRETRAIN_RECIPE = dict(tokens=6e6, batch_size=8, seed=0)
@@ -104,6 +105,11 @@ def score_model(
     stories = [p for p in problems if p["task"] in ("story2", "story3")]
     sampled = evals.evaluate(local, stories, progress=progress)
     return rows + _by_task(str(name), sampled, " sampled")
+
+def score_line(row: dict) -> str:
+    "One of the scores, for a terminal."
+    right = f"{row['correct']:>4}/{row['n']:<4} {row['correct'] / row['n']:>5.0%}"
+    return f"{row['checkpoint']:<12} {row['task']:<16} {right}  ({row['low']:.0%}–{row['high']:.0%})"
 
 def scores(n: int = 300, seed: int = 1, names: list[str] | None = None, progress: bool = True) -> list[dict]:
     "Score the shipped checkpoints. Raises `UserError` for a name that is none."

@@ -8,14 +8,14 @@ import contextlib, functools, inspect, os, signal, sys
 from json import dumps
 from pathlib import Path
 from . import __version__
-from .core import CHAPTERS, UserError, choose
+from .core import CHAPTERS, UserError, choose, is_run
 from .exits import in_one_line
 from .methods import METHODS, method
 from .options import parse
 
 # %% auto #0
-__all__ = ['COMMANDS', 'demo', 'doctor', 'scores', 'course', 'data', 'xray', 'training', 'train', 'eval', 'export', 'serve',
-           'chat', 'checkpoints', 'command', 'usage', 'main', 'cli']
+__all__ = ['COMMANDS', 'demo', 'doctor', 'scores', 'course', 'data', 'xray', 'training', 'train', 'rehearse', 'eval', 'export',
+           'serve', 'chat', 'checkpoints', 'command', 'usage', 'main', 'cli']
 
 # %% ../nbs/workshop/cli.ipynb #d7159b49
 def demo(
@@ -46,10 +46,6 @@ def _names(text: str | None) -> list[str] | None:
     "Names separated by commas; None for none."
     return [name for name in (text or "").split(",") if name] or None
 
-def _print_score(row: dict) -> None:
-    right = f"{row['correct']:>4}/{row['n']:<4} {row['correct'] / row['n']:>5.0%}"
-    print(f"{row['checkpoint']:<12} {row['task']:<16} {right}  ({row['low']:.0%}–{row['high']:.0%})")
-
 # %% ../nbs/workshop/cli.ipynb #b5925382
 def scores(
     n: int = 300,                  # fresh held-out problems of each kind
@@ -62,12 +58,12 @@ def scores(
     llmcourse scores --json --n 300 --seed 7
     """
     import secrets
-    from llmcourse.checkpoints import scores as measure
+    from llmcourse.checkpoints import score_line, scores as measure
     rows = measure(n, seed or secrets.randbelow(10**6) + 1, _names(checkpoints), progress=not json)
     if json:
         print(dumps(rows))
         return
-    for row in rows: _print_score(row)
+    for row in rows: print(score_line(row))
 
 # %% ../nbs/workshop/cli.ipynb #370feec8
 def course(
@@ -85,8 +81,7 @@ def course(
     for number, name in CHAPTERS.items():
         if chapter not in (None, number): continue
         done = [exercise.id in solved for exercise in exercises(number)]
-        marks = "".join("✓" if is_done else "·" for is_done in done)
-        print(f"{number} {name:<8} {marks:<5} {sum(done)} of {len(done)} exercises")
+        print(f"{number} {name:<8} {''.join('·✓'[x] for x in done):<5} {sum(done)} of {len(done)} exercises")
 
 # %% ../nbs/workshop/cli.ipynb #c2166969
 def data(
@@ -139,7 +134,6 @@ def xray(
 # %% ../nbs/workshop/cli.ipynb #901156b5
 def _check_early(data: str, output: str) -> None:
     "Refuse a missing or empty file before anything heavy is imported, and say that an earlier run will be replaced."
-    from llmcourse.core import is_run
     from llmcourse.files import lines
     if data and next(lines(data), None) is None: raise UserError(f"{data}: empty. Give at least one row")
     if is_run(output):
@@ -187,6 +181,21 @@ def train(
     """
     from llmcourse.checkpoints import repeat
     print(repeat(card, output))
+
+def rehearse(
+    job: str,            # sft, grpo or rloo, with its own options behind it; or a run card
+    words: list,         # the options of the method: llmcourse rehearse sft --help lists them
+    disk: float = None,  # free GB on the machine that you will rent; goes before the job
+):
+    """Try a training on this machine, on a small stand-in for the model, before you rent the real one.
+
+    llmcourse rehearse sft --data chats.jsonl --model meta-llama/Llama-3.1-8B-Instruct --scale a100
+    llmcourse rehearse --disk 100 runs/sft/run.yaml
+    """
+    from llmcourse.runthrough import run_through
+    told = parse(command(job), f"llmcourse rehearse {job}", words) if job in METHODS else {}
+    if words and Path(job).exists(): raise UserError(f"{job}: {words[0]!r} is one word too many: a card says it all")
+    run_through(job, {"reward": None} | told if told else {}, disk)
 
 # %% ../nbs/workshop/cli.ipynb #1da96ab4
 def eval(
@@ -291,7 +300,7 @@ def checkpoints(
 # %% ../nbs/workshop/cli.ipynb #29427043
 COMMANDS = {f.__name__: f for f in (demo, doctor, scores, course, data, xray)}
 COMMANDS |= {name: training for name in METHODS}
-COMMANDS |= {f.__name__: f for f in (train, eval, export, serve, chat, checkpoints)}
+COMMANDS |= {f.__name__: f for f in (train, rehearse, eval, export, serve, chat, checkpoints)}
 
 def command(name: str):
     "One command as a function of its options; the methods share `training`. `UserError` for an unknown name."

@@ -13,7 +13,7 @@ from .core import UserError, choose
 __all__ = ['WORDS', 'MOST', 'option', 'parser', 'parse']
 
 # %% ../nbs/workshop/options.ipynb #5ab5d764
-WORDS = ("action", "file", "card")   # parameters that are given without `--`
+WORDS = ("action", "file", "card", "job", "words")   # parameters that are given without `--`
 MOST = 2**32                         # no option is a larger number: seeds are 32 bits
 
 def _refuse(message: str): raise UserError(f"{message}. llmcourse COMMAND --help lists the options")
@@ -28,7 +28,8 @@ def _add(options: argparse.ArgumentParser, parameter: inspect.Parameter, kind: t
     shown = "" if default in (None, False, parameter.empty) else f" (default: {default})"
     text = (note + shown).replace("%", "%%")
     optional = {} if default is parameter.empty else dict(nargs="?", default=default)
-    if name in WORDS: options.add_argument(name, type=kind, help=text, **optional)
+    if kind is list: options.add_argument(name, nargs=argparse.REMAINDER, help=text)   # all that is left
+    elif name in WORDS: options.add_argument(name, type=kind, help=text, **optional)
     elif kind is bool: options.add_argument(option(name), action="store_true", help=text)
     else: options.add_argument(option(name), type=kind, default=default, metavar=kind.__name__.upper(), help=text)
 

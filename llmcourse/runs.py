@@ -13,8 +13,8 @@ from .core import UserError, file_hash, is_run, model_path, need_space, write_as
 from .models import weights_hash
 
 # %% auto #0
-__all__ = ['WRITTEN', 'check_output', 'run_folder', 'rows_hash', 'base_name', 'room_for_run', 'trained_rows', 'finish',
-           'open_run']
+__all__ = ['WRITTEN', 'check_output', 'run_folder', 'rows_hash', 'base_name', 'run_bytes', 'room_for_run', 'trained_rows',
+           'finish', 'open_run']
 
 # %% ../nbs/workshop/runs.ipynb #ca69526a
 WRITTEN = ("run.yaml", "README.md", "train.jsonl", "metrics.jsonl")   # beside the files that a card lists
@@ -106,6 +106,17 @@ def base_name(model: str | Path) -> str:
     source = Path(model_path(model))
     return str(source.resolve()) if source.is_dir() and not str(model).startswith("tutor/") else str(model)
 
+def run_bytes(
+    parameters: int,   # of the model
+    keep: bool,        # are checkpoints kept?
+    adapter: bool,     # is an adapter trained, and not all weights?
+) -> int:              # bytes
+    "What a run takes on the disk at most: its weights and, with `keep`, three checkpoints at once."
+    weights = 4     # bytes a parameter, in float32
+    optimizer = 8   # AdamW keeps two numbers for each
+    checkpoints = 2 if adapter else 3 * (weights + optimizer)   # two are kept while the third is written
+    return (weights + 1 + keep * checkpoints) * parameters
+
 def room_for_run(
     output: Path,
     parameters: int,   # of the model
@@ -113,12 +124,8 @@ def room_for_run(
     adapter: bool,     # is an adapter trained, and not all weights?
 ) -> None:
     "Raise `UserError` if the disk has no room for the weights and, with `keep`, for three checkpoints at once."
-    weights = 4     # bytes a parameter, in float32
-    optimizer = 8   # AdamW keeps two numbers for each
-    checkpoints = 2 if adapter else 3 * (weights + optimizer)   # two are kept while the third is written
-    need = weights + 1 + keep * checkpoints
     kept = sum(f.stat().st_size for f in output.with_name(f"{output.name}.unfinished").rglob("*") if f.is_file())
-    need_space(output.parent, need * parameters - kept)   # a run that goes on has some of it already
+    need_space(output.parent, run_bytes(parameters, keep, adapter) - kept)   # a run that goes on has some of it already
 
 # %% ../nbs/workshop/runs.ipynb #6d7659fa
 def trained_rows(model: str | Path) -> list[Path]:

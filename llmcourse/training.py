@@ -20,7 +20,7 @@ from .runs import base_name, check_output, finish, open_run, room_for_run, rows_
 
 # %% auto #0
 __all__ = ['POSITIVE', 'HELD', 'Method', 'Work', 'upstream', 'check_fields', 'positive', 'hyperparameters', 'to_card',
-           'from_card', 'measured_on', 'train_as_told', 'train', 'retrain']
+           'from_card', 'measured_on', 'trl_args', 'told', 'train_as_told', 'train', 'written', 'retrain']
 
 # %% ../nbs/workshop/training.ipynb #8d4ca6b1
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ def _begin(method: Method, rows, validation, model, dial: dict, seed: int, how: 
     return work, theirs
 
 # %% ../nbs/workshop/training.ipynb #239ddf2e
-def _args(method: Method, work: Work):
+def trl_args(method: Method, work: Work):
     "TRL's config. Raises `UserError` for settings that do not go together."
     config, seed = upstream(method.config), work.run.seed
     usual = dict(output_dir="unused", seed=seed, data_seed=seed, use_cpu=work.dial["device"] == "cpu",
@@ -213,7 +213,7 @@ def _prepare(method: Method, work: Work, theirs: dict, skip_bad: bool) -> Work:
     if "save_steps" in theirs: ours["save_strategy"] = "steps"
     settings = {name: to_card(name, value) for name, value in work.ours.items()}
     work.run = replace(work.run, hyperparameters=positive(ours | theirs), settings=settings)
-    work.args = _args(method, work)
+    work.args = trl_args(method, work)
     encode_rows(method, work, work, skip_bad)
     work.run.data_hash = rows_hash(work.rows)
     if steps := work.ours["wake_tokens"]:
@@ -226,18 +226,23 @@ def _prepare(method: Method, work: Work, theirs: dict, skip_bad: bool) -> Work:
     return work
 
 # %% ../nbs/workshop/training.ipynb #4752dbb1
-def train_as_told(
+def told(
     method: Method,
     lora_config: Callable,   # (r, lora_alpha) → an adapter's config
     *, data, output, model, scale, seed, full, r, validation, system, skip_bad, reward,
     **short,                 # for `hyperparameters`
-) -> Path:                   # the run folder
-    "A training by the options of the command line; None: not given."
+) -> dict:                   # arguments for `train`
+    "The options of the command line; None: not given."
     if reward: short["reward_funcs"] = [reward]
     rank = 0 if full else method.r if r is None else r
     config = lora_config(r=rank, lora_alpha=2 * rank) if rank else None
-    return train(method, data or method.own_rows(seed), output, model, scale, seed, peft_config=config,
-                 validation=validation, system=system or "", skip_bad=skip_bad, **hyperparameters(method, **short))
+    return dict(rows=data or method.own_rows(seed), output=output, model=model, scale=scale, seed=seed,
+                peft_config=config, validation=validation, system=system or "", skip_bad=skip_bad,
+                **hyperparameters(method, **short))
+
+def train_as_told(method: Method, lora_config: Callable, **options) -> Path:
+    "A training by the options of the command line, which are those of `told`."
+    return train(method, **told(method, lora_config, **options))
 
 # %% ../nbs/workshop/training.ipynb #1a538b8f
 def _fit(method: Method, work: Work, callbacks) -> None:
@@ -290,6 +295,20 @@ def _scale_of(run: Run) -> str | dict:
     if other: tell(f"scale {run.scale}: settings.ini says {', '.join(other)} by now; the card's own values count")
     return read_scale("cpu") | {"scale": run.scale} | run.dial   # a card edited by hand may lack some
 
+def written(
+    method: Method,
+    card: str | Path,     # a run folder, or its run.yaml
+    output: str | Path,   # where the repeated run goes
+    **options,            # to change
+) -> dict:                # arguments for `train`
+    "What a card says. Raises `UserError` if the model or the rows are no longer what they were."
+    run, data = open_run(card)
+    if run.method != method.name: raise UserError(f"{card}: the card of a {run.method}, not of a {method.name}")
+    settings = {name: from_card(name, value) for name, value in run.settings.items() if name not in options}
+    if "validation" in settings: settings["validation"] = data.parent / HELD
+    said = dict(rows=data, output=output, model=run.model, scale=_scale_of(run), seed=run.seed)
+    return said | run.hyperparameters | settings | options
+
 def retrain(
     method: Method,
     card: str | Path,     # a run folder, or its run.yaml
@@ -297,8 +316,4 @@ def retrain(
     **options,            # to change; or what a card cannot hold, such as rewards written in a notebook
 ) -> Path:                # the new run folder
     "Repeat a run from its card. Raises `UserError` if the model or the rows are no longer what they were."
-    run, data = open_run(card)
-    if run.method != method.name: raise UserError(f"{card}: the card of a {run.method}, not of a {method.name}")
-    settings = {name: from_card(name, value) for name, value in run.settings.items() if name not in options}
-    if "validation" in settings: settings["validation"] = data.parent / HELD
-    return train(method, data, output, run.model, _scale_of(run), run.seed, **run.hyperparameters | settings | options)
+    return train(method, **written(method, card, output, **options))

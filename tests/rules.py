@@ -20,7 +20,8 @@ PYTHON = [*MODULES, *sorted((ROOT / "tests").rglob("*.py"))]
 CELLS, EXPORTED, RUN, LONG_CELL, LONG_CELLS, WIDE, MODULE, FUNCTION = 75, 0.35, 40, 15, 2, 120, 350, 30
 
 # a public name that two modules define → why that confuses nobody
-SAME_NAME = {name: "the command of that name calls the function" for name in ("scores", "serve", "train", "xray")}
+SAME_NAME = dict.fromkeys(("rehearse", "scores", "serve", "train", "xray"),
+                          "the command of that name calls the function")
 
 
 def place(path: Path) -> str:

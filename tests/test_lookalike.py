@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmcourse.core import UserError, file_hash
-from llmcourse.lookalike import PUBLIC, config_of, lookalike, public_name, real_weights, shrunk
+from llmcourse.lookalike import PUBLIC, original_config, lookalike, public_name, real_weights, shrunk
 from llmcourse.lora import lora_config
 from llmcourse.models import Local, load, load_tokenizer
 from llmcourse.templates import dress
@@ -71,10 +71,13 @@ def test_the_same_architecture_smaller(family, tmp_path):
 def test_the_public_shapes(name):
     "Counted by transformers on a device without memory, they are as large as what is published."
     billions = {"llama-3.2-1b": 1.236, "llama-3.2-3b": 3.213, "llama-3.1-8b": 8.030, "llama-3.1-70b": 70.554}
-    weights, size = real_weights(config_of(name))
+    weights, size = real_weights(original_config(name))
     assert round(weights / 1e9, 3) == billions[name] and size == 2 * weights
-    small = shrunk(config_of(name), load_tokenizer("tutor/base"))
-    assert small.rope_parameters == config_of(name).rope_parameters and small.rope_parameters["rope_type"] == "llama3"
+    small = shrunk(original_config(name), load_tokenizer("tutor/base"))
+    assert (
+        small.rope_parameters == original_config(name).rope_parameters
+        and small.rope_parameters["rope_type"] == "llama3"
+    )
     assert small.tie_word_embeddings == ("3.2" in name) and small.max_position_embeddings == 131072
     assert small.num_attention_heads * small.head_dim == small.hidden_size
 
@@ -124,14 +127,14 @@ def test_an_adapter_finds_its_layers(tmp_path):
 def test_names_of_the_public_shapes(tmp_path, monkeypatch):
     for name in ("meta-llama/Llama-3.2-1B", "unsloth/Llama-3.2-1B-Instruct", "llama-3.2-1b"):
         assert public_name(name) == "llama-3.2-1b"
-        assert config_of(name).hidden_size == 2048
+        assert original_config(name).hidden_size == 2048
     for name in ("me/llama-3.2-1b-poems", "me/other", "tutor/base"):
         assert public_name(name) is None
     with pytest.raises(UserError, match="the Hub was not reached"):
-        config_of("me/other")
+        original_config("me/other")
     with pytest.raises(UserError, match="no such folder"):
-        config_of(tmp_path / "nothing")
-    assert config_of("tutor/sft").hidden_size == 256, "an adapter's base"
+        original_config(tmp_path / "nothing")
+    assert original_config("tutor/sft").hidden_size == 256, "an adapter's base"
 
 
 def test_only_an_earlier_look_alike_is_replaced(tmp_path):

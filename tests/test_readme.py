@@ -39,6 +39,7 @@ SHOWS = {
     "eval --model tutor/base": [" 0 %"],
     "eval --model runs/mine --data data/splits": ["story2"],
     "eval --model runs/mine --data data/gsm8k": ["64"],
+    "rehearse": ["the same weights, to the bit", "greedy tokens equal", "the real run: 48 rows"],
     "sft": ["runs/mine"],
     "train": ["runs/mine-again"],
     "grpo": ["runs/reinforced"],
