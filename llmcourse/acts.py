@@ -37,7 +37,7 @@ def stage(
         return
     sys.exit(2)
 
-# %% ../nbs/workshop/acts.ipynb #7c7371dd
+# %% ../nbs/workshop/acts.ipynb #bc1ed82b
 def look_at_model(
     tell: Callable,
     said: dict,          # arguments for `training.train`
@@ -54,7 +54,7 @@ def look_at_model(
         about.append(check_targets(config, said.get("peft_config")))
         multiple = min(64, config.vocab_size & -config.vocab_size) if own else 1
         here = Path(said["model"]).is_dir()
-        lookalike(said["model"] if here else config, folder / "model", owner, multiple=multiple)
+        lookalike(said["model"] if here else config, folder / "model", tokenizer, multiple=multiple)
         found.append("; ".join(about))
     return weights, size
 

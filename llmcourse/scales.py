@@ -7,7 +7,7 @@ from __future__ import annotations
 from pathlib import Path
 from .core import UserError, choose, scale as read_scale
 from .loading import TRAINED
-from .lookalike import config_of
+from .shapes import config_of
 from .lora import lora_config, lora_parameters
 from .models import parameter_count, weight_bytes
 from .progress import tell

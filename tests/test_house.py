@@ -70,6 +70,13 @@ def test_notebooks_are_clean(tmp_path):
         assert not re.search(r"/(work|home|root|Users)/\w+", text), f"{path} holds a path of a machine"
 
 
+def test_every_module_can_be_imported():
+    "Names that another notebook has lost are found here, and not by a reader."
+    code = "import importlib, sys; [importlib.import_module(f'llmcourse.{name}') for name in sys.argv[1:]]"
+    done = run(sys.executable, "-c", code, *levels.modules())
+    assert done.returncode == 0, done.stderr[-800:]
+
+
 def test_every_module_has_a_level():
     assert set(levels.modules()) <= set(LEVEL), "give it a level in tests/test_house.py"
 
