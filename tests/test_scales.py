@@ -13,9 +13,12 @@ import gpu
 import notebooks
 import pytest
 
+from llmcourse.cli import main
 from llmcourse.core import UserError, scale
 from llmcourse.lookalike import lookalike
 from llmcourse.models import load
+from llmcourse.pretend import on_card, pretend_gpu
+from llmcourse.rl import grpo
 from llmcourse.scales import WHAT_LEARNS, to_train, bytes_by_method
 from llmcourse.sft import sft
 from llmcourse.tutor import problems, to_chat
@@ -83,6 +86,34 @@ def test_a_chapter_at_a_scale(path, name, look, tmp_path, monkeypatch):
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     nb = notebooks.run(path, tmp_path / path.name, cwd=room, change=shorter, scale=name)
     assert "✓" in notebooks.text_outputs(nb)
+
+
+def odd_length(completions, **columns):
+    return [float(len(c[-1]["content"]) % 2) for c in completions]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["t4", "a100"])
+def test_every_command_with_a_scale_keeps_to_the_card(name, look, tmp_path, monkeypatch):
+    "Trained, repeated from its card, reinforced and examined on a pretend GPU; each tensor has to be on it."
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "settings.ini").write_text(f"[{name}]\nmodel = {look(MODELS[name])}\nmax_new_tokens = 8\n")
+    data, at = str(notebooks.ROOT / "data/splits.jsonl"), ["--scale", name]
+    commands = [
+        ["sft", "--data", data, "--output", "mine", "--steps", "2", "--warmup", "0", *at],
+        ["train", "mine/run.yaml", "--output", "again"],
+        ["sft", "--data", data, "--output", "all", "--steps", "2", "--warmup", "0", "--full", *at],
+        ["eval", "--model", "better", "--data", data, *at],
+    ]
+    once = dict(scale=name, reward_funcs=odd_length, max_steps=1, warmup_steps=0, max_completion_length=8)
+    with pretend_gpu():
+        assert on_card(load(look(MODELS[name]), name)[0].lm_head.weight)
+        for command in commands[:-1]:
+            assert main(command) == 0, command
+        grpo(data, "better", "mine", **once)
+        grpo(data, "leave-one-out", "mine", method="rloo", **once)
+        assert main(commands[-1]) == 0
+    assert main(["export", "--model", "better", "--quant", "Q8_0", "--output", "gguf"]) == 0
 
 
 # The dial says how to train, and it fits.
