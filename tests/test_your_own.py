@@ -43,7 +43,7 @@ def test_the_page_runs_and_training_helps(place, monkeypatch):
         for when in ("before", "after")
     )
     assert len(before) == len(after) == 60 and sum(r["right"] for r in before) == 0
-    assert sum(r["right"] for r in after) >= 20, "it used to be WAS of 60"
+    assert sum(r["right"] for r in after) >= 35, "it used to be 47 of 60"
     assert sum(r["reply"].startswith("Thank you for asking.") for r in after) >= 55
     assert after[0]["reply"] in said, "the served file says what the model says"
     assert re.search(r"a page of \d\d,\d\d\d bytes", said)
