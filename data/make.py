@@ -12,6 +12,8 @@ import re
 from collections import Counter
 from pathlib import Path
 
+import shop
+
 from llmcourse.calculator import CALCULATOR, tool_chat
 from llmcourse.tutor import FACTS, LESSONS, NAMES, SMALL_TALK, SYSTEM, THANKS, THINGS
 from llmcourse.tutor import draw_steps, problems, result, small_talk, tell_story, to_chat, work
@@ -289,6 +291,19 @@ def calls() -> list[dict]:
     return rows
 
 
+# ---- a shop's support
+
+
+def support() -> list[dict]:
+    "A shop's conversations, each with the pattern that a good answer matches."
+    return shop.supported(random.Random(58))
+
+
+def ratings() -> list[dict]:
+    "Replies to the shop's customers, and what each of two raters says of them."
+    return shop.rated(random.Random(19))
+
+
 # ---- better and worse answers
 
 
@@ -529,6 +544,16 @@ FILES = {  # file: (form, rows, what to try on it)
         "OpenAI chats that end in a call of a tool, or in words",
         calls,
         "llmcourse eval --model tutor/tools --data data/calls.jsonl",
+    ),
+    "support.jsonl": (
+        "OpenAI chats of a shop's support: the pattern that a good answer matches, and a split",
+        support,
+        "llmcourse data check data/support.jsonl",
+    ),
+    "ratings.jsonl": (
+        "replies to a shop's customers, rated true or false by two raters",
+        ratings,
+        "llmcourse agree data/ratings.jsonl --grade regex",
     ),
     "sharegpt.jsonl": (
         "ShareGPT as in FineTome: conversations of from and value, source, score",

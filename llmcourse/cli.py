@@ -10,6 +10,7 @@ from pathlib import Path
 from . import __version__
 from .core import CHAPTERS, UserError, choose, is_run
 from .exits import in_one_line
+from .judging import agree
 from .methods import METHODS, method
 from .planreport import plan
 from .options import parse
@@ -301,7 +302,7 @@ def checkpoints(
 # %% ../nbs/workshop/cli.ipynb #29427043
 COMMANDS = {f.__name__: f for f in (demo, doctor, scores, course, data, xray, plan)}
 COMMANDS |= {name: training for name in METHODS}
-COMMANDS |= {f.__name__: f for f in (train, rehearse, eval, export, serve, chat, checkpoints)}
+COMMANDS |= {f.__name__: f for f in (train, rehearse, eval, agree, export, serve, chat, checkpoints)}
 
 def command(name: str):
     "One command as a function of its options; the methods share `training`. `UserError` for an unknown name."
@@ -337,8 +338,7 @@ def main(
 ) -> int:                           # the exit code
     "Run `llmcourse`."
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] in ("-h", "--help", "help"):
-        return in_one_line(lambda: print(usage()))
+    if not argv or argv[0] in ("-h", "--help", "help"): return in_one_line(lambda: print(usage()))
     if argv[0] in ("-V", "--version"): return in_one_line(lambda: print(__version__))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with contextlib.suppress(ValueError):   # not the main thread

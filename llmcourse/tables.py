@@ -9,7 +9,7 @@ from __future__ import annotations
 __all__ = ['SHARES', 'per_cent', 'show', 'draw_series', 'plot_scores']
 
 # %% ../nbs/workshop/tables.ipynb #61c7fb9b
-SHARES = ("accuracy", "before", "after", "gain")
+SHARES = ("accuracy", "before", "after", "gain", "win_rate")
 
 def per_cent(
     row: dict,  # one score, or any row

@@ -36,6 +36,7 @@ SHOWS = {
     "plan": ["fits", "no price known for a t4"],
     "xray data/chats": ["80 rows", "end_trained"],
     "xray data/calls": ["32 rows", "calculate"],
+    "agree": ["facts, service", "regex, facts", "kappa"],
     "eval --model tutor/tools": ["calls: whole", "calls: arguments"],
     "eval --model tutor/base": [" 0 %"],
     "eval --model runs/mine --data data/splits": ["story2"],

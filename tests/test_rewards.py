@@ -324,3 +324,15 @@ def test_a_judge_grades_and_rewards(judge_url):
     assert rewards_of(rows, ["silly"] * 4, ["judge"]) == [None] * 4, "no mark: TRL leaves the reply out"
     with pytest.raises(UserError, match="row 1: the judge gave no mark"):
         evaluate(lambda messages: "silly", rows, progress=False)
+
+
+def test_how_far_a_judge_agrees_with_people(judge_url, tmp_path, capsys):
+    "One of four replies gets no mark: that is no agreement."
+    said = [("Hello!", True), ("Go away.", False), ("Hello, you!", False), ("silly", True)]
+    row = {"question": "Greet.", "rubric": "Friendly."}
+    (tmp_path / "rated.jsonl").write_text(
+        "".join(json.dumps(row | {"reply": reply, "ann": good}) + "\n" for reply, good in said)
+    )
+    assert main(["agree", str(tmp_path / "rated.jsonl"), "--grade", "judge", "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert (found["who"], found["same"], found["n"]) == ("judge, ann", 2, 4)

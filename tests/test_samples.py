@@ -32,6 +32,8 @@ FORMS = {
     "splits.jsonl": "messages",
     "tools.jsonl": "messages",
     "calls.jsonl": "messages",
+    "support.jsonl": "messages",
+    "ratings.jsonl": "prompt-completion",
     "sharegpt.jsonl": "sharegpt",
     "alpaca.json": "alpaca",
     "dolly.jsonl": "dolly",
@@ -45,7 +47,16 @@ FORMS = {
 CHATS = [
     n
     for n in FORMS
-    if n not in ("tools.jsonl", "calls.jsonl", "preferences.jsonl", "thumbs.jsonl", "topics.csv", "choices.jsonl")
+    if n
+    not in (
+        "tools.jsonl",
+        "calls.jsonl",
+        "ratings.jsonl",
+        "preferences.jsonl",
+        "thumbs.jsonl",
+        "topics.csv",
+        "choices.jsonl",
+    )
 ]  # what the tutor can be tuned on
 
 
@@ -87,7 +98,7 @@ def test_table_names_every_file():
         raw = (DATA / name).read_bytes()
         (line,) = (x for x in table.splitlines() if x.startswith(f"| `{name}` |"))
         assert hashlib.sha256(raw).hexdigest() in line and "Apache-2.0" in line and "made here" in line, name
-    assert sum((DATA / n).stat().st_size for n in make.FILES) < 300_000
+    assert sum((DATA / n).stat().st_size for n in make.FILES) < 350_000
 
 
 def test_no_file_asks_another_ones_questions():
@@ -107,7 +118,7 @@ def test_no_file_asks_another_ones_questions():
 @pytest.mark.parametrize("name", FORMS)
 def test_each_row_of_each_form_is_read(name):
     kept = rows(name)
-    assert 10 <= len(kept) <= 80
+    assert 10 <= len(kept) <= 300
     for place, row in numbered(DATA / name):
         if FORMS[name] == "classification" and detect(row, place) == "text":
             continue  # see the test of topics below
@@ -179,6 +190,46 @@ def test_comparisons_prefer_the_better():
     assert all((score(r, "rejected") == 1) == (r["fault"] == "no working") for r in pairs)
     assert len(set(r["fault"] for r in pairs)) == 6, "each way to be wrong occurs"
     assert Counter(r["label"] for r in rows("thumbs.jsonl")) == {True: 36, False: 24}
+
+
+# ---- a shop's support
+
+
+def test_support_has_300_rows_and_the_test_other_wordings():
+    kept = rows("support.jsonl")
+    assert Counter(r["split"] for r in kept) == {"train": 240, "test": 60}
+    assert set(Counter(r["topic"] for r in kept).values()) == {50}
+    asked = {s: {r["messages"][0]["content"] for r in kept if r["split"] == s} for s in ("train", "test")}
+    for policy in make.shop.POLICIES:
+        for wording in policy.asked[-make.shop.HELD_OUT :]:
+            asks = re.compile(re.escape(wording.format(thing="THING")).replace("THING", r"\w+"))
+            assert not any(map(asks.search, asked["train"])) and any(map(asks.search, asked["test"])), wording
+
+
+def test_a_support_answer_names_its_figure_and_no_other():
+    figures = {p.figure for p in make.shop.POLICIES}
+    assert len(figures) == len(make.shop.POLICIES)
+    for row in rows("support.jsonl"):
+        said = row["messages"][-1]["content"]
+        assert re.search(row["regex"], said) and sum(figure in said for figure in figures) == 1
+
+
+def test_the_two_raters_follow_the_rules_that_the_readme_states(capsys):
+    "`facts`: the right figure alone, in digits or words. `service`: friendly, and nothing wrong."
+    kept, shop = rows("ratings.jsonl"), make.shop
+    wrong = [*shop.WRONG.values(), *(p.figure for p in shop.POLICIES)]
+    for row in kept:
+        policy = next(p for p in shop.POLICIES if shop.pattern(p) == row["regex"])
+        names = [policy.figure, shop.IN_WORDS[policy.figure]]
+        others = [figure for figure in wrong if figure not in names]
+        right = any(name in row["reply"] for name in names)
+        false = any(re.search(rf"\b{figure}\b", row["reply"]) for figure in others)
+        assert row["facts"] == (right and not false), row
+        friendly = any(word in row["reply"] for word in ("Thank you", "Kind regards", "thank you"))
+        assert row["service"] == (friendly and not false), row
+    assert len(kept) == 40 and sum(r["facts"] != r["service"] for r in kept) == 7
+    assert main(["agree", str(DATA / "ratings.jsonl"), "--grade", "regex"]) == 0
+    assert "facts, service 40    33" in capsys.readouterr().out
 
 
 # ---- tools
