@@ -35,7 +35,7 @@ def read_job(
     said = dict(scale="cpu", seed=42, output=f"runs/{way.name}", model=None) | said
     dial = read_scale(said["scale"])
     own = way.model if dial["scale"] == "cpu" else dial["model"]
-    return said | {"model": said["model"] or own, "scale": dial}
+    return said | {"model": said["model"] or own, "scale": dial, "output": said["output"] or f"runs/{way.name}"}
 
 # %% ../nbs/workshop/trial.ipynb #22afc5ba
 def words_of(
