@@ -204,8 +204,6 @@ def stop_at(step):
     "Ctrl-C at the beginning of a step."
     from transformers import TrainerCallback
 
-    from transformers import TrainerCallback
-
     class Stop(TrainerCallback):
         def on_step_begin(self, args, state, control, **kw):
             if state.global_step == step:
@@ -680,19 +678,12 @@ def test_an_adapter_over_four_bits_goes_on_to_the_same_weights(tmp_path):
     from llmcourse.loading import four_bits
     from llmcourse.lora import lora_config
 
-    from transformers import TrainerCallback
-
-    class Stop(TrainerCallback):
-        def on_step_begin(self, args, state, control, **more):
-            if state.global_step == 3:
-                raise KeyboardInterrupt
-
     rows = [to_chat(p) for p in problems(8, 42, ["add"])]
     how = dict(peft_config=lora_config(), quantization_config=four_bits(), max_steps=4, warmup_steps=0)
     how |= dict(save_strategy="steps", save_steps=2)
     sft(rows, tmp_path / "straight", **how)
     with pytest.raises(KeyboardInterrupt):
-        sft(rows, tmp_path / "stopped", callbacks=[Stop()], **how)
+        sft(rows, tmp_path / "stopped", callbacks=[stop_at(3)], **how)
     sft(rows, tmp_path / "stopped", **how)
     hashes = [read_card(tmp_path / name).files["adapter_model.safetensors"] for name in ("straight", "stopped")]
     assert hashes[0] == hashes[1]
