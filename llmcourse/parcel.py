@@ -139,7 +139,7 @@ def hub_card(
     "The README of a folder as the Hub wants it. Raises `UserError` for a front matter that is no YAML."
     from huggingface_hub.repocard import RepoCard
     place, title = folder / "README.md", folder.resolve().name
-    text = place.read_text(encoding="utf-8") if place.is_file() else f"# {title}\n"
+    text = place.read_text("utf-8", errors="replace") if place.is_file() else f"# {title}\n"
     if not text.lstrip().startswith("---"): text = "---\n{}\n---\n\n" + text
     try: card = RepoCard(text)
     except Exception as e:   # YAML's own, or ValueError
@@ -178,7 +178,8 @@ class Parcel:
 def _texts(folder: Path, files: dict, base: str) -> None:
     "Put texts without paths of this machine in place of those with some, and refuse secrets."
     shorter = {base: Path(base).name} if Path(base).is_absolute() else {}
-    shorter |= {str(folder.resolve()): folder.resolve().name, str(Path.home()): "~"}
+    shorter[str(folder.resolve())] = folder.resolve().name
+    if len(Path.home().parts) > 1: shorter[str(Path.home())] = "~"
     for name, content in files.items():
         if name.endswith((".safetensors", ".gguf", ".model")) or name in WORD_LISTS: continue
         text = content.decode() if isinstance(content, bytes) else content.read_text("utf-8", errors="replace")

@@ -4,7 +4,7 @@
 
 # %% ../nbs/workshop/pushing.ipynb #5181b9c2
 from __future__ import annotations
-import sys
+import contextlib, sys
 from fnmatch import fnmatch
 from . import __version__
 from .core import UserError
@@ -17,11 +17,10 @@ __all__ = ['CLASHES', 'check_name', 'status_of', 'not_pushed', 'fits_beside', 's
 def check_name(name: str) -> None:
     "Raises `UserError` if this cannot be the name of a model on the Hub."
     from huggingface_hub.utils import HFValidationError, validate_repo_id
-    try: validate_repo_id(name)
-    except HFValidationError: name = ""
-    owner, _, rest = name.partition("/")
-    if owner and rest: return
-    raise UserError(f"{name!r}: not a name on the Hub. Give owner/name, where the owner is you or your organisation")
+    with contextlib.suppress(HFValidationError):
+        validate_repo_id(name)
+        if "/" in name: return
+    raise UserError(f"{name}: not a name on the Hub. Give owner/name, where the owner is you or your organisation")
 
 # %% ../nbs/workshop/pushing.ipynb #f9f848d9
 def _causes(error: BaseException | None) -> list:

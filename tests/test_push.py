@@ -1,4 +1,4 @@
-"""A model goes to a stand-in for the Hub: what is sent and what never is, in one commit, or one line that says why not."""
+"""A model goes to a stand-in for the Hub: what is sent, what never is, and one line that says why not."""
 
 import json
 import os
@@ -99,6 +99,9 @@ def test_a_whole_model_and_an_export(mine, tmp_path, capsys):
     sent = names(there(mine, "someone/file"))
     assert sent == {*names(tmp_path / "gguf"), "README.md"} and "Modelfile" in sent
     assert "library_name: gguf" in (there(mine, "someone/file") / "README.md").read_text()
+    (there(mine, "someone/file") / "README.md").write_text("# Written there\n")
+    push(capsys, tmp_path / "gguf", "someone/file")
+    assert (there(mine, "someone/file") / "README.md").read_text() == "# Written there\n"
 
 
 def test_private_unless_told(mine, run, capsys):
@@ -241,7 +244,7 @@ def test_one_line_says_why_not(hub, run, capsys, monkeypatch):
     hub.add("stranger/open", WHOLE)
     assert "your token may not write there" in push(capsys, WHOLE, "stranger/open", "--public", code=2)
     for name in ("mine", "some one/mine", "a/b/c"):
-        assert "Give owner/name" in push(capsys, run, name, code=2)
+        assert f"{name}: not a name on the Hub. Give owner/name" in push(capsys, run, name, code=2)
     monkeypatch.setenv("HF_TOKEN", "hf_" + "old" * 11)
     assert "the Hub does not know your token. Log in again" in push(capsys, run, NAME, code=2)
     monkeypatch.delenv("HF_TOKEN")
