@@ -9,6 +9,7 @@ from json import dumps
 from pathlib import Path
 from . import __version__
 from .core import CHAPTERS, UserError, choose, is_run
+from .delivery import chat, export, push, serve
 from .exits import in_one_line
 from .judging import agree
 from .methods import METHODS, method
@@ -16,8 +17,8 @@ from .planreport import plan
 from .options import parse
 
 # %% auto #0
-__all__ = ['COMMANDS', 'demo', 'doctor', 'scores', 'course', 'data', 'xray', 'training', 'train', 'rehearse', 'eval', 'export',
-           'serve', 'chat', 'checkpoints', 'command', 'usage', 'main', 'cli']
+__all__ = ['COMMANDS', 'demo', 'doctor', 'scores', 'course', 'data', 'xray', 'training', 'train', 'rehearse', 'eval',
+           'checkpoints', 'command', 'usage', 'main', 'cli']
 
 # %% ../nbs/workshop/cli.ipynb #d7159b49
 def demo(
@@ -229,64 +230,6 @@ def eval(
     table = exam_report(results)
     print(dumps(table) if json else show(table).to_string(index=False))
 
-# %% ../nbs/workshop/cli.ipynb #704f897c
-def export(
-    model: str = "tutor/sft",  # a checkpoint, a model or adapter folder, or a Hub name
-    output: str = "runs/gguf", # folder for the .gguf and the Modelfile
-    quant: str = "Q8_0",       # F32, F16, Q8_0, Q6_K, Q5_K_M, Q4_K_M, Q4_0 …
-):
-    """Write a GGUF that llama.cpp, Ollama and LM Studio run, and the Ollama Modelfile beside it.
-
-    llmcourse export --model runs/sft --quant Q4_K_M --output runs/gguf
-    """
-    from llmcourse.shipping import export_folder
-    for path in export_folder(model, output, quant): print(f"{path}  {Path(path).stat().st_size/1e6:,.3f} MB")
-
-# %% ../nbs/workshop/cli.ipynb #d3d45b02
-def serve(
-    model: str = "tutor/sft",  # a .gguf, a checkpoint, a folder, or a Hub name
-    port: int = 8080,          # TCP port
-    host: str = "127.0.0.1",   # address; any other than loopback needs --key
-    key: str = None,           # API key that clients must send; better in $LLMCOURSE_API_KEY, where nobody sees it
-    engine: str = "llama.cpp", # llama.cpp or transformers
-    quant: str = "Q8_0",       # with llama.cpp and a model that is not a GGUF yet
-):
-    """Serve a model behind an OpenAI-compatible URL until Ctrl-C.
-
-    llmcourse serve --model runs/gguf/sft-Q4_K_M.gguf --port 9000
-    """
-    from llmcourse.shipping import served
-    with served(model, port, host, key or os.environ.get("LLMCOURSE_API_KEY"), engine, quant) as server:
-        print(f"serving {model} at {server.url}\n  OPENAI_BASE_URL={server.url}\nCtrl-C stops it", flush=True)
-        try: server.wait()
-        except KeyboardInterrupt: print("stopped")
-
-# %% ../nbs/workshop/cli.ipynb #bc18bd7d
-def chat(
-    model: str = "tutor/sft",  # what to serve and chat with
-    url: str = None,           # chat with this OpenAI-compatible server instead
-    system: str = None,        # system prompt; by default the tutor's for the tutor, none for any other model
-    key: str = None,           # the server's API key; better in $LLMCOURSE_API_KEY, where nobody sees it
-    temperature: float = 0.0,  # 0: always the likeliest token; up to 2
-    max_tokens: int = 512,     # longest reply, in tokens
-    port: int = 7860,          # port of the page; 0: any free one
-    db: str = "runs/chat.db",  # SQLite file for turns and thumbs
-):
-    """Chat in the browser; turns and thumbs go to SQLite.
-
-    llmcourse chat --model runs/sft
-    llmcourse chat --url http://127.0.0.1:8080/v1 --system "You are a patient teacher."
-    """
-    from llmcourse.page import check_options, launch
-    from llmcourse.shipping import served
-    from llmcourse.serve import free_port
-    check_options(temperature=temperature, max_tokens=max_tokens)
-    port = free_port("127.0.0.1", port)     # before the model is loaded
-    key = key or os.environ.get("LLMCOURSE_API_KEY")
-    with contextlib.ExitStack() as stack:
-        if url is None: url = stack.enter_context(served(model, key=key)).url
-        launch(url, db, port, key=key, system=system, temperature=temperature, max_tokens=max_tokens)
-
 # %% ../nbs/workshop/cli.ipynb #4c6dfb5b
 def checkpoints(
     output: str = None,  # where to build; the package's own folder by default
@@ -302,7 +245,7 @@ def checkpoints(
 # %% ../nbs/workshop/cli.ipynb #29427043
 COMMANDS = {f.__name__: f for f in (demo, doctor, scores, course, data, xray, plan)}
 COMMANDS |= {name: training for name in METHODS}
-COMMANDS |= {f.__name__: f for f in (train, rehearse, eval, agree, export, serve, chat, checkpoints)}
+COMMANDS |= {f.__name__: f for f in (train, rehearse, eval, agree, export, push, serve, chat, checkpoints)}
 
 def command(name: str):
     "One command as a function of its options; the methods share `training`. `UserError` for an unknown name."
@@ -338,7 +281,8 @@ def main(
 ) -> int:                           # the exit code
     "Run `llmcourse`."
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] in ("-h", "--help", "help"): return in_one_line(lambda: print(usage()))
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        return in_one_line(lambda: print(usage()))
     if argv[0] in ("-V", "--version"): return in_one_line(lambda: print(__version__))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with contextlib.suppress(ValueError):   # not the main thread

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from .core import Message, UserError
 
 # %% auto #0
-__all__ = ['SECRETS', 'turn_faults', 'text_faults', 'said_in', 'chat_faults', 'refuse_faults', 'printable']
+__all__ = ['SECRETS', 'turn_faults', 'secret', 'text_faults', 'said_in', 'chat_faults', 'refuse_faults', 'printable']
 
 # %% ../nbs/workshop/faults.ipynb #2565549f
 def _answer_faults(messages: list[Message]) -> Iterator[tuple[str, str]]:
@@ -152,13 +152,21 @@ _EMAIL = re.compile(r"\b[\w.+-]+@(?!example\.)[\w-]+(?:\.[\w-]+)*\.[a-zA-Z]{2,}\
 _SPECIAL = re.compile(r"<\|[a-z0-9_]+\|>|\[/?INST\]|</?s>|<(?:start|end)_of_turn>|<bos>|<eos>|<<SYS>>")
 _GARBLED = re.compile(r"\ufffd|Ã[\x80-\xbf]|â€")
 
-def text_faults(text: str) -> Iterator[tuple[str, str]]:
-    "What is wrong with the letters of one conversation: (level, what). A secret is never printed whole."
+def secret(
+    text: str,
+) -> tuple[str, bool]:   # (what it is, with its first letters; is it surely one?), or ("", False)
+    "The first secret in a text. It is never printed whole."
     small = text.lower()   # a cheap look first
-    if any(hint in small for hint in _HINTS) and (m := _SECRET.search(text)):
-        name = list(SECRETS)[m.lastindex - 1]
-        sure = name != "a password" and "example" not in m[0].lower()   # a manual may show a password, or AWS's example
-        yield "error" if sure else "warning", f"holds {name} ({m[0][:4]}…): take it out, and revoke it"
+    m = any(hint in small for hint in _HINTS) and _SECRET.search(text)
+    if not m: return "", False
+    name = list(SECRETS)[m.lastindex - 1]
+    sure = name != "a password" and "example" not in m[0].lower()   # a manual may show a password, or AWS's example
+    return f"{name} ({m[0][:4]}…)", sure
+
+def text_faults(text: str) -> Iterator[tuple[str, str]]:
+    "What is wrong with the letters of one conversation: (level, what)."
+    what, sure = secret(text)
+    if what: yield "error" if sure else "warning", f"holds {what}: take it out, and revoke it"
     if "@" in text and (m := _EMAIL.search(text)):
         yield "warning", f"holds an e-mail address ({m[0][:2]}…@{m[0].rpartition('@')[2]})"
     if ("<" in text or "[" in text) and (m := _SPECIAL.search(text)):
