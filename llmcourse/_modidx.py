@@ -1002,6 +1002,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'llmcourse.page.wire_rest': ('workshop/page.html#wire_rest', 'llmcourse/page.py'),
                                 'llmcourse.page.wire_turns': ('workshop/page.html#wire_turns', 'llmcourse/page.py')},
             'llmcourse.plan': { 'llmcourse.plan.at_its_peak': ('plan.html#at_its_peak', 'llmcourse/plan.py'),
+                                'llmcourse.plan.copied_bytes': ('plan.html#copied_bytes', 'llmcourse/plan.py'),
                                 'llmcourse.plan.flops': ('plan.html#flops', 'llmcourse/plan.py'),
                                 'llmcourse.plan.learned': ('plan.html#learned', 'llmcourse/plan.py'),
                                 'llmcourse.plan.precision_of': ('plan.html#precision_of', 'llmcourse/plan.py'),
