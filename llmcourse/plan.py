@@ -63,8 +63,7 @@ def at_its_peak(
 ) -> dict[str, int]:      # weights, optimizer, gradients, activations, logits: bytes; they add up to the peak
     "Memory at the worst moment of a step: at the loss, or at the end of the backward pass."
     busy = "block" if step["block"] > step["logits"] else "logits"   # one after the other, never both
-    loss = {"weights": state["weights"] + step.get("copies", 0),
-            "gradients": state["gradients"] if adding else head,
+    loss = {"weights": state["weights"] + step.get("copies", 0), "gradients": state["gradients"] if adding else head,
             "activations": step["activations"] + step["block"] * (busy == "block"),
             "logits": step["logits"] * (busy == "logits")}
     end = {"weights": state["weights"], "gradients": state["gradients"] + head, "activations": 0, "logits": 0}
