@@ -59,10 +59,10 @@ def look_at_model(
     return weights, size
 
 # %% ../nbs/workshop/acts.ipynb #f91dab9d
-def _disk(tell: Callable, weights: int, size: float, work, adapter: bool, output, given: float | None) -> str:
+def _disk(tell: Callable, weights: int, size: float, real: dict, adapter: bool, said: dict, given) -> str:
     "What the disk has to hold: a fault of its own, and a line at the end."
-    free = 0 if work.dial["device"] == "cpu" and given is None else (given or 0) * 1e9 or None
-    try: return check_disk(weights, size, work.hyper["save_strategy"] != "no", adapter, output, free)
+    free = 0 if said["scale"]["device"] == "cpu" and given is None else (given or 0) * 1e9 or None
+    try: return check_disk(weights, size, real["save_strategy"] != "no", adapter, said["output"], free)
     except UserError as e:
         tell({"stage": "disk", "seconds": 0.0, "fault": str(e).removeprefix("disk: ")})
         sys.exit(2)
@@ -80,7 +80,7 @@ def look(tell: Callable, folder: Path, order: dict) -> None:
         precision = check_precision(work.dial, real)
         look_at_rows(way, work, bool(said.get("skip_bad")))
         found.append(f"{rows:,} rows, {len(work.data):,} of them made into tokens; {precision}")
-    disk = _disk(tell, weights, size, work, adapter, said["output"], order["disk"])
+    disk = _disk(tell, weights, size, real, adapter, said, order["disk"])
     job = for_training(way, work, folder)
     (folder / "job.pkl").write_bytes(pickle.dumps(dict(way=order["way"], train=job, adapter=adapter)))
     about = dict(model=str(said["model"]), scale=said["scale"]["scale"], method=way.name, disk=disk, hyper=real)
