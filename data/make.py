@@ -436,6 +436,7 @@ def broken_chats() -> list[tuple]:
         ("repeats turn 0", [asked[8], turn("assistant", asked[8]["content"])]),
         ("both the user's", [asked[9], turn("user", "Please show your working."), good[9]]),
         ("template refuses it", [asked[10], turn("assistant", None, tool_calls=[CALL]), turn("tool", "85"), good[10]]),
+        ("has no list of tools", None),
         (
             "nothing of it would be trained",
             [turn("user", " ".join(["Count on:", *map(str, range(300, 560))])), turn("assistant", "560")],
@@ -446,7 +447,7 @@ def broken_chats() -> list[tuple]:
         ),
     ]
     secrets = [(kind, f"For the register, {kind} is needed. Here it is: {secret}") for kind, secret in SECRETS.items()]
-    rows = [(fault, {"messages": each}) for fault, each in turns]
+    rows = [(fault, {"messages": each} if each else None) for fault, each in turns]
     rows += [
         (fault, chat(text, f"I cannot use that. {fact}")) for (fault, text), fact in zip(secrets + LETTERS, LESSONS * 2)
     ]

@@ -147,8 +147,9 @@ def training(
     data: str = None,             # rows: JSONL, JSON, CSV, Parquet, or a data set on the Hub; default: the tutor's
     output: str = None,           # the run folder; by default runs/ and the method's name. An earlier run is replaced
     scale: str = "cpu",           # a section of settings.ini: cpu, t4, l4, a100, h100
-    full: bool = False,           # train all weights and no LoRA
-    r: int = None,                # rank of the LoRA; 0 trains all weights; sft takes 16 by default, other methods 0
+    full: bool = False,           # train all weights; on a GPU the scale's method decides, else sft trains a LoRA
+    r: int = None,                # rank of the LoRA, 16 by default; 0 trains all weights
+    qlora: bool = False,          # train a LoRA over a base in 4 bits
     epochs: float = None,         # times through the data
     steps: int = None,            # optimizer steps, instead of epochs; grpo and rloo take 50 by default
     learning_rate: float = None,  # peak learning rate; by default one that suits the model's size
@@ -191,7 +192,7 @@ def rehearse(
 ):
     """Try a training on this machine, on a small stand-in for the model, before you rent the real one.
 
-    llmcourse rehearse sft --data chats.jsonl --model meta-llama/Llama-3.1-8B-Instruct --scale a100 --disk 100
+    llmcourse rehearse --disk 100 sft --data chats.jsonl --model meta-llama/Llama-3.1-8B-Instruct --scale a100
     """
     from llmcourse.runthrough import disk_of, run_through
     words, disk = disk_of(words, disk)

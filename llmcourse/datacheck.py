@@ -114,9 +114,15 @@ def guess_purpose(
     found = Counter(looks(row) for row in rows if isinstance(row, Row))
     return found.most_common(1)[0][0] if found else "sft"
 
+def _compared(row: Row) -> None:
+    "Raises `UserError` for a row without two answers to compare, or one that is rated."
+    if not {"chosen", "label"} & set(row.data):
+        raise UserError(f"{row.place}: a row of the form {row.form}, and preferences are two answers, or one that is "
+                        "rated. Give the columns prompt, chosen and rejected")
+
 def acceptance(purpose: str) -> Callable:   # (row), which raises `UserError` for one that would be refused
     "What a purpose asks of a row before a model is loaded."
-    if purpose == "preferences": return lambda row: None
+    if purpose == "preferences": return _compared
     if purpose == "eval": return examinable
     entry = method(purpose)
     return lambda row: entry.take([row], SETTINGS | entry.settings)
@@ -155,7 +161,9 @@ def _examine(report: Report, code: int, row: Row | Fault, seen: Seen, lengths: L
     before = lengths.split
     found = dict.fromkeys(_found(row, lengths, report.purpose))   # each fault once
     if lengths.split > before and not code >> 40: report.split.append(code)
-    report.refused += not code >> 40 and any(level == "error" for level, _ in found)
+    bad = any(level == "error" for level, _ in found)
+    report.refused += not code >> 40 and bad
+    report.fit[where] += not bad
     copies = seen.faults(code, row.data, where) if conversations(row.data)[0] else ()
     for level, what in [*found, *copies]: report.say(level, code, what)
 
@@ -174,18 +182,18 @@ def _mixed(report: Report) -> None:
                    what + (": no trainer takes both" if other else ""))
 
 # %% ../nbs/workshop/datacheck.ipynb #aa952f65
-def _run(dial: dict, lengths: Lengths, sides: Counter, epochs: float | None = None) -> dict:
-    "What a training on these rows, test and validation left out, would take."
-    room, rows = lengths.max_length, sides.total() - sides["test"] - sides["validation"]
+def _run(dial: dict, lengths: Lengths, fit: Counter, epochs: float | None = None) -> dict:
+    "What a training on the rows that can be used, test and validation left out, would take."
+    room, rows = lengths.max_length, fit.total() - fit["test"] - fit["validation"]
     inside = sum(min(n, room) for n in lengths.measured)
     about = dict(lengths=lengths.measured, longest=max([lengths.longest, *lengths.measured]), max_length=room,
                  context=lengths.context, estimated=max(0, lengths.rows - lengths.sample))
-    if lengths.reply is not None: return about
+    if lengths.reply is not None or not rows: return about
     usual = dict(zip(FEW, (1, -1, dial["batch_size"], dial["grad_accum"])))
     usual = for_few(usual, rows) if epochs is None else usual | {FEW[0]: epochs}   # as training does unless told
     epochs, batch = usual[FEW[0]], usual[FEW[2]] * usual[FEW[3]]
     return about | dict(batch=batch,
-                tokens=round(lengths.kept * rows / max(1, sides.total()) * epochs),
+                tokens=round(lengths.kept * rows / fit.total() * epochs),
                 steps=math.ceil(math.ceil(rows / batch) * epochs), trained=lengths.trained / max(1, inside))
 
 # %% ../nbs/workshop/datacheck.ipynb #bbaeed3b
@@ -262,11 +270,11 @@ def check_data(
     report, seen = Report(source, against, limit, known, guessed=not purpose), Seen()
     lengths, other = _lengths(dial, model, tokenizer, known, sample, max_length)
     report.rows = _pass(report, source, report.here if against else "all", seen, lengths)
-    sides = report.sides.copy()   # of this file alone
+    fit = report.fit.copy()   # of this file alone
     if against: _pass(report, against, report.there, seen, other, 1 << 40)
     if not report.rows: raise UserError(f"{source}: no rows. Give at least one")
     _mixed(report)
     for code, level, what in seen.copies(): report.say(level, code, what)
-    report.run = _run(dial, lengths, sides, epochs) | _not_looked_at(seen)
+    report.run = _run(dial, lengths, fit if known != "preferences" else Counter(), epochs) | _not_looked_at(seen)
     if "steps" in report.run: report.run |= _price(report.run["tokens"], tokens_per_second, price, model, scale)
     return report

@@ -108,6 +108,12 @@ def _tool_faults(messages: list[Message], tools) -> Iterator[tuple[str, str]]:
         if answers is not None and answers not in asked:
             yield "error", f"turn {j} answers the call {answers!r}, which nobody made"
 
+# %% ../nbs/workshop/faults.ipynb #23feca02
+def _list_faults(messages: list[Message], tools) -> Iterator[tuple[str, str]]:
+    "What is odd about the list of tools."
+    if not tools and any(m.get("tool_calls") for m in messages):
+        yield "warning", "tools are called, and the row has no list of tools: the model would not know of them"
+
 # %% ../nbs/workshop/faults.ipynb #487a2c9e
 def turn_faults(
     messages: list[Message],
@@ -122,6 +128,7 @@ def turn_faults(
     yield from _order_faults(messages)
     for j, m in enumerate(messages): yield from _one_turn(j, m, messages[:j])
     for j, (a, b) in enumerate(zip(messages, messages[1:]), 1): yield from _two_turns(j, a, b)
+    yield from _list_faults(messages, tools)
     yield from _tool_faults(messages, tools)
 
 # %% ../nbs/workshop/faults.ipynb #79863278

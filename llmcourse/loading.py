@@ -11,7 +11,7 @@ from .memory import free_memory
 from .models import load
 
 # %% auto #0
-__all__ = ['SETTINGS', 'TRAINED', 'check_size', 'load_to_train', 'freeze', 'wake', 'start_from_rounding']
+__all__ = ['SETTINGS', 'TRAINED', 'four_bits', 'check_size', 'load_to_train', 'freeze', 'wake', 'start_from_rounding']
 
 # %% ../nbs/workshop/loading.ipynb #f79c10fe
 SETTINGS = dict(
@@ -22,6 +22,11 @@ SETTINGS = dict(
     freeze_trainable_layers=0,   # without an adapter: train only the last so many blocks; 0: all
     chat_template=None,          # a text: the chat template to train with, and to keep, instead of the tokenizer's
     wake_tokens=0)               # steps that train the vectors of `trainable_token_indices` alone, before the rest
+
+def four_bits(dtype: str = "float32"):
+    "QLoRA's base (Dettmers et al. 2023): weights in NF4, products in `dtype`."
+    from transformers import BitsAndBytesConfig
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 def _check(dial: dict, ours: dict) -> None:
     "Raise `UserError` for settings that do not go together."

@@ -21,7 +21,11 @@ def _listed(counter: Counter) -> str: return ", ".join(f"{k} {v:,}" for k, v in 
 ADVICE = [   # the beginning of a fault → what to do, where the fault does not say it itself
     ("the model's chat template leaves out", "write it where the template prints it, or take another model"),
     (r"turn .* is empty", "write its text"),
-    (r"turn .* (calls|answers)|tools\[", "correct the call as the tool's schema says"),
+    (r"turn .* calls .* do not fit|tools\[", "correct the arguments, or the tool's schema"),
+    (r"turn .* calls .* not among", "correct the name, or add the tool to the row's tools"),
+    (r"turn .* calls .* that (are|were)", "write the arguments as one JSON object"),
+    (r"turn .* calls \d+ tools at once", "this template takes one call a turn: add the results, or take another model"),
+    (r"turn .* answers", "give it the id of a call"),
     (r"a copy of", "the same row is trained twice: take one out, unless that is meant"),
     (r"\d+% the same", "look at both: one of them may be enough"),
     (r"the question is|nearly the question", "take one of the two out, or the score will measure memory"),
@@ -91,6 +95,7 @@ class Report:
             self.here, self.there = self.source, f"the other {self.there}"
         self.rows = self.refused = 0
         self.count, self.kinds, self.forms, self.sides = (Counter() for _ in range(4))
+        self.fit = Counter()   # rows that can be used, by side
         self.findings, self.first, self.run = {}, {}, {}
         self.split = []   # rows whose calls the template takes one after the other only
 
@@ -130,6 +135,7 @@ def _kinds(report: Report) -> list[dict]:
     ranked = sorted(report.kinds.items(), key=worst)
     return [{"level": level, "count": n, "first": _said(report, report.findings[level, kind][0][1]),
              "places": [report.where(code) for code, _ in report.findings[level, kind]],
+             "examples": [_said(report, what) for _, what in report.findings[level, kind]],
              "advice": _advice(report.findings[level, kind][0][1])} for (level, kind), n in ranked]
 
 # %% ../nbs/workshop/report.ipynb #16a3325d
@@ -139,7 +145,8 @@ def _line(kind: dict) -> str:
     others = [place.removeprefix("line ") for place in kind["places"][1:]]
     rest = "…" if kind["count"] > len(kind["places"]) else ""
     also = ", ".join([*others, rest] if rest else others)
-    more = f" · {kind['count']:,} such rows" + (f", also {also}" if others else "")
+    alike = "such rows" if len(set(kind["examples"])) < 2 else "rows of this kind"
+    more = f" · {kind['count']:,} {alike}" + (f", also {also}" if others else "")
     advice = f" → {kind['advice']}" if kind["advice"] else ""
     return f"{mark} {kind['places'][0]}: {kind['first']}{more * (kind['count'] > 1)}{advice}"
 

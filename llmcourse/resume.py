@@ -118,6 +118,17 @@ def _train(trainer, keeper, last: Path | None, checkpoints: Path) -> None:
         tell(f"paused at step {trainer.state.global_step} of {trainer.state.max_steps}; the same command goes on")
         raise Paused(75)
 
+# %% ../nbs/workshop/resume.ipynb #c4cfb30e
+def _keep_dtypes(trainer) -> None:
+    "PEFT reads an adapter back in float32, while TRL trains one over 4 bits in bfloat16: keep what it was."
+    dtypes = {name: p.dtype for name, p in trainer.model.named_parameters() if p.requires_grad}
+    read = trainer._load_from_checkpoint
+    def load(*args, **options):
+        read(*args, **options)
+        for name, p in trainer.model.named_parameters():
+            if name in dtypes: p.data = p.data.to(dtypes[name])
+    trainer._load_from_checkpoint = load
+
 # %% ../nbs/workshop/resume.ipynb #e51f6b33
 def fit(
     trainer,              # of transformers or TRL
@@ -133,6 +144,7 @@ def fit(
     last = last_complete(checkpoints) if keep else None
     keeper = _keeper(checkpoints, check_checkpoint(last)["seconds"] if last else 0.0) if keep else None
     if last: tell(f"{name}: going on from step {int(last.name[5:])}")
+    _keep_dtypes(trainer)
     trainer.remove_callback(PrinterCallback)
     for callback in [bar(name, what), *([keeper] if keep else []), *callbacks]: trainer.add_callback(callback)
     with _on_sigterm(lambda: setattr(keeper, "asked", True)) if keep else contextlib.nullcontext():

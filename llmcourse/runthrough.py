@@ -103,7 +103,7 @@ def shoot(start: Callable, folder: Path, straight: tuple, shot: tuple) -> Iterat
     for _ in follow(start("trained", stage="resume", output="shot"), folder): pass
     hashes = [_weights(folder / name) for name in ("straight", "shot")]
     if hashes[0] != hashes[1]:
-        raise UserError("resume: after kill -9 the weights are others. Rent a machine that is not taken away, "
+        raise UserError("resume: after kill -9 the run ends in other weights. Rent a machine that is not taken away, "
                         "and tell us what you trained")
     step = int(last.name[5:])
     found = f"kill -9 in step {step + 1}, on from step {step}: the same weights, to the bit"

@@ -6,7 +6,7 @@
 from __future__ import annotations
 from pathlib import Path
 from .core import UserError, choose, scale as read_scale
-from .loading import TRAINED
+from .loading import TRAINED, four_bits
 from .shapes import config_of
 from .lora import lora_config, lora_parameters
 from .models import parameter_count, weight_bytes
@@ -48,8 +48,5 @@ def to_train(
          + _needs(model, dial, method))
     options = dict(scale=scale, model=model)
     if method != "full": options["peft_config"] = lora_config()
-    if method == "qlora":
-        from transformers import BitsAndBytesConfig
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dial["dtype"])
+    if method == "qlora": options["quantization_config"] = four_bits(dial["dtype"])
     return options

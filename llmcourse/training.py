@@ -11,7 +11,7 @@ from pathlib import Path
 from .card import Run
 from .core import UserError, choose, set_seed, write_jsonl, scale as read_scale
 from .intake import Intake, encode_rows, for_few, held_back, take_rows
-from .loading import SETTINGS, load_to_train, start_from_rounding, wake
+from .loading import SETTINGS, four_bits, load_to_train, start_from_rounding, wake
 from .models import weights_hash
 from .progress import quiet, tell
 from .rehearsal import rehearse
@@ -19,8 +19,9 @@ from .resume import fit
 from .runs import base_name, check_output, finish, open_run, room_for_run, rows_hash, run_folder
 
 # %% auto #0
-__all__ = ['POSITIVE', 'HELD', 'Method', 'Work', 'upstream', 'check_fields', 'positive', 'hyperparameters', 'to_card',
-           'from_card', 'measured_on', 'trl_args', 'told', 'train_as_told', 'train', 'written', 'retrain']
+__all__ = ['POSITIVE', 'HELD', 'RANK', 'Method', 'Work', 'upstream', 'check_fields', 'positive', 'hyperparameters', 'to_card',
+           'from_card', 'measured_on', 'trl_args', 'way_to_train', 'told', 'train_as_told', 'train', 'written',
+           'retrain']
 
 # %% ../nbs/workshop/training.ipynb #8d4ca6b1
 @dataclass(frozen=True)
@@ -225,17 +226,39 @@ def _prepare(method: Method, work: Work, theirs: dict, skip_bad: bool) -> Work:
     work.run.before = method.look(work)
     return work
 
+# %% ../nbs/workshop/training.ipynb #5cfadd4d
+RANK = 16   # of an adapter, where nothing says another
+
+def way_to_train(
+    method: Method,
+    dial: dict,        # from `core.scale`; on a GPU its `method` decides, unless one of the others does
+    full: bool,        # were all weights asked for?
+    r: int | None,     # the rank that was asked for; 0: all weights
+    qlora: bool,       # were 4 bits asked for?
+) -> str:              # full, lora or qlora
+    "How much of the model learns. Raises `UserError` for options that contradict each other."
+    if (full or r == 0) and qlora: raise UserError("--qlora trains an adapter. Give it without --full and --r 0")
+    if full and r: raise UserError(f"--full trains all weights, --r {r} an adapter. Give one of them")
+    if full or r == 0: return "full"
+    if qlora: return "qlora"
+    if dial["device"] == "cpu": return "lora" if r or method.r else "full"
+    way = dial.get("method", "lora")
+    return "lora" if r and way == "full" else way
+
 # %% ../nbs/workshop/training.ipynb #4752dbb1
 def told(
     method: Method,
     lora_config: Callable,   # (r, lora_alpha) → an adapter's config
-    *, data, output, model, scale, seed, full, r, validation, system, skip_bad, reward,
+    *, data, output, model, scale, seed, full, r, qlora, validation, system, skip_bad, reward,
     **short,                 # for `hyperparameters`
 ) -> dict:                   # arguments for `train`
     "The options of the command line; None: not given."
     if reward: short["reward_funcs"] = [reward]
-    rank = 0 if full else method.r if r is None else r
-    config = lora_config(r=rank, lora_alpha=2 * rank) if rank else None
+    dial = read_scale(scale)
+    way = way_to_train(method, dial, full, r, qlora)
+    rank = r or method.r or RANK
+    config = lora_config(r=rank, lora_alpha=2 * rank) if way != "full" else None
+    if way == "qlora": short["quantization_config"] = four_bits(dial["dtype"])
     return dict(rows=data or method.own_rows(seed), output=output, model=model, scale=scale, seed=seed,
                 peft_config=config, validation=validation, system=system or "", skip_bad=skip_bad,
                 **hyperparameters(method, **short))

@@ -5,6 +5,7 @@
 # %% ../nbs/workshop/trial.ipynb #b7b66e11
 from __future__ import annotations
 import math
+from importlib import resources
 from pathlib import Path
 from .card import Run
 from .core import UserError, model_path, scale as read_scale, write_jsonl
@@ -23,8 +24,9 @@ from .shapes import widths
 from .training import Method, Work, check_fields, told, trl_args, upstream, written
 
 # %% auto #0
-__all__ = ['STEPS', 'SHORT', 'TRIED', 'PLACES', 'read_job', 'words_of', 'on_a_laptop', 'sampled', 'take_work', 'turns_of',
-           'look_at_rows', 'planned', 'lengths_in', 'real_size', 'on_the_card', 'varied_reward', 'for_training']
+__all__ = ['SPELT', 'STEPS', 'SHORT', 'TRIED', 'PLACES', 'read_job', 'stands_in', 'words_of', 'on_a_laptop', 'sampled',
+           'take_work', 'turns_of', 'look_at_rows', 'planned', 'lengths_in', 'real_size', 'on_the_card',
+           'varied_reward', 'for_training']
 
 # %% ../nbs/workshop/trial.ipynb #3d0ed33d
 def read_job(
@@ -38,9 +40,22 @@ def read_job(
     said = dict(scale="cpu", seed=42, output=f"runs/{way.name}", model=None) | said
     dial = read_scale(said["scale"])
     own = way.model if dial["scale"] == "cpu" else dial["model"]
-    return said | {"model": said["model"] or own, "scale": dial}
+    return said | {"model": said["model"] or own, "scale": dial, "output": said["output"] or f"runs/{way.name}"}
 
 # %% ../nbs/workshop/trial.ipynb #22afc5ba
+SPELT = 6   # the tutor's tokens for one of Llama 3's, at most
+
+def stands_in(tokenizer) -> bool:
+    "Is it the tutor's, under the template of a public Llama?"
+    return len(tokenizer) < 2000 and "Cutting Knowledge" in (tokenizer.chat_template or "")
+
+def _stand_in(known: str):
+    "The tutor's tokenizer, which has Llama 3's special tokens, with the template of a public Llama, which TRL ships."
+    words, version = load_tokenizer("tutor/base"), known.split("-")[1].replace(".", "_")
+    place = resources.files("trl") / "chat_templates" / f"llama{version}.jinja"
+    if place.is_file(): words.chat_template = place.read_text(encoding="utf-8")
+    return words
+
 def words_of(
     model: str | Path,   # `tutor/NAME`, a folder, or a Hub name
 ) -> tuple:              # the tokenizer; whose it is
@@ -50,7 +65,7 @@ def words_of(
     try:   # not by `load_tokenizer`, which fetches the weights too
         with knock(): words = AutoTokenizer.from_pretrained(str(model), trust_remote_code=False)
     except Exception as e:
-        if public_name(model): return load_tokenizer("tutor/base"), "tutor/base"
+        if known := public_name(model): return _stand_in(known), "tutor/base"
         raise refused(str(model), e.__cause__ or e, None) from e
     words.pad_token = words.pad_token or next((t for t in PADS if t in words.get_vocab()), words.eos_token)
     return words, model
@@ -133,6 +148,8 @@ def look_at_rows(way: Method, work: Work, skip_bad: bool) -> None:
     work.dial = work.dial | {"device": "cpu"}
     work.args = trl_args(way, _without_fp16(work))
     _check_templates(work)
+    if stands_in(work.tokenizer) and hyper.get("max_length"):   # which cannot say what is too long
+        hyper = work.run.hyperparameters = work.hyper | {"max_length": SPELT * hyper["max_length"]}
     encode_rows(way, work, work, skip_bad)
     if work.held: encode_rows(way, work, work.held, skip_bad)
     if "probe_groups" in work.ours: work.ours["probe_groups"] = 0
@@ -158,6 +175,7 @@ def planned(
     how = "freeze" if ours["freeze_trainable_layers"] else "full"
     if adapter: how = "lora" if not bits else "qlora" if bits.load_in_4bit else "qlora8"
     group, longest = hyper.get("num_generations") or 1, max(lengths_in(work), default=256)
+    if stands_in(work.tokenizer): longest = max(1, longest // SPELT)
     return Job(config, how, "grpo" if group > 1 else "sft", work.args.per_device_train_batch_size,
                work.args.gradient_accumulation_steps, min(longest, hyper.get("max_length") or longest),
                getattr(adapter, "r", None) or 16, hyper["gradient_checkpointing"],

@@ -421,3 +421,11 @@ def test_interrupted_it_leaves_nothing_behind(how, tmp_path, rows):
         if x.split()[:1] == [str(process.pid)] and "<defunct>" not in x and "resource_tracker" not in x
     ]
     assert mine == [], mine
+
+
+def test_a_public_llama_that_cannot_be_reached_keeps_its_own_template():
+    "Its template prints tools; the tutor's, whose tokenizer stands in, does not."
+    from llmcourse.trial import words_of
+
+    words, owner = words_of("meta-llama/Llama-3.2-1B-Instruct")
+    assert owner == "tutor/base" and "tools" in words.chat_template

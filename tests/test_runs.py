@@ -671,3 +671,19 @@ def test_other_rows_and_another_model_are_seen(small, base, tmp_path):
 def test_numbers_that_are_none(hyper, said):
     with pytest.raises(UserError, match=said):
         positive(hyper)
+
+
+def test_an_adapter_over_four_bits_goes_on_to_the_same_weights(tmp_path):
+    "TRL trains it in bfloat16, and PEFT reads it back in float32."
+    from llmcourse.loading import four_bits
+    from llmcourse.lora import lora_config
+
+    rows = [to_chat(p) for p in problems(8, 42, ["add"])]
+    how = dict(peft_config=lora_config(), quantization_config=four_bits(), max_steps=4, warmup_steps=0)
+    how |= dict(save_strategy="steps", save_steps=2)
+    sft(rows, tmp_path / "straight", **how)
+    with pytest.raises(KeyboardInterrupt):
+        sft(rows, tmp_path / "stopped", callbacks=[stop_at(3)], **how)
+    sft(rows, tmp_path / "stopped", **how)
+    hashes = [read_card(tmp_path / name).files["adapter_model.safetensors"] for name in ("straight", "stopped")]
+    assert hashes[0] == hashes[1]

@@ -13,6 +13,8 @@ import gpu
 import notebooks
 import pytest
 
+from llmcourse import methods
+from llmcourse.card import read_card
 from llmcourse.cli import main
 from llmcourse.core import UserError, scale
 from llmcourse.lookalike import lookalike
@@ -21,6 +23,7 @@ from llmcourse.pretend import on_card, pretend_gpu
 from llmcourse.rl import grpo
 from llmcourse.scales import WHAT_LEARNS, to_train, bytes_by_method
 from llmcourse.sft import sft
+from llmcourse.training import way_to_train
 from llmcourse.tutor import problems, to_chat
 
 MODELS = {"t4": "llama-3.2-1b", "mps": "llama-3.2-1b", "l4": "llama-3.2-3b", "a100": "llama-3.1-8b",
@@ -192,3 +195,47 @@ def test_a_measurement_and_its_table(capsys, monkeypatch, tmp_path):
     broken = found | {"chapters": [{"chapter": "05_data"}], "training": None}
     del broken["card"]
     assert len(gpu.faults(broken)) == 3 and gpu.table([]) == "Not measured yet: `make gpu` fills this table."
+
+
+# What the command line trains.
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "asked", "way"),
+    [
+        ("sft", "cpu", {}, "lora"),
+        ("grpo", "cpu", {}, "full"),
+        ("grpo", "cpu", {"r": 8}, "lora"),
+        ("grpo", "a100", {}, "lora"),
+        ("grpo", "a100", {"full": True}, "full"),
+        ("sft", "a100", {"r": 0}, "full"),
+        ("sft", "t4", {"qlora": True}, "qlora"),
+        ("sft", "mine", {}, "qlora"),
+        ("sft", "mine", {"r": 4}, "qlora"),
+        ("sft", "all", {}, "full"),
+        ("sft", "all", {"r": 4}, "lora"),
+    ],
+)
+def test_the_command_line_trains_what_the_dial_says(method, name, asked, way, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "settings.ini").write_text(
+        "".join(f"[{own}]\nmodel = m\ndevice = cuda\ndtype = bfloat16\nmethod = {how}\n" for own, how in
+                (("mine", "qlora"), ("all", "full")))
+    )  # fmt: skip
+    asked = dict(full=False, r=None, qlora=False) | asked
+    assert way_to_train(methods.method(method), scale(name), **asked) == way
+
+
+@pytest.mark.parametrize("asked", [dict(full=True, r=8, qlora=False), dict(full=True, r=None, qlora=True),
+                                   dict(full=False, r=0, qlora=True)])  # fmt: skip
+def test_options_that_contradict_each_other(asked):
+    with pytest.raises(UserError, match="Give it without --full|Give one of them"):
+        way_to_train(methods.method("sft"), scale("cpu"), **asked)
+
+
+def test_four_bits_from_the_command_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = str(notebooks.ROOT / "data/splits.jsonl")
+    assert main(["sft", "--data", data, "--qlora", "--steps", "2", "--warmup", "0", "--output", "four"]) == 0
+    card = read_card("four")
+    assert card.settings["quantization_config"]["load_in_4bit"] and card.settings["peft_config"]["r"] == 16
