@@ -14,8 +14,8 @@ from .merging import merge
 from .methods import entry
 from .models import encode, load
 from .training import train
-from .trial import (STEPS, for_training, look_at_rows, on_the_card, read_job, real_size, take_work, turns_of,
-                             words_of)
+from .trial import (STEPS, for_training, look_at_rows, on_the_card, planned, read_job, real_size, take_work,
+                             turns_of, words_of)
 
 # %% auto #0
 __all__ = ['ACTS', 'stage', 'look_at_model', 'look', 'trained', 'ask_served', 'ship']
@@ -50,7 +50,7 @@ def look_at_model(
         weights, size = real_weights(config)
         about = [f"{said['model']}: a {config.model_type} of {weights / 1e6:,.0f} million weights"]
         if own: about.append(check_embeddings(config, tokenizer))
-        else: about.append("not to be reached from here: its public shape, the tutor's tokenizer")
+        else: about.append("not reachable; using its published shape and the tutor's tokenizer")
         about.append(check_targets(config, said.get("peft_config")))
         multiple = min(64, config.vocab_size & -config.vocab_size) if own else 1
         here = Path(said["model"]).is_dir()
@@ -59,6 +59,14 @@ def look_at_model(
     return weights, size
 
 # %% ../nbs/workshop/acts.ipynb #f91dab9d
+def _disk(tell: Callable, weights: int, size: float, real: dict, adapter: bool, said: dict, given) -> str:
+    "What the disk has to hold: a fault of its own, and a line at the end."
+    free = 0 if said["scale"]["device"] == "cpu" and given is None else (given or 0) * 1e9 or None
+    try: return check_disk(weights, size, real["save_strategy"] != "no", adapter, said["output"], free)
+    except UserError as e:
+        tell({"stage": "disk", "seconds": 0.0, "fault": str(e).removeprefix("disk: ")})
+        sys.exit(2)
+
 def look(tell: Callable, folder: Path, order: dict) -> None:
     "Read the job, look at model, card, disk and rows, and leave what is to be trained in `folder`."
     way = entry(order["way"])
@@ -70,15 +78,15 @@ def look(tell: Callable, folder: Path, order: dict) -> None:
         work, rows = take_work(way, said, weights, folder)
         real, adapter = work.hyper, work.ours["peft_config"] is not None
         precision = check_precision(work.dial, real)
-        free = 0 if work.dial["device"] == "cpu" and order["disk"] is None else (order["disk"] or 0) * 1e9 or None
-        disk = check_disk(weights, size, real["save_strategy"] != "no", adapter, said["output"], free)
         look_at_rows(way, work, bool(said.get("skip_bad")))
         found.append(f"{rows:,} rows, {len(work.data):,} of them made into tokens; {precision}")
+    disk = _disk(tell, weights, size, real, adapter, said, order["disk"])
     job = for_training(way, work, folder)
     (folder / "job.pkl").write_bytes(pickle.dumps(dict(way=order["way"], train=job, adapter=adapter)))
     about = dict(model=str(said["model"]), scale=said["scale"]["scale"], method=way.name, disk=disk, hyper=real)
-    size = real_size(work, rows)
-    tell({"size": size | about | {"card": on_the_card(original_config(said["model"]), work, size)}})
+    asked = planned(original_config(said["model"]).to_dict(), work)
+    size, amount = real_size(work, rows, asked)
+    tell({"size": size | about | {"card": on_the_card(asked, amount, work.dial["scale"])}})
 
 # %% ../nbs/workshop/acts.ipynb #fc138006
 def _shot():
@@ -123,7 +131,7 @@ def ask_served(gguf: Path, model: Path, question: list, n: int = 16) -> str:
         k = next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), min(len(ours), len(theirs)))
         raise UserError(f"transformers and llama.cpp differ from token {k + 1} of the answer on. "
                         "Keep to `llmcourse serve --engine transformers`, and tell us")
-    return f"asked once, {len(reply):,} letters back; {len(ours)} greedy tokens equal to those of transformers"
+    return f"one request, {len(reply):,} characters returned; {len(ours)} greedy tokens equal to those of transformers"
 
 # %% ../nbs/workshop/acts.ipynb #f733b1b6
 def ship(tell: Callable, folder: Path, order: dict) -> None:

@@ -189,13 +189,14 @@ def train(
 def rehearse(
     job: str,            # sft, grpo or rloo, with its own options behind it; or a run card
     words: list,         # the options of the method: llmcourse rehearse sft --help lists them
-    disk: float = None,  # free GB on the machine that you will rent; goes before the job
+    disk: float = None,  # free GB on the machine that you will rent
 ):
     """Try a training on this machine, on a small stand-in for the model, before you rent the real one.
 
     llmcourse rehearse --disk 100 sft --data chats.jsonl --model meta-llama/Llama-3.1-8B-Instruct --scale a100
     """
-    from llmcourse.runthrough import run_through
+    from llmcourse.runthrough import disk_of, run_through
+    words, disk = disk_of(words, disk)
     told = parse(command(job), f"llmcourse rehearse {job}", words) if job in METHODS else {}
     if words and Path(job).exists(): raise UserError(f"{job}: {words[0]!r} is one word too many: a card says it all")
     run_through(job, {"reward": None} | told if told else {}, disk)

@@ -5,7 +5,7 @@
 # %% ../nbs/workshop/footprint.ipynb #4afd15e3
 from __future__ import annotations
 from .models import kv_cache_bytes, weight_bytes
-from .plan import BASE, at_its_peak, precision_of, state_bytes
+from .plan import BASE, at_its_peak, copied_bytes, learned, precision_of, state_bytes
 from .saves import KEEPS, block_keeps
 from .shapes import widths
 
@@ -54,6 +54,7 @@ def training_memory(
     step = step_bytes(config, method, batch_size, max_length, checkpointing,
                       precision=precision, targets=targets, **more)
     w = widths(config)
+    step["copies"] = copied_bytes(learned(config, method, r, targets), precision)
     head = w.V * w.h * (4 if precision == "mixed" else 2) if method == "full" else 0
     return at_its_peak(state, step, adding, head)
 

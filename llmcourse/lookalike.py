@@ -4,17 +4,15 @@
 
 # %% ../nbs/workshop/lookalike.ipynb #95152a34
 from __future__ import annotations
-import contextlib, math, os, socket
+import math
 from pathlib import Path
-from urllib.parse import urlsplit
 from .configs import LLAMAS
 from .core import is_run, model_path, write_aside
-from .fetching import refused
+from .fetching import knock, refused
 from .pretrained import absent, adapter_base, hush, load_tokenizer
 
 # %% auto #0
-__all__ = ['PUBLIC', 'SHRUNK', 'ABOUT', 'public_name', 'knock', 'original_config', 'shrunk', 'real_weights', 'dtype_of',
-           'lookalike']
+__all__ = ['PUBLIC', 'SHRUNK', 'ABOUT', 'public_name', 'original_config', 'shrunk', 'real_weights', 'dtype_of', 'lookalike']
 
 # %% ../nbs/workshop/lookalike.ipynb #f1e8a66b
 def _public(name: str) -> dict:
@@ -32,20 +30,6 @@ def public_name(
     "Which of the public shapes a name stands for."
     name = str(model).lower().rpartition("/")[2].removeprefix("meta-")
     return next((known for known in PUBLIC if name in (known, f"{known}-instruct")), None)
-
-# %% ../nbs/workshop/lookalike.ipynb #2bd68d13
-@contextlib.contextmanager
-def knock():
-    "Inside, the Hub's client stays offline if nobody answers at its address; a proxy is trusted to be there."
-    from huggingface_hub import constants
-    place, old = urlsplit(constants.ENDPOINT), constants.HF_HUB_OFFLINE
-    asked = (place.hostname, place.port or (443 if place.scheme == "https" else 80))
-    try:
-        if not (old or os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy")):
-            socket.create_connection(asked, timeout=3).close()
-    except OSError: constants.HF_HUB_OFFLINE = True
-    try: yield
-    finally: constants.HF_HUB_OFFLINE = old
 
 # %% ../nbs/workshop/lookalike.ipynb #ca942e65
 def original_config(

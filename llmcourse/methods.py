@@ -4,14 +4,15 @@
 
 # %% ../nbs/workshop/methods.ipynb #1b212837
 from __future__ import annotations
-import importlib
+import importlib, math
 from pathlib import Path
 from .card import read_card
 from .core import choose
-from .training import Method, retrain
+from .intake import for_few
+from .training import Method, positive, retrain
 
 # %% auto #0
-__all__ = ['METHODS', 'entry', 'method', 'rerun']
+__all__ = ['METHODS', 'entry', 'method', 'rerun', 'settled', 'steps_of']
 
 # %% ../nbs/workshop/methods.ipynb #24ddc84f
 METHODS = {   # name → where its entry is
@@ -39,3 +40,26 @@ def rerun(
     "Repeat a run of any method from its card. Raises `UserError` if its model or its rows have changed."
     name = choose(read_card(card).method, METHODS, f"method in {card}:")
     return retrain(method(name), card, output, **options)
+
+# %% ../nbs/workshop/methods.ipynb #5e771ed1
+def settled(
+    way: Method,
+    dial: dict,      # from `core.scale`
+    weights: int,    # of the real model
+    rows: int,
+    theirs: dict,    # TRL's fields that somebody has chosen
+    adapter: bool,   # is an adapter trained, and not the model?
+) -> dict:           # spelled as TRL does
+    "The hyperparameters of the real run."
+    ours = for_few(way.defaults(dial, weights, adapter), rows, theirs)
+    if "save_steps" in theirs: ours["save_strategy"] = "steps"
+    return positive(ours | theirs)
+
+def steps_of(
+    sequences: int,        # trained in an epoch: rows, or with GRPO replies
+    a_step: int,           # of them, over all cards
+    epochs: float = 1,
+    max_steps: int = -1,   # more than 0: so many, whatever the epochs say
+) -> int:
+    "Steps of the optimizer."
+    return max_steps if max_steps > 0 else math.ceil(math.ceil(sequences / a_step) * epochs)

@@ -10,7 +10,7 @@ from .saves import HOW, inputs, outputs, with_adapters
 from .shapes import widths
 
 # %% auto #0
-__all__ = ['BASE', 'MFU', 'learned', 'precision_of', 'state_bytes', 'at_its_peak', 'flops', 'training_hours']
+__all__ = ['BASE', 'MFU', 'learned', 'precision_of', 'state_bytes', 'copied_bytes', 'at_its_peak', 'flops', 'training_hours']
 
 # %% ../nbs/14_plan.ipynb #d4bc74fe
 def learned(
@@ -48,24 +48,27 @@ def state_bytes(
     own = {"weights": width * n, "gradients": width * n, "optimizer": 2 * width * n}
     if method == "freeze": own["weights"] = width * parameter_count(config)
     if method in BASE: own["weights"] += weight_bytes(config, base or BASE[method])
-    if width == 4: own["weights"] += 2 * (n if method in BASE else parameter_count(config))   # copies in 16 bits
     return own
+
+def copied_bytes(n: int, precision: str) -> int:
+    "The copies in 16 bits that autocast makes of `n` learning numbers, until the forward pass is over."
+    return 2 * n if precision == "mixed" else 0
 
 # %% ../nbs/14_plan.ipynb #1b422b28
 def at_its_peak(
     state: dict,          # from `state_bytes`
-    step: dict,           # from `step_bytes`
+    step: dict,           # from `step_bytes`; perhaps with copies, from `copied_bytes`
     adding: bool = False, # are gradients of earlier batches there already (gradient accumulation)?
     head: int = 0,        # bytes of the head's gradient, which comes first
 ) -> dict[str, int]:      # weights, optimizer, gradients, activations, logits: bytes; they add up to the peak
     "Memory at the worst moment of a step: at the loss, or at the end of the backward pass."
     busy = "block" if step["block"] > step["logits"] else "logits"   # one after the other, never both
-    loss = {"gradients": state["gradients"] if adding else head,
+    loss = {"weights": state["weights"] + step.get("copies", 0), "gradients": state["gradients"] if adding else head,
             "activations": step["activations"] + step["block"] * (busy == "block"),
             "logits": step["logits"] * (busy == "logits")}
-    end = {"gradients": state["gradients"] + head, "activations": 0, "logits": 0}
+    end = {"weights": state["weights"], "gradients": state["gradients"] + head, "activations": 0, "logits": 0}
     worst = max((loss, end), key=lambda moment: sum(moment.values()))
-    return {"weights": state["weights"], "optimizer": state["optimizer"]} | worst
+    return {"weights": worst["weights"], "optimizer": state["optimizer"]} | worst
 
 # %% ../nbs/14_plan.ipynb #01f59526
 MFU = 0.25   # of a card's arithmetic that a training uses; published: 0.2 plain, 0.35 fused, 0.6 at best

@@ -4,12 +4,14 @@
 
 # %% ../nbs/workshop/planner.ipynb #3a19ab7e
 from __future__ import annotations
-import math, random
+import random
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 from .chats import encode_chat, take_chats
 from .core import UserError, choose
 from .footprint import decoding_speed, serving_bytes, training_memory
 from .gpus import GPUS, Gpu
+from .methods import steps_of
 from .models import kv_cache_bytes, load_tokenizer, parameter_parts, weight_bytes
 from .plan import BASE, MFU, precision_of, state_bytes, training_hours
 from .prices import Price
@@ -18,11 +20,14 @@ from .saves import HOW
 from .shapes import known_shape, widths
 
 # %% auto #0
-__all__ = ['JOBS', 'CONTEXT', 'HOLES', 'CHARACTERS', 'Job', 'check_job', 'memory_of', 'needed', 'fits', 'lengths_of',
-           'padded_tokens', 'hours_of', 'ways_out', 'cheapest']
+__all__ = ['JOBS', 'FULL', 'SAMPLES', 'SERVED', 'CONTEXT', 'HOLES', 'CHARACTERS', 'Job', 'check_job', 'memory_of', 'needed',
+           'fits', 'lengths_of', 'padded_tokens', 'Extent', 'amount_of', 'hours_of', 'said_hours', 'ways_out',
+           'cheapest']
 
 # %% ../nbs/workshop/planner.ipynb #9ade7785
 JOBS = ("sft", "dpo", "grpo", "ppo", "serve")
+FULL = 2048                 # tokens at once from which a card reaches its MFU
+SAMPLES = ("grpo", "ppo")   # those that write replies, and learn from them
 
 @dataclass(frozen=True)
 class Job:
@@ -32,28 +37,36 @@ class Job:
     task: str = "sft"            # one of `JOBS`
     batch_size: int = 2          # rows at once on a card; conversations at once for serve
     grad_accum: int = 4          # such batches in a step
-    max_length: int = 1024       # tokens of a row, or of a conversation
+    max_length: int = 1024       # tokens of a row, a prompt (grpo and ppo), or a conversation
     r: int = 16                  # rank of an adapter
     checkpointing: bool = True
     gpus: int = 1
     shard: bool = False          # split the model over the cards (FSDP, ZeRO-3), instead of a copy on each
     new_tokens: int = 256        # of a sampled reply, with grpo and ppo
+    group: int = 1               # replies sampled for a prompt; GRPO compares them
+
+    @property
+    def length(self) -> int:
+        "Tokens of what is trained: a row, or a prompt and its reply."
+        return self.max_length + (self.new_tokens if self.task in SAMPLES else 0)
 
 def check_job(job: Job) -> Job:
     "The same job. Raises `UserError` for a number or a name that makes no sense."
     choose(job.method, HOW, "method")
     choose(job.task, JOBS, "task")
-    for name in ("batch_size", "grad_accum", "max_length", "r", "gpus", "new_tokens"):
+    for name in ("batch_size", "grad_accum", "max_length", "r", "gpus", "new_tokens", "group"):
         if getattr(job, name) < 1: raise UserError(f"--{name.replace('_', '-')} {getattr(job, name)}: give at least 1")
     context = job.config.get("max_position_embeddings")
-    if context and job.max_length > context:
-        raise UserError(f"--max-length {job.max_length}: this model reads {context:,} tokens. Give at most that")
+    if context and job.length > context:
+        more = f" and --new-tokens {job.new_tokens}" if job.task in SAMPLES else ""
+        raise UserError(f"--max-length {job.max_length}{more}: the limit is {context:,} tokens; "
+                        "use a smaller --max-length")
     return job
 
 # %% ../nbs/workshop/planner.ipynb #10b7f94e
 def _trained(job: Job, rows: int, logits: int) -> dict[str, float]:
     "One model that learns from `rows` rows at once, with the logits of so many tokens."
-    return training_memory(job.config, job.method, rows, job.max_length, job.r, checkpointing=job.checkpointing,
+    return training_memory(job.config, job.method, rows, job.length, job.r, checkpointing=job.checkpointing,
                           adding=job.grad_accum > 1, chunk=logits)
 
 def _others(job: Job) -> int:
@@ -77,19 +90,20 @@ def _split(job: Job, parts: dict) -> dict:
     return parts | share | {"put together": 2 * block}
 
 # %% ../nbs/workshop/planner.ipynb #bf0afaaa
+SERVED = {"qlora": "nf4", "qlora8": "int8"}   # how a server stores the weights; of other methods bfloat16
+
 def memory_of(job: Job) -> dict[str, float]:   # bytes; they add up to the peak on one card
     "Where the bytes of a job go."
     rows, length = job.batch_size, job.max_length
     if job.task == "serve":
-        base = {"qlora": "nf4", "qlora8": "int8"}.get(job.method, "bfloat16")
-        return _split(job, serving_bytes(job.config, rows, length, base))
+        return _split(job, serving_bytes(job.config, rows, length, SERVED.get(job.method, "bfloat16")))
     logits = {"sft": 256, "dpo": 2 * rows * length}.get(job.task, rows * job.new_tokens)
     parts = _trained(job, rows * (2 if job.task == "dpo" else 1), logits)
     if job.task == "ppo": parts = {name: size + _critic(job).get(name, 0) for name, size in parts.items()}
     if others := _others(job): parts["other models"] = others
-    cache = kv_cache_bytes(job.config, rows * length)
+    cache = kv_cache_bytes(job.config, rows * job.grad_accum * job.length)   # TRL samples a whole step at once
     sampling = {"weights": parts["weights"], "optimizer": parts["optimizer"], "kv cache": cache}
-    if job.task in ("grpo", "ppo") and cache > sum(parts.values()) - parts["weights"] - parts["optimizer"]:
+    if job.task in SAMPLES and cache > sum(parts.values()) - parts["weights"] - parts["optimizer"]:
         parts = sampling | ({"other models": others} if others else {})
     return _split(job, parts)
 
@@ -114,12 +128,12 @@ def _accept(task: str):
         elif task == "dpo" and "chosen" not in row.data:
             raise UserError(f"{row.place}: a row of the form {row.form}, and DPO compares. "
                             "Give prompt, chosen and rejected")
-        elif task in ("grpo", "ppo"): prompt(row)
+        elif task in SAMPLES: prompt(row)
     return accept
 
 def _tokens(row: Row, task: str, tokenizer) -> int:
     "Tokens of a row: of its longest conversation, or of its question."
-    chats = [prompt(row)] if task in ("grpo", "ppo") else conversations(row.data)
+    chats = [prompt(row)] if task in SAMPLES else conversations(row.data)
     if tokenizer is None: return max(sum(len(m["content"]) // CHARACTERS + 4 for m in chat) for chat in chats)
     if task == "sft": return len(encode_chat(tokenizer, row.data, row.place)["input_ids"])
     return max(len(tokenizer.apply_chat_template(chat, tokenize=True, return_dict=True)["input_ids"]) for chat in chats)
@@ -148,30 +162,63 @@ def padded_tokens(
     return sum(max(batch) * len(batch) for batch in batches)
 
 # %% ../nbs/workshop/planner.ipynb #031558fd
+class Extent(NamedTuple):
+    "What there is to compute."
+    steps: int        # of the optimizer
+    passes: float     # through the rows
+    sequences: float  # that are trained: rows, or replies with their prompts
+    tokens: int       # of the rows; where replies are sampled, of those at most
+    computed: int     # with padding, and with the prompts of replies
+
+def amount_of(
+    job: Job,
+    lengths: list[int],        # tokens of each row, or of some of them
+    rows: int | None = None,   # how many there are; None: these
+    epochs: float = 1,
+    max_steps: int = -1,       # more than 0: so many steps, whatever the epochs say
+) -> Extent:
+    "Steps and tokens of a training."
+    rows, a_step = rows or len(lengths), job.batch_size * job.grad_accum * job.gpus
+    steps = steps_of(rows * job.group, a_step, epochs, max_steps)
+    passes = steps * a_step / (rows * job.group) if max_steps > 0 else epochs
+    mean = sum(min(n, job.max_length) for n in lengths) / len(lengths)
+    if job.task in SAMPLES:
+        replies = steps * a_step
+        return Extent(steps, passes, replies, replies * job.new_tokens, round(replies * (mean + job.new_tokens)))
+    padded = padded_tokens(lengths, job.batch_size, job.max_length) / len(lengths)
+    return Extent(steps, passes, rows * passes, round(mean * rows * passes), round(padded * rows * passes))
+
+# %% ../nbs/workshop/planner.ipynb #a3011702
 def hours_of(
     job: Job,
     card: Gpu,
-    lengths: list[int],     # tokens of each row
-    epochs: float = 1,
-    mfu: float = MFU,       # of the card's arithmetic that a training uses
-) -> tuple[float, int, int]:   # hours, tokens computed, steps
+    amount: Extent,     # from `amount_of`
+    mfu: float = MFU,   # of the card's arithmetic that a training uses
+) -> float:
     "How long a training takes."
-    a_step = job.batch_size * job.grad_accum * job.gpus
-    steps = math.ceil(math.ceil(len(lengths) / a_step) * epochs)
-    tokens = padded_tokens(lengths, job.batch_size, job.max_length) * epochs
-    if job.task in ("grpo", "ppo"): tokens += len(lengths) * job.new_tokens * epochs
     passes = {"dpo": 2 * 4 / 3, "grpo": 4 / 3, "ppo": 3}.get(job.task, 1)   # forward alone is a third of a step
-    mean = round(tokens / max(1, len(lengths) * epochs))
-    hours = passes * training_hours(job.config, tokens, card.tflops, job.method, mean, job.gpus, mfu)
-    if job.task in ("grpo", "ppo"):
-        speed = decoding_speed(job.config, card.bandwidth, conversations=job.batch_size, tokens=job.max_length)
-        hours += len(lengths) * job.new_tokens * epochs / (speed * job.gpus) / 3600
-    return hours, round(tokens), steps
+    mean = round(amount.computed / max(1, amount.sequences))
+    hours = passes * training_hours(job.config, amount.computed, card.tflops, job.method, mean, job.gpus, mfu)
+    if job.task not in SAMPLES: return hours
+    speed = decoding_speed(job.config, card.bandwidth, conversations=job.batch_size * job.grad_accum, tokens=mean)
+    return hours + amount.tokens / (speed * job.gpus) / 3600
+
+def said_hours(hours: float) -> str:
+    "A time in words, for one that is right within a factor of two."
+    if hours >= 1: return f"about {hours:.1f} hours"
+    minutes = round(60 * hours)
+    return "under a minute" if minutes < 1 else "about a minute" if minutes == 1 else f"about {minutes} minutes"
 
 # %% ../nbs/workshop/planner.ipynb #41a2f877
 def _smaller(job: Job, rows: int) -> Job:
     "The same step with fewer rows at once."
     return replace(job, batch_size=rows, grad_accum=job.grad_accum * job.batch_size // rows)
+
+def _same(job: Job) -> str:
+    "What another card's scale would change."
+    if job.task == "serve": return f"--batch-size {job.batch_size}"
+    return f"--batch-size {job.batch_size} --grad-accum {job.grad_accum}" + (
+        f" --new-tokens {job.new_tokens}" if job.task in SAMPLES else "")
 
 def ways_out(
     job: Job,
@@ -185,11 +232,12 @@ def ways_out(
     if job.method != "qlora":
         tries += [("--method qlora", replace(job, method="qlora"), card),
                   (f"--method qlora {words}", replace(one, method="qlora"), card)]
-    tries += [(f"--max-length {n} {words}", replace(one, max_length=n), card)
-              for n in (job.max_length // 2, job.max_length // 4) if n >= 128]
+    field = "new_tokens" if job.task in SAMPLES else "max_length"
+    tries += [(f"--{field.replace('_', '-')} {n} {words}", replace(one, **{field: n}), card)
+              for n in (getattr(job, field) // 2, getattr(job, field) // 4) if n >= 128]
     tries += [(f"--gpus {n} --shard", replace(job, gpus=n, shard=True), card) for n in (2, 4, 8) if n > job.gpus]
-    larger = sorted((c for c in GPUS.values() if c.memory > card.memory), key=lambda c: c.memory)
-    tries += [(f"--gpu {c.name}", job, c) for c in larger]
+    larger = sorted((c for c in GPUS.values() if c.memory > card.memory and c.bf16), key=lambda c: c.memory)
+    tries += [(f"--gpu {c.name} {_same(job)}", job, c) for c in larger]
     found = [way for way in tries if fits(*way[1:])]
     return [way for way in found if way[2] == card] + [way for way in found if way[2] != card][:1]
 
@@ -204,7 +252,7 @@ def cheapest(
     job: Job,
     prices: tuple[Price, ...],
     lengths: list[int],     # tokens of each row
-    epochs: float = 1,
+    epochs: float = 1,      # passes through the rows
     mfu: float = MFU,
 ) -> list[dict]:            # usd, hours, price, job: the cheapest first
     "What a training costs on each offer where it fits."
@@ -212,6 +260,6 @@ def cheapest(
     for price in prices:
         way = _on(job, price)
         if way is None: continue
-        hours = hours_of(way, GPUS[price.gpu], lengths, epochs, mfu)[0]
+        hours = hours_of(way, GPUS[price.gpu], amount_of(way, lengths, epochs=epochs), mfu)
         found.append({"usd": hours * price.usd_per_hour, "hours": hours, "price": price, "job": way})
     return sorted(found, key=lambda row: row["usd"])

@@ -4,21 +4,23 @@
 
 # %% ../nbs/workshop/planreport.ipynb #991cf49d
 from __future__ import annotations
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from json import dumps
 from pathlib import Path
-from .core import UserError, begins, write_aside
+from .core import UserError, begins, scale as read_scale, write_aside
 from .figures import FAINT, INK, WIDTH, box, canvas, write
 from .footprint import decoding_speed
 from .gpus import Gpu, advice, find_card
+from .methods import METHODS, method as entry_of, settled
+from .models import parameter_count
 from .plan import MFU
-from .planner import (CHARACTERS, Job, cheapest, check_job, fits, hours_of, lengths_of, memory_of, needed,
-                               ways_out)
+from .planner import (CHARACTERS, FULL, SAMPLES, SERVED, Extent, Job, amount_of, cheapest, check_job, fits,
+                               hours_of, lengths_of, memory_of, needed, ways_out)
 from .prices import PRICES, age_of, read_prices
 from .shapes import config_of
 
 # %% auto #0
-__all__ = ['PARTS', 'draw_bytes', 'Plan', 'as_dict', 'plan_job', 'save_picture', 'plan']
+__all__ = ['PARTS', 'DIALS', 'TRL_NAMES', 'draw_bytes', 'Plan', 'as_dict', 'plan_job', 'save_picture', 'plan']
 
 # %% ../nbs/workshop/planreport.ipynb #fae6153a
 PARTS = {"weights": "#8fb3dc", "optimizer": "#d9a441", "gradients": "#c97b63", "activations": "#a8dfa8",
@@ -71,8 +73,8 @@ class Plan:
     rows: int = 0
     counted: bool = True            # were tokens counted, or estimated from letters?
     hours: float = 0.0
-    tokens: int = 0
-    steps: int = 0
+    amount: Extent | None = None    # steps and tokens; None without rows
+    scale: str = ""                 # whose batch and lengths were taken where nobody gave any
     mfu: float = MFU
     ways: list = field(default_factory=list)     # from `planner.ways_out`
     offers: list = field(default_factory=list)   # from `planner.cheapest`
@@ -89,18 +91,38 @@ class Plan:
 def _gib(size: float) -> str: return f"{size / 2**30:.1f} GiB"
 
 def _span(hours: float) -> str:
-    "A time that is right within a factor of two."
-    unit, name = (1, "h") if hours >= 1 else (60, "min") if hours >= 1 / 60 else (3600, "s")
-    return f"{hours * unit:.2g} {name} (between {hours * unit / 2:.2g} and {hours * unit * 2:.2g})"
+    "A time that is right within a factor of two; under a minute nobody knows."
+    if hours < 1 / 60: return "under a minute, too short to tell"
+    unit, name = (1, "h") if hours >= 1 else (60, "min")
+    low, middle, high = (f"{hours * unit * k:,.0f}" if hours * unit * k >= 10 else f"{hours * unit * k:.2g}"
+                         for k in (.5, 1, 2))
+    return f"{middle} {name} (between {low} and {high})"
 
+# %% ../nbs/workshop/planreport.ipynb #03af427b
+def _how(job: Job) -> str:
+    "What is trained, or what is served."
+    if job.task == "serve": return f"weights in {SERVED.get(job.method, 'bfloat16')}"
+    return f"{job.method} r={job.r}" if "lora" in job.method else job.method
+
+def _many(n: int, one: str) -> str: return f"{n:,} {one}" if n == 1 else f"{n:,} {one}s"
+
+def _batch(plan: Plan) -> str:
+    "What a card holds at once, and what a step adds up."
+    job = plan.job
+    if job.task == "serve": return f"{_many(job.batch_size, 'conversation')} of up to {job.max_length:,} tokens at once"
+    rows, size = _many(job.batch_size, "row"), f"{job.max_length:,} tokens"
+    if job.task in SAMPLES:
+        rows = "1 reply" if job.batch_size == 1 else f"{job.batch_size} replies"
+        size = f"{job.new_tokens:,} tokens to prompts of up to {job.max_length:,}"
+    told = f" (scale {plan.scale})" if plan.scale else ""
+    return f"{rows} of up to {size} at once, {job.batch_size * job.grad_accum * job.gpus} in a step{told}"
+
+# %% ../nbs/workshop/planreport.ipynb #03af427d
 def _head(plan: Plan) -> list[str]:
     job, card = plan.job, plan.card
-    what = f"{job.method} r={job.r}" if "lora" in job.method and job.task != "serve" else job.method
     cards = f"{job.gpus} × {card.name}" if job.gpus > 1 else card.name
-    if job.shard: cards += ", split over them"
-    many = "conversations" if job.task == "serve" else "rows"
-    return [f"{plan.model} · {job.task} · {what} · {cards}",
-            f"{job.batch_size} {many} of up to {job.max_length:,} tokens at once"]
+    if job.shard and job.gpus > 1: cards += ", split over them"
+    return [f"{plan.model} · {job.task} · {_how(job)} · {cards}", _batch(plan)]
 
 def _memory(plan: Plan) -> list[str]:
     parts = [f"  {name:<14}{_gib(size):>10}" for name, size in plan.memory.items() if size > 2**20]
@@ -111,18 +133,26 @@ def _memory(plan: Plan) -> list[str]:
             f"  {'with overhead':<14}{_gib(need):>10} of {plan.card.memory:g} GiB: {verdict}"]
 
 # %% ../nbs/workshop/planreport.ipynb #61115855
-def _time(plan: Plan) -> list[str]:
+def _speed(plan: Plan) -> list[str]:
+    "Of a server."
     job = plan.job
-    if job.task == "serve":
-        base = {"qlora": "nf4", "qlora8": "int8"}.get(job.method, "bfloat16")
-        speed = decoding_speed(job.config, plan.card.bandwidth, conversations=job.batch_size, tokens=job.max_length,
-                               dtype=base)
-        return ["", f"speed: at most {speed:,.0f} tokens a second, all conversations together "
-                    f"(weights and cache are read once a token, at {plan.card.bandwidth:,} GB/s)"]
-    if not plan.rows: return ["", "time: give --data rows.jsonl"]
+    speed = decoding_speed(job.config, plan.card.bandwidth, conversations=job.batch_size, tokens=job.max_length,
+                           dtype=SERVED.get(job.method, "bfloat16"))
+    return ["", f"speed: at most {speed:,.0f} tokens a second, all conversations together "
+                f"(weights and cache are read once a token, at {plan.card.bandwidth:,} GB/s)"]
+
+def _time(plan: Plan) -> list[str]:
+    job, amount = plan.job, plan.amount
+    if job.task == "serve": return _speed(plan)
+    if amount is None: return ["", "time: give --data rows.jsonl"]
+    first, then = ("at most ", " of replies") if job.task in SAMPLES else ("", "")
+    tokens = f"{first}{amount.tokens:,} tokens{then}, {amount.computed:,} with {'prompts' if then else 'padding'}"
     how = "" if plan.counted else f", taking a token for {CHARACTERS} characters"
-    return ["", f"time: {_span(plan.hours)}, {plan.rows:,} rows, {plan.steps:,} steps, {plan.tokens:,} tokens{how}",
-            f"  at {plan.mfu:.0%} of the card's {plan.card.tflops:g} TFLOPS; --mfu sets another share"]
+    short = amount.computed / max(1, amount.sequences) * job.batch_size < FULL
+    said = [f"  fewer than {FULL:,} tokens at once: a card reaches less than that, so it takes longer"] if short else []
+    if job.task in SAMPLES: said.append("  replies at the speed of the memory, the fastest possible")
+    return ["", f"time: {_span(plan.hours)}, {_many(plan.rows, 'row')}, {_many(amount.steps, 'step')}, {tokens}{how}",
+            f"  at {plan.mfu:.0%} of the card's {plan.card.tflops:g} TFLOPS; --mfu sets another share", *said]
 
 def _offer(row: dict) -> str:
     price = row["price"]
@@ -137,10 +167,12 @@ def _money(plan: Plan) -> list[str]:
     if not plan.hours: return []
     here = [p for p in plan.priced if p.gpu == plan.card.name]
     said = []
-    if not here: said = [f"cost: no price known for a {plan.card.name}: give --prices FILE "
+    if not here: said = [f"cost: no price known for the {plan.card.name}: give --prices FILE "
                          "(columns gpu, usd_per_hour, as_of)"]
     head = "cheapest of the prices known, start-up not counted, cards sharing the work without loss:"
-    if plan.offers: said += [head, *map(_offer, plan.offers[:5])]
+    if plan.offers and plan.offers[-1]["usd"] < 0.01:
+        said.append(f"all {len(plan.offers)} offers that can hold it cost under $0.01: take any that fits")
+    elif plan.offers: said += [head, *map(_offer, plan.offers[:5])]
     elif plan.priced: said.append("none of the cards with a known price can hold it")
     return ["", *said]
 
@@ -159,41 +191,83 @@ def as_dict(plan: Plan) -> dict:
     job = {name: value for name, value in vars(plan.job).items() if name != "config"}
     offers = [{"usd": row["usd"], "hours": row["hours"], **row["price"]._asdict()} for row in plan.offers]
     ways = [{"change": words, "bytes": needed(way), "gpu": card.name} for words, way, card in plan.ways]
+    amount = plan.amount._asdict() if plan.amount else {}
     return {"model": plan.model, **job, "gpu": plan.card.name, "fits": plan.fits, "bytes": plan.memory,
-            "needed": needed(plan.job), "rows": plan.rows, "counted": plan.counted, "tokens": plan.tokens,
-            "steps": plan.steps, "hours": plan.hours, "mfu": plan.mfu, "ways": ways, "offers": offers}
+            "needed": needed(plan.job), "rows": plan.rows, "counted": plan.counted, "scale": plan.scale, **amount,
+            "hours": plan.hours, "mfu": plan.mfu, "ways": ways, "offers": offers}
 
 # %% ../nbs/workshop/planreport.ipynb #8ea97355
-def _default_length(lengths: list[int], config: dict) -> int:
-    "As long as the longest row, at most 2,048 and what the model reads; without rows 1,024."
-    context = config.get("max_position_embeddings") or 2048
-    return min(max(lengths, default=1024), 2048, context)
+DIALS = ("t4", "l4", "a100", "h100")   # scales of a single card, from the smallest
 
+def _scale_of(card: Gpu) -> str:
+    "The scale of a card: its own, else that of the largest card which holds no more."
+    own = next((name for name in DIALS if f"{card.name}-".startswith(f"{name}-")), None)
+    smaller = [name for name in DIALS if find_card(name).memory <= card.memory]
+    return own or (smaller or DIALS[:1])[-1]
+
+TRL_NAMES = dict(batch_size="per_device_train_batch_size", grad_accum="gradient_accumulation_steps",
+                 epochs="num_train_epochs", steps="max_steps", new_tokens="max_completion_length")
+
+def _more_than_nothing(said: dict) -> dict:
+    for name, n in said.items():
+        if n is not None and not n > 0: raise UserError(f"--{name} {n}: has to be more than 0")
+    return said
+
+def _settings(task: str, method: str, config: dict, dial: dict, rows: int, said: dict) -> dict:
+    "What a training at this scale would take: what was said, else what the command itself takes."
+    given = {TRL_NAMES[name]: value for name, value in said.items() if value is not None}
+    if "num_train_epochs" in given: given.setdefault("max_steps", -1)
+    plain = dict(num_train_epochs=1, max_steps=-1, per_device_train_batch_size=dial["batch_size"],
+                 gradient_accumulation_steps=dial["grad_accum"])
+    if task not in METHODS: return dict(max_completion_length=dial["max_new_tokens"]) | plain | given
+    many = rows or 10**9   # of no rows nobody knows that they are few
+    return plain | settled(entry_of(task), dial, parameter_count(config), many, given, "lora" in method)
+
+# %% ../nbs/workshop/planreport.ipynb #8ea97354
+def _job(config: dict, hyper: dict, lengths: list[int], max_length: int | None, room: int, asked: dict) -> Job:
+    "The job with every number filled in; rows are as long as the longest, at most what the scale and the model read."
+    context = config.get("max_position_embeddings") or room
+    numbers = {name: hyper[trl] for name, trl in TRL_NAMES.items() if name not in ("epochs", "steps") and trl in hyper}
+    job = Job(config, max_length=1, group=hyper.get("num_generations", 1), **asked | numbers)
+    free = context - (job.length - 1)
+    return check_job(replace(job, max_length=max_length or max(1, min(max(lengths, default=1024), room, free))))
+
+def _answer(plan: Plan, lengths: list[int], hyper: dict) -> Plan:
+    "With ways out, hours and offers."
+    if not plan.fits: plan.ways = ways_out(plan.job, plan.card)
+    if not lengths: return plan
+    plan.amount = amount_of(plan.job, lengths, None, hyper["num_train_epochs"], hyper["max_steps"])
+    plan.hours = hours_of(plan.job, plan.card, plan.amount, plan.mfu)
+    plan.offers = cheapest(plan.job, plan.priced, lengths, plan.amount.passes, plan.mfu)
+    return plan
+
+# %% ../nbs/workshop/planreport.ipynb #8ea97356
 def plan_job(
     model: str,                  # as for `shapes.config_of`
     data="",                     # rows: a file, a data set on the Hub, or in memory; nothing: memory alone
     gpu: str = "t4",             # as for `gpus.find_card`
     prices="",                   # a file as for `prices.read_prices`; nothing: the built-in ones
-    epochs: float = 1,
+    epochs: float | None = None, # as all that is None: what the training takes at the scale of the card
     mfu: float = MFU,
     max_length: int | None = None,   # None: the longest row
-    **job,                       # fields of `Job`: method, task, batch_size …
+    steps: int | None = None,    # of the optimizer; they win over epochs
+    **job,                       # fields of `Job`: method, task, batch_size …; batch_size, … may be None
 ) -> Plan:
     "Plan a training or a server. Raises `UserError` for names, numbers or rows that make no sense."
     config, card = config_of(model), find_card(gpu)
     if not 0 < mfu <= 1: raise UserError(f"--mfu {mfu}: a share of the card's arithmetic, above 0, at most 1")
-    if not epochs > 0: raise UserError(f"--epochs {epochs}: has to be more than 0")
+    said = _more_than_nothing(dict(epochs=epochs, steps=steps))
     offers = read_prices(prices) if prices else PRICES
+    job = {name: value for name, value in job.items() if value is not None}
     check_job(Job(config, max_length=1 if max_length is None else max_length, **job))   # before rows are read
-    task = job.get("task", "sft")
+    task, method = job.get("task", "sft"), job.get("method", "qlora")
     lengths, counted = lengths_of(data, model, task) if data and task != "serve" else ([], True)
-    asked = check_job(Job(config, max_length=max_length or _default_length(lengths, config), **job))
-    plan = Plan(model, asked, card, memory_of(asked), fits(asked, card), len(lengths), counted, mfu=mfu, priced=offers)
-    if not plan.fits: plan.ways = ways_out(asked, card)
-    if lengths:
-        plan.hours, plan.tokens, plan.steps = hours_of(asked, card, lengths, epochs, mfu)
-        plan.offers = cheapest(asked, offers, lengths, epochs, mfu)
-    return plan
+    dial = read_scale(_scale_of(card))
+    said |= {name: job.pop(name) for name in [*TRL_NAMES] if name in job}
+    hyper = _settings(task, method, config, dial, len(lengths), said)
+    asked = _job(config, hyper, lengths, max_length, dial["max_length"], job)
+    return _answer(Plan(model, asked, card, memory_of(asked), fits(asked, card), len(lengths), counted, mfu=mfu,
+                        scale=dial["scale"], priced=offers), lengths, hyper)
 
 # %% ../nbs/workshop/planreport.ipynb #9fdd84ef
 def save_picture(
@@ -218,13 +292,14 @@ def plan(
     gpu: str = "t4",                # a card: t4, l4, rtx-3090, rtx-4090, a100-80, h100 …
     gpus: int = 1,                  # how many of them
     shard: bool = False,            # split the model over them, instead of a copy on each
-    max_length: int = None,         # tokens of a row, or of a conversation; by default the longest row, at most 2048
-    batch_size: int = 2,            # rows a card holds at once; conversations, with serve
-    grad_accum: int = 4,            # such batches added up for one step
-    epochs: float = 1.0,            # times through the data
+    max_length: int = None,         # tokens of a row, prompt or conversation; by default the longest row
+    batch_size: int = None,         # rows a card holds at once; conversations, with serve; by default as its scale
+    grad_accum: int = None,         # such batches added up for one step; by default as the scale of the card
+    epochs: float = None,           # times through the data; by default as the training itself
+    steps: int = None,              # of the optimizer, instead of epochs; by default as the training itself
     r: int = 16,                    # rank of the adapter
     no_checkpointing: bool = False, # keep all activations instead of computing blocks again
-    new_tokens: int = 256,          # of a sampled reply, with grpo and ppo
+    new_tokens: int = None,         # of a sampled reply, with grpo and ppo; by default as the scale of the card
     prices: str = None,             # offers: gpu, usd_per_hour, and perhaps provider, gpus, spot, source, as_of
     mfu: float = MFU,               # share of the card's arithmetic that a training uses
     picture: str = None,            # draw where the bytes go into this .png or .svg
@@ -233,10 +308,9 @@ def plan(
     """Memory, hours and money of a training or a server, before you rent a card. Exit code 1: it does not fit.
 
     llmcourse plan llama-3.2-1b --data chats.jsonl --method lora --gpu t4 --picture bytes.png
-    llmcourse plan llama-3.1-8b --task serve --gpu l4 --batch-size 8 --prices offers.csv
     """
-    asked = {name: value for name, value in locals().items() if name in vars(Job)}
-    made = plan_job(base, data or "", gpu, prices or "", epochs, mfu, checkpointing=not no_checkpointing, **asked)
+    asked = {k: v for k, v in locals().items() if k in (*vars(Job), "steps")} | dict(checkpointing=not no_checkpointing)
+    made = plan_job(base, data or "", gpu, prices or "", epochs, mfu, **asked)
     if picture: save_picture(made, picture)
     print(dumps(as_dict(made)) if json else made)
     return made.code

@@ -14,7 +14,7 @@ from .methods import METHODS
 from .resume import last_complete
 
 # %% auto #0
-__all__ = ['row_of', 'outlook', 'perform', 'company', 'follow', 'shoot', 'run_through']
+__all__ = ['row_of', 'outlook', 'perform', 'company', 'follow', 'shoot', 'run_through', 'disk_of']
 
 # %% ../nbs/workshop/runthrough.ipynb #d67877b8
 def row_of(line: dict) -> str:
@@ -136,3 +136,19 @@ def run_through(
         for line in follow(start("ship"), folder): say(row_of(line))
     for line in [f"rehearsed in {time.perf_counter() - begun:.0f} s", *outlook(size)]: say(line)
     return size
+
+# %% ../nbs/workshop/runthrough.ipynb #d15c0f01
+def disk_of(
+    words: list,                     # of the command line, behind the job
+    disk: float | None,              # GB that stood before it
+) -> tuple[list, float | None]:      # the other words; GB
+    "`--disk` may stand behind the job, too. Raises `UserError` for what is no number."
+    at = next((i for i, word in enumerate(words) if word.split("=")[0] == "--disk"), None)
+    if at is None: return words, disk
+    _, equals, said = words[at].partition("=")
+    rest = words[at + 1:] if equals else words[at + 2:]
+    if not equals: said = "".join(words[at + 1:at + 2])
+    try: size = float(said)
+    except ValueError: size = -1
+    if not 0 <= size < 1e6: raise UserError(f"--disk {said}: give the free GB of the machine, such as --disk 100")
+    return words[:at] + rest, size

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from .configs import LLAMAS, llama, shape
 from .core import UserError, model_path
+from .fetching import knock
 from .pretrained import adapter_base
 
 # %% auto #0
@@ -52,7 +53,8 @@ def config_of(
     place = model_path(model)
     if Path(place).is_dir(): return shape(_config_file(Path(place)))
     from transformers import AutoConfig
-    try: return shape(AutoConfig.from_pretrained(place))
+    try:
+        with knock(): return shape(AutoConfig.from_pretrained(place))
     except (OSError, ValueError) as e:
         why = " ".join(str(e).split())[:80]
         raise UserError(f"{model}: its config was not found here or on the Hub ({why}). "

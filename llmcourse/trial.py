@@ -6,23 +6,27 @@
 from __future__ import annotations
 import math
 from importlib import resources
-from importlib.util import find_spec
 from pathlib import Path
 from .card import Run
 from .core import UserError, model_path, scale as read_scale, write_jsonl
-from .fetching import refused
-from .intake import encode_rows, for_few, held_back, take_rows
+from .fetching import knock, refused
+from .gpus import known_card
+from .intake import encode_rows, held_back, take_rows
 from .jobcheck import check_cut, check_turns
 from .loading import SETTINGS
-from .lookalike import knock, public_name
+from .lookalike import public_name
 from .lora import lora_config
-from .models import load, load_tokenizer
+from .methods import settled
+from .models import encode, load, load_tokenizer
+from .planner import Extent, Job, amount_of, hours_of, needed, said_hours
 from .pretrained import PADS
-from .training import Method, Work, check_fields, positive, told, trl_args, upstream, written
+from .shapes import widths
+from .training import Method, Work, check_fields, told, trl_args, upstream, written
 
 # %% auto #0
-__all__ = ['SPELT', 'STEPS', 'SHORT', 'TRIED', 'PLACES', 'read_job', 'stands_in', 'words_of', 'settled', 'on_a_laptop', 'sampled',
-           'take_work', 'turns_of', 'look_at_rows', 'real_size', 'on_the_card', 'varied_reward', 'for_training']
+__all__ = ['SPELT', 'STEPS', 'SHORT', 'TRIED', 'PLACES', 'read_job', 'stands_in', 'words_of', 'on_a_laptop', 'sampled',
+           'take_work', 'turns_of', 'look_at_rows', 'planned', 'lengths_in', 'real_size', 'on_the_card',
+           'varied_reward', 'for_training']
 
 # %% ../nbs/workshop/trial.ipynb #3d0ed33d
 def read_job(
@@ -69,19 +73,6 @@ def words_of(
 # %% ../nbs/workshop/trial.ipynb #f96a1b2a
 STEPS = 4        # of a rehearsed training
 SHORT = 1024     # tokens: longer rows are checked, and trained here only if there are no others
-
-def settled(
-    way: Method,
-    dial: dict,      # from `core.scale`
-    weights: int,    # of the real model
-    rows: int,
-    theirs: dict,    # TRL's fields that somebody has chosen
-    adapter: bool,   # is an adapter trained, and not the model?
-) -> dict:           # spelled as TRL does
-    "The hyperparameters of the real run."
-    ours = for_few(way.defaults(dial, weights, adapter), rows, theirs)
-    if "save_steps" in theirs: ours["save_strategy"] = "steps"
-    return positive(ours | theirs)
 
 def on_a_laptop(
     hyper: dict,     # of the real run
@@ -174,50 +165,51 @@ def _without_fp16(work: Work) -> Work:
     return work
 
 # %% ../nbs/workshop/trial.ipynb #6b5b1f15
-def real_size(
-    work: Work,   # looked at
-    rows: int,    # in the whole file
-) -> dict:        # rows, batch, steps, tokens; replies: are they sampled, and the tokens what they take at most?
-    "What the real run will take."
-    hyper = work.hyper
-    batch = work.args.per_device_train_batch_size * work.args.gradient_accumulation_steps
-    steps = work.args.max_steps if work.args.max_steps > 0 else math.ceil(
-        math.ceil(rows / batch) * work.args.num_train_epochs)
-    room = hyper.get("max_length") or math.inf
-    lengths = [min(room, len(row["input_ids"])) for row in work.data if "input_ids" in row]
-    mean = sum(lengths) / len(lengths) if lengths else hyper.get("max_completion_length", 0)
-    if not lengths: return dict(rows=rows, batch=batch, steps=steps, tokens=round(steps * batch * mean), replies=True)
-    passes = steps * batch / rows if work.args.max_steps > 0 else work.args.num_train_epochs
-    return dict(rows=rows, batch=batch, steps=steps, tokens=round(mean * rows * passes), replies=False)
-
-# %% ../nbs/workshop/trial.ipynb #fa59f6f6
-def on_the_card(
-    config,         # of the real model
-    work,           # from `take_work`
-    size: dict,     # from `real_size`
-) -> str:           # empty where nobody can say
-    "Memory and hours of the real run, in a line."
-    if not find_spec("llmcourse.planner"): return ""
-    from llmcourse.gpus import known_card
-    from llmcourse.planner import JOBS, Job, hours_of, needed
-    from llmcourse.shapes import widths
-    card, hyper, ours = known_card(work.dial["scale"]), work.hyper, work.ours
-    try: widths(config.to_dict())
-    except UserError: return ""   # of a family that the plan has no formula for
-    if card is None or work.run.method not in JOBS: return ""
+def planned(
+    config: dict,   # of the real model
+    work: Work,     # looked at
+) -> Job:
+    "The job as a plan has it."
+    hyper, ours = work.hyper, work.ours
     adapter, bits = ours["peft_config"], ours["quantization_config"]
     how = "freeze" if ours["freeze_trainable_layers"] else "full"
     if adapter: how = "lora" if not bits else "qlora" if bits.load_in_4bit else "qlora8"
-    lengths = [len(row["input_ids"]) for row in work.data if "input_ids" in row] or [256] * len(work.data)
-    room = hyper.get("max_length") or 256 + hyper["max_completion_length"]
-    if stands_in(work.tokenizer) and hyper.get("max_length"): room //= SPELT
-    job = Job(config.to_dict(), how, work.run.method, hyper["per_device_train_batch_size"],
-              hyper["gradient_accumulation_steps"], room, getattr(adapter, "r", None) or 16,
-              hyper["gradient_checkpointing"], new_tokens=hyper.get("max_completion_length") or 256)
-    hours = hours_of(job, card, lengths, size["steps"] * size["batch"] / len(lengths))[0]
-    took = f"{hours:.1f} hours" if hours >= 1 else f"{math.ceil(60 * hours)} minutes"
+    group, longest = hyper.get("num_generations") or 1, max(lengths_in(work), default=256)
+    if stands_in(work.tokenizer): longest = max(1, longest // SPELT)
+    return Job(config, how, "grpo" if group > 1 else "sft", work.args.per_device_train_batch_size,
+               work.args.gradient_accumulation_steps, min(longest, hyper.get("max_length") or longest),
+               getattr(adapter, "r", None) or 16, hyper["gradient_checkpointing"],
+               new_tokens=hyper.get("max_completion_length") or 256, group=group)
+
+def lengths_in(work: Work) -> list[int]:
+    "Tokens of each row, or of its question where replies are sampled."
+    words = work.tokenizer
+    return [len(row["input_ids"]) if "input_ids" in row else len(encode(words, row["prompt"])) for row in work.data]
+
+def real_size(
+    work: Work,     # looked at
+    rows: int,      # in the whole file
+    job: Job,       # from `planned`
+) -> tuple[dict, Extent]:   # rows, batch, steps, tokens (with replies: of those, at most)
+    "What the real run will take."
+    amount = amount_of(job, lengths_in(work), rows, work.args.num_train_epochs, work.args.max_steps)
+    return dict(rows=rows, batch=job.batch_size * job.grad_accum, steps=amount.steps, tokens=amount.tokens,
+                replies=job.group > 1), amount
+
+# %% ../nbs/workshop/trial.ipynb #fa59f6f6
+def on_the_card(
+    job: Job,         # from `planned`
+    amount: Extent,   # from `real_size`
+    scale: str,       # its name
+) -> str:             # empty where nobody can say
+    "Memory and hours of the real run, in a line."
+    card = known_card(scale)
+    try: widths(job.config)
+    except UserError: return ""   # of a family that the plan has no formula for
+    if card is None: return ""
     full = needed(job) > card.memory * 2**30
-    return (f"card: {needed(job) / 2**30:.1f} of {card.memory:.0f} GiB on one {card.name}, about {took}"
+    return (f"card: {needed(job) / 2**30:.1f} of {card.memory:g} GiB on one {card.name}, "
+            + said_hours(hours_of(job, card, amount))
             + (": more than it has, llmcourse plan shows ways out" if full else ""))
 
 # %% ../nbs/workshop/trial.ipynb #4fe02c59

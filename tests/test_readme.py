@@ -33,7 +33,7 @@ SHOWS = {
     "scores": ["tutor/base", "tutor/sft"],
     "data check data/sick": ["✗", "!", "37 errors"],
     "data check data/splits": ["train 48, validation 16, test 16", "0 errors"],
-    "plan": ["fits", "no price known for a t4"],
+    "plan": ["fits", "no price known for the t4"],
     "xray data/chats": ["80 rows", "end_trained"],
     "xray data/calls": ["32 rows", "calculate"],
     "agree": ["facts, service", "regex, facts", "kappa"],

@@ -22,8 +22,8 @@ from llmcourse.lookalike import original_config
 from llmcourse.lora import lora_config
 from llmcourse.models import load_tokenizer
 from llmcourse.runthrough import run_through
-from llmcourse.trial import STEPS, on_a_laptop, sampled, settled
-from llmcourse.methods import method
+from llmcourse.trial import STEPS, on_a_laptop, sampled
+from llmcourse.methods import method, settled
 
 ROOT = Path(__file__).parent.parent
 SPLITS = str(ROOT / "data/splits.jsonl")
@@ -79,6 +79,21 @@ def rows(tmp_path) -> Path:
     return write_jsonl(tmp_path / "rows.jsonl", [json.loads(x) for x in Path(SPLITS).read_text().splitlines()])
 
 
+def assert_as_planned(size: dict, rows: str, **options) -> None:
+    "The plan of the same job says the same; tokens of rows differ by the tokenizer, which is not there."
+    from llmcourse.planner import needed
+    from llmcourse.planreport import plan_job
+
+    method = "lora" if size["method"] == "sft" else "full"
+    plan = plan_job("llama-3.2-1b", rows, "t4", method=method, r=8, **options)
+    assert (plan.rows, plan.amount.steps) == (size["rows"], size["steps"])
+    assert plan.job.batch_size * plan.job.grad_accum == size["batch"]
+    if size["replies"]:
+        assert plan.amount.tokens == size["tokens"]
+    gib = float(re.search(r"card: ([\d.]+) of 15 GiB", size["card"])[1])
+    assert abs(needed(plan.job) / 2**30 - gib) < 0.25, (needed(plan.job) / 2**30, gib)
+
+
 # it goes well
 
 
@@ -89,6 +104,7 @@ def test_an_adapter_all_the_way():
     assert "greedy tokens equal to those of transformers" in lines[STAGES.index("serve") + 1]
     assert size["rows"] == 48 and size["hyper"]["fp16"] and not size["hyper"]["bf16"]
     assert size["steps"] == 24 and size["batch"] == 6, "48 rows: three epochs in small batches"
+    assert_as_planned(size, SPLITS)
     assert size["hyper"]["learning_rate"] == 2e-4, "the rate of a billion weights, not of the look-alike's thousands"
     assert left_behind() == []
 
@@ -111,6 +127,7 @@ def test_grpo_and_a_family_that_is_not_exported(tmp_path):
     assert stages(lines) == [name for name in STAGES if name != "merge"]
     assert size["steps"] == 7 and size["replies"] and size["hyper"]["max_completion_length"] == 512
     assert size["tokens"] == 7 * size["batch"] * 512
+    assert_as_planned(size, GSM8K, task="grpo", steps=7)
     from transformers import GPT2Config
 
     GPT2Config(n_positions=1024).save_pretrained(tmp_path / "gpt2")
@@ -247,9 +264,18 @@ def test_bfloat16_on_a_card_without_it(rows, tmp_path, monkeypatch):
 def test_a_disk_that_is_too_small(rows):
     said = fault("sft", disk=60, rows=str(rows), scale="a100", peft_config=lora_config())
     assert "16.06 GB of weights" in said and "there are 60.0 GB" in said and "Rent 79 GB" in said
-    assert said.startswith("rows: disk: ")
+    assert said.startswith("disk: 16.06")
     lines, _ = said_by("sft", disk=80, rows=str(rows), scale="a100", peft_config=lora_config())
-    assert "disk: 72.27 GB" in lines[-1]
+    assert any("disk: 72.27 GB" in line for line in lines[-2:])
+
+
+@pytest.mark.parametrize("words", [["--disk", "5"], ["--disk=5"]])
+def test_the_disk_may_stand_behind_the_job(rows, words, capsys):
+    assert main(["rehearse", "sft", "--data", str(rows), "--scale", "t4", *words]) == 2
+    err = capsys.readouterr().err
+    assert "there are 5.0 GB" in err and "disk: " in err and "skip-bad" not in err, err
+    assert main(["rehearse", "sft", "--disk", "much"]) == 2
+    assert "--disk much: give the free GB" in capsys.readouterr().err
 
 
 def test_a_prompt_longer_than_the_context(tmp_path):
