@@ -32,6 +32,12 @@ def _wanted(row: dict) -> list:
     if wanted is None or wanted == []: raise UserError(f"no reference. {NO_REFERENCE}")
     return wanted if isinstance(wanted, list) else [wanted]
 
+def _any_of(given, what: str, kinds: tuple = (str, int, float)) -> list:
+    "One text or several, of which any counts. Raises `UserError` for anything else."
+    ones = given if isinstance(given, list) else [given]
+    if ones and all(isinstance(one, kinds) and str(one) for one in ones): return ones
+    raise UserError(f"{what} {str(given)[:60]!r} is no text. Give a text, or a list of texts of which any is right")
+
 def _question(row: dict) -> str:
     "What a row asks last."
     turns = next((row[c] for c in ("messages", "input") if isinstance(row.get(c), list)), [])
@@ -73,22 +79,27 @@ def _final(text) -> str:
 def grade_exact(row: dict, reply: str) -> bool:
     "Is the reply, or what its last line says after `Answer:`, the reference? Case, spaces, a full stop do not count."
     said = spoken(reply)
-    return any(normal(said) == normal(one) or _final(said) == _final(one) for one in _wanted(row))
+    return any(normal(said) == normal(one) or _final(said) == _final(one) for one in _any_of(_wanted(row), "reference"))
 
 def grade_contains(row: dict, reply: str) -> bool:
     "Has the reply, as whole words, one of the row's `contains`, or its reference? Raises `UserError` for an empty one."
     given = row["contains"] if row.get("contains") else _wanted(row)
-    texts = [normal(one) for one in (given if isinstance(given, list) else [given])]
+    texts = [normal(one) for one in _any_of(given, "contains")]
     if not all(texts): raise UserError("an empty text is in every reply. Give the row a text to look for")
     return any(re.search(rf"(?<![\w.,]){re.escape(text)}(?!\w|[.,]\d)", normal(spoken(reply))) for text in texts)
 
 LONGEST_MATCH = 5   # seconds
 
 def grade_regex(row: dict, reply: str) -> bool:
-    "Does the row's `regex`, or else its reference, match somewhere in the reply? Raises `UserError` for a bad pattern."
+    "Does one of the row's `regex`, or else of its references, match in the reply? `UserError` for a bad pattern."
+    own = row.get("regex")
+    patterns = _any_of(own, "regex", (str,)) if own else _any_of(_wanted(row), "reference")
+    said = spoken(reply)
+    return any([_matches(str(pattern), said) for pattern in patterns])   # all of them: a bad one is named
+
+def _matches(pattern: str, text: str) -> bool:
     import regex
-    pattern = str(row.get("regex") or _wanted(row)[0])
-    try: return regex.search(pattern, spoken(reply), timeout=LONGEST_MATCH) is not None
+    try: return regex.search(pattern, text, timeout=LONGEST_MATCH) is not None
     except TimeoutError:
         raise UserError(f"{pattern[:60]!r}: this regular expression was not done with a reply in {LONGEST_MATCH} s. "
                         "Do not repeat what repeats already: a+, not (a+)+") from None
@@ -188,7 +199,8 @@ def guess(
     if last.get("tool_calls"): return "tool", "the answer is a call of a tool"
     if _schema(row): return "json", "there is a schema"
     for column, name in (("regex", "regex"), ("contains", "contains"), ("rubric", "judge")):
-        if row.get(column) and isinstance(row[column], (str, list)): return name, f"there is a column {column!r}"
+        texts = (str, list) if column != "regex" else object   # what is no pattern is refused, not passed over
+        if row.get(column) and isinstance(row[column], texts): return name, f"there is a column {column!r}"
     if offered(row) or _lettered_question(row): return "choice", "the question offers choices"
     if ones and all(map(is_number, ones)): return "number", "the answer is a number"
     if isinstance(wanted, dict) or ones and all(map(_is_json, ones)): return "json", "the answer is JSON"

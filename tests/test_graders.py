@@ -616,3 +616,34 @@ def test_calls_are_not_graded_where_none_is_wanted():
     "A reply without a call would be right for each row."
     with pytest.raises(UserError, match="a.jsonl:1: no call of a tool in the reference 'D'"):
         grader_for([("a.jsonl:1", {"question": "Which?", "answer": "D"})], "tool")
+
+
+# ---- several references
+
+
+def as_read(row: dict) -> dict:
+    return next(iter(read([row]))).data
+
+
+@pytest.mark.parametrize("name", ["regex", "contains", "exact"])
+@pytest.mark.parametrize("reply,right", [("refund", True), ("zz", True), ("hello", False), ("f", False), ("", False)])
+def test_any_text_of_a_list_is_right(name, reply, right):
+    columns = [{"answer": ["zz", "refund"]}, {"ideal": ["zz", "refund"], "input": "Q?"}]
+    if name != "exact":
+        columns.append({name: ["zz", "refund"]})
+    for more in columns:
+        row = as_read(({} if "input" in more else {"question": "Q?"}) | more)
+        assert GRADERS[name](row, reply) is right, more
+
+
+@pytest.mark.parametrize("column,given", [("regex", {"a": 1}), ("regex", 5), ("regex", ["a", 5]), ("regex", ["a", ""]),
+                                          ("contains", ["a", {"b": 1}]), ("contains", [None])])  # fmt: skip
+def test_what_is_no_text_is_refused_with_its_row(column, given):
+    row = asked("x", **{column: given})
+    with pytest.raises(UserError, match=f"^own.jsonl:2: {column} .*is no text. Give a text, or a list of texts"):
+        grader_for([("own.jsonl:2", row)])
+
+
+def test_a_bad_pattern_is_named_behind_one_that_fits():
+    with pytest.raises(UserError, match=r"^own.jsonl:2: '\('.*no regular expression"):
+        grader_for([("own.jsonl:2", asked("x", regex=[".*", "("]))])
