@@ -36,6 +36,21 @@ def message(*calls):
         '[TOOL_CALLS][{"name": "add", "arguments": ARGUMENTS}]',
         "<function=add>ARGUMENTS</function>",
         "[add(a=1, b=[2, {'c': True}])]",
+        '<think>\nMaybe {"name": "sub", "arguments": {}}?\n</think>\n\n{"name": "add", "arguments": ARGUMENTS}',
+        '<think>\n<tool_call>{"name": "sub", "arguments": {}}</tool_call>?</think>'
+        '<tool_call>{"name": "add", "arguments": ARGUMENTS}</tool_call>',
+        '```json\n{"name": "add", "arguments": ARGUMENTS}\n```',
+        'I add.\n\n```json\n[{"name": "add", "arguments": ARGUMENTS}]\n```\nDone.',
+        '```\n{"name": "add", "parameters": ARGUMENTS}\n```',
+        "[TOOL_CALLS]add[ARGS]ARGUMENTS",
+        "I add.[TOOL_CALLS]add[ARGS]ARGUMENTS</s>",
+        "[TOOL_CALLS]add[CALL_ID]aB3dE5fG7[ARGS]ARGUMENTS",
+        "[TOOL_CALLS]addARGUMENTS",
+        '<function=add>\n<parameter=a>\n1\n</parameter>\n<parameter=b>\n[2, {"c": true}]\n</parameter>\n</function>',
+        '<tool_call>\n<function=add>\n<parameter=a>1</parameter>\n<parameter=b>[2, {"c": true}]</parameter>\n'
+        "</function>\n</tool_call>",
+        '{"tool_calls": [{"name": "add", "arguments": ARGUMENTS}]}',
+        '```json\n{"tool_calls": [{"type": "function", "function": {"name": "add", "arguments": ARGUMENTS}}]}\n```',
     ],
 )
 def test_every_format_is_read(reply):
@@ -47,7 +62,12 @@ def test_every_format_is_read(reply):
 @pytest.mark.parametrize(
     "text",
     ["", "3", "[]", "{}", "null", '{"name": "Anna"}', '{"name": 3, "arguments": {}}', "add(1)", "{" * 9000, "[" * 9000,
-     "f(" * 500, '{"name": "add", "arguments": {}} and more', "<tool_call>add</tool_call>", "f(a=print)", "1 is 1"],
+     "f(" * 500, '{"name": "add", "arguments": {}} and more', "<tool_call>add</tool_call>", "f(a=print)", "1 is 1",
+     'Here:\n```json\n{"name": "Anna", "age": 7}\n```', "```json\n[1, 2]\n```", "```python\nadd(a=1)\n```",
+     '<think>{"name": "add", "arguments": {}}</think>It is 3.', '<think>{"name": "add", "arguments": {}}',
+     '<think><tool_call>{"name": "add", "arguments": {}}</tool_call></think>3', '{"tool_calls": "none"}',
+     '{"tool_calls": []}', '{"tool_calls": [{"name": "Anna"}]}', 'Say {"name": "add", "arguments": {}}, I think.',
+     "Mistral writes [TOOL_CALLS] first.", "The tag <parameter=a> is Qwen's."],
 )  # fmt: skip
 def test_words_are_no_call(text):
     assert parse_calls(text) == []
@@ -61,6 +81,27 @@ def test_words_are_no_call(text):
 def test_arguments_are_equal_as_json(given, right):
     row = {"messages": [], "answer": {"name": "f", "arguments": {"n": 85}}}
     assert grade_call(row, message({"name": "f", "arguments": given})) == right
+
+
+def test_several_calls_of_mistral_and_qwen():
+    two = [{"name": "add", "arguments": {"a": 1}}, {"name": "sub", "arguments": {"b": ["x", 2]}}]
+    assert parse_calls('[TOOL_CALLS]add[ARGS]{"a": 1}[TOOL_CALLS]sub[ARGS]{"b": ["x", 2]}') == two
+    said = '{"name": "add", "arguments": {"a": "<function=f>"}}'
+    assert parse_calls(f"<tool_call>{said}</tool_call>") == [json.loads(said)]
+    assert parse_calls('[TOOL_CALLS]add[ARGS]{"a": 1') == [{"name": "add", "arguments": None}]
+    tag = "<tool_call>\n<function=%s>\n<parameter=%s>\n%s\n</parameter>\n</function>\n</tool_call>\n"
+    assert parse_calls(tag % ("add", "a", 1) + tag % ("sub", "b", '["x", 2]')) == two
+    assert parse_calls(tag % ("say", "text", "two\nlines")) == [{"name": "say", "arguments": {"text": "two\nlines"}}]
+
+
+def test_a_parameter_is_a_text_where_its_schema_wants_one():
+    "Qwen3-Coder writes every parameter bare, so 8000 may be a text."
+    schema = {"type": "object", "properties": {"zip": {"type": "string"}, "n": {"type": "integer"}}}
+    tools = [{"type": "function", "function": {"name": "find", "parameters": schema}}]
+    said = "<function=find><parameter=zip>8000</parameter><parameter=n>2</parameter></function>"
+    wanted = {"name": "find", "arguments": {"zip": "8000", "n": 2}}
+    assert parse_calls(said, tools) == [wanted] and parse_calls(said)[0]["arguments"]["zip"] == 8000
+    assert grade_call({"messages": [], "answer": wanted, "tools": tools}, said)
 
 
 def test_one_is_not_true():
