@@ -33,6 +33,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'llmcourse.amounts._amount': ('workshop/amounts.html#_amount', 'llmcourse/amounts.py'),
                                    'llmcourse.amounts._decimal': ('workshop/amounts.html#_decimal', 'llmcourse/amounts.py'),
                                    'llmcourse.amounts._digits': ('workshop/amounts.html#_digits', 'llmcourse/amounts.py'),
+                                   'llmcourse.amounts._digits_end': ('workshop/amounts.html#_digits_end', 'llmcourse/amounts.py'),
                                    'llmcourse.amounts._ends': ('workshop/amounts.html#_ends', 'llmcourse/amounts.py'),
                                    'llmcourse.amounts._marked': ('workshop/amounts.html#_marked', 'llmcourse/amounts.py'),
                                    'llmcourse.amounts._raised': ('workshop/amounts.html#_raised', 'llmcourse/amounts.py'),

@@ -58,7 +58,8 @@ def _beside(line: str, known: dict[str, str]) -> str | None:
     return None
 
 _DENIES = re.compile(r"\b(?:not?|never|cannot|neither|nor|none|wrong|incorrect|false|except|unless|if|whether|or|but|"
-                     r"could|might|may|than|instead|unlike|rather|without|maybe|perhaps|either|between)\b|n['’]t\b|\?", re.I)
+                     r"could|might|may|than|instead|unlike|rather|without|maybe|"
+                     r"perhaps|either|between)\b|n['’]t\b|\?", re.I)
 
 def _in_sentence(text: str, known: dict[str, str]) -> str | None:
     "The letter of the one choice whose text a sentence says; a short text only at its end: `It is 4.`"
