@@ -20,7 +20,7 @@ from .rows import Row, reference
 from .tutor import TASKS, is_right
 
 # %% auto #0
-__all__ = ['LONGEST_MATCH', 'GRADERS', 'grade_number', 'grade_tutor', 'grade_choice', 'grade_exact', 'grade_contains',
+__all__ = ['LONGEST_MATCH', 'CORRECT', 'GRADERS', 'grade_number', 'grade_tutor', 'grade_choice', 'grade_exact', 'grade_contains',
            'grade_regex', 'grade_json', 'mark_of', 'grade_judge', 'judged_by_server', 'guess', 'grade_tool',
            'grade_mixed', 'mean_share', 'verdict_of', 'grader_for', 'guessed_numbers', 'as_graded', 'reward',
            'rewarded_rows']
@@ -74,7 +74,9 @@ def grade_choice(row: dict, reply: str) -> bool:
 def _final(text) -> str:
     "What a text says after `Answer:` on its last line; without one, all of it."
     found = re.search(r"(?:^|\n)\W*Answer:\W*([^\n]+?)\s*$|<answer>([^<]*)</answer>\s*$", str(text), re.I)
-    return normal(found[1] or found[2] if found else text)
+    said = (found[1] or found[2]) if found else text
+    starred = found and found[1] and re.fullmatch(r"([^*]+)(\*{1,3})", said)   # Answer: **Paris**
+    return normal(starred[1] if starred and found[0].count(starred[2]) > 1 else said)
 
 def grade_exact(row: dict, reply: str) -> bool:
     "Is the reply, or what its last line says after `Answer:`, the reference? Case, spaces, a full stop do not count."
@@ -115,13 +117,17 @@ def _schema(row: dict) -> dict | None:
     if isinstance(given, str): given = json_of(given)
     return given if isinstance(given, dict) else None
 
+CORRECT = "Correct the row, or take another grader"
+
 def grade_json(row: dict, reply: str) -> float:
     "The share of right fields; with a schema, no more than the share of valid ones. No JSON in the reply: 0."
     schema, value, shares = _schema(row), json_of(reply), []
     if schema is not None: shares.append(valid_share(value, schema))
     if schema is None or reference(row) is not None:
         wanted = [json_of(one) if isinstance(one, str) else one for one in _alternatives(row)]
-        if None in wanted: raise _no("JSON", reference(row))
+        if None in wanted: raise UserError(f"no JSON in the reference {str(reference(row))[:60]!r}. {CORRECT}")
+        if schema is not None and any(valid_share(one, schema) < 1 for one in wanted):
+            raise UserError(f"the reference {str(reference(row))[:60]!r} breaks the row's own schema. Correct the row")
         shares.append(max(right_share(value, one) for one in wanted))
     return 0.0 if value is None else min(shares)
 
