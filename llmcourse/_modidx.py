@@ -97,6 +97,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'llmcourse.calls._function_call': ('workshop/calls.html#_function_call', 'llmcourse/calls.py'),
                                  'llmcourse.calls._json_calls': ('workshop/calls.html#_json_calls', 'llmcourse/calls.py'),
                                  'llmcourse.calls._listed': ('workshop/calls.html#_listed', 'llmcourse/calls.py'),
+                                 'llmcourse.calls._needed': ('workshop/calls.html#_needed', 'llmcourse/calls.py'),
                                  'llmcourse.calls._object': ('workshop/calls.html#_object', 'llmcourse/calls.py'),
                                  'llmcourse.calls._opened': ('workshop/calls.html#_opened', 'llmcourse/calls.py'),
                                  'llmcourse.calls._opened_list': ('workshop/calls.html#_opened_list', 'llmcourse/calls.py'),

@@ -183,12 +183,17 @@ def _equal(wanted: Call, made: Call) -> bool:
     return _same(wanted["arguments"], made["arguments"])
 
 def _overlap(wanted: Call, made: Call) -> tuple[int, int]:
-    "How many arguments are right, of how many: those of both calls together."
+    "How many of the wanted arguments are right, and how many were invented."
     a, b = wanted["arguments"] or {}, made["arguments"] or {}
-    if "allowed" not in wanted: return sum(key in b and _same(a[key], b[key]) for key in a), len(a.keys() | b.keys())
+    if "allowed" not in wanted: return sum(key in b and _same(a[key], b[key]) for key in a), len(b.keys() - a.keys())
     allowed = wanted["allowed"]
-    needed = {key for key, options in allowed.items() if "" not in options}
-    return sum(key in allowed and _allowed(b[key], allowed[key]) for key in b), len(needed | b.keys())
+    right = sum(key in b and _allowed(b[key], allowed[key]) for key in _needed(wanted))
+    return right, len(b.keys() - allowed.keys())
+
+def _needed(wanted: Call) -> list[str]:
+    "The arguments that a call has to give."
+    if "allowed" in wanted: return [key for key, options in wanted["allowed"].items() if "" not in options]
+    return list(wanted["arguments"] or {})
 
 # %% ../nbs/workshop/calls.ipynb #5c60a292
 def _pairs(wanted: list[Call], made: list[Call]) -> list[tuple[Call | None, Call | None]]:
@@ -211,7 +216,7 @@ def _pairs(wanted: list[Call], made: list[Call]) -> list[tuple[Call | None, Call
 def call_scores(
     row: dict,               # with the wanted calls
     reply: str | Message,    # what the model said, or the message of a server
-) -> dict:                   # name, arguments: are all right? right, of: single arguments; share: right / of
+) -> dict:                   # are name, arguments all right? right: of the wanted arguments, `of`; invented; share
     "Compare the calls of a reply with the wanted ones, in any order."
     wanted, made = wanted_calls(row), parse_calls(reply, row.get("tools"))
     none = {"name": None, "arguments": {}}
@@ -219,8 +224,10 @@ def call_scores(
     name = bool(wanted) and all(_same_name(a, b) for a, b in pairs)
     exact = name and all(_equal(a, b) for a, b in pairs)
     counts = [_overlap(a, b) for a, b in pairs]
-    right, of = (sum(column) for column in zip(*counts)) if counts else (0, 0)
-    return {"name": name, "arguments": exact, "right": right, "of": of, "share": right / of if of else float(exact)}
+    right, invented = (sum(column) for column in zip(*counts)) if counts else (0, 0)
+    of = sum(len(_needed(call)) for call in wanted)
+    share = right / (of + invented) if of + invented else float(exact)
+    return {"name": name, "arguments": exact, "right": right, "of": of, "invented": invented, "share": share}
 
 def grade_call(
     row: dict,

@@ -132,10 +132,11 @@ def exam_report(
     table = summary(results)
     calls = [r["call"] for r in results if "call" in r]
     if not calls: return table
-    table.append({"task": "calls: whole", **score(sum(c["arguments"] for c in calls), len(calls))})
+
     table.append({"task": "calls: names", **score(sum(c["name"] for c in calls), len(calls))})
     of = sum(c["of"] for c in calls)
     if of: table.append({"task": "calls: arguments", **score(sum(c["right"] for c in calls), of)})
+    if invented := sum(c["invented"] for c in calls): tell(f"calls: invented {invented:,} arguments that no row wants")
     return table
 
 # %% ../nbs/workshop/exam.ipynb #d9a202e6

@@ -111,12 +111,12 @@ def test_one_is_not_true():
 
 def test_what_is_missing_or_invented_counts():
     row = {"messages": [], "answer": [{"name": "f", "arguments": {"a": 1, "b": 2}}, {"name": "g", "arguments": {}}]}
-    right_of = lambda reply: tuple(call_scores(row, reply)[k] for k in ("name", "arguments", "right", "of"))
-    assert right_of("[g(), f(b=2, a=1)]") == (True, True, 2, 2)
-    assert right_of("[g(), f(a=1, b=3)]") == (True, False, 1, 2)
-    assert right_of("f(a=1, b=2)") == (False, False, 2, 2)
-    assert right_of("[g(), f(a=1, b=2), f(a=1, b=2)]") == (False, False, 2, 4)
-    assert right_of("I do not know.") == (False, False, 0, 2)
+    right_of = lambda reply: tuple(call_scores(row, reply)[k] for k in ("name", "arguments", "right", "of", "invented"))
+    assert right_of("[g(), f(b=2, a=1)]") == (True, True, 2, 2, 0)
+    assert right_of("[g(), f(a=1, b=3)]") == (True, False, 1, 2, 0)
+    assert right_of("f(a=1, b=2)") == (False, False, 2, 2, 0)
+    assert right_of("[g(), f(a=1, b=2), f(a=1, b=2)]") == (False, False, 2, 2, 2)
+    assert right_of("I do not know.") == (False, False, 0, 2, 0)
 
 
 def test_words_beside_a_call_that_the_template_drops_are_said(capsys, tmp_path):
@@ -271,7 +271,7 @@ def test_eval_compares_calls_row_by_row(capsys):
     assert main(["eval", "--model", "tutor/tools", "--data", str(DATA / "calls.jsonl"), "--json"]) == 0
     table = {r["task"]: r for r in json.loads(capsys.readouterr().out)}
     assert [(k, r["n"]) for k, r in table.items()] == [
-        ("all", 32), ("calls: whole", 26), ("calls: names", 26), ("calls: arguments", 52)]  # fmt: skip
+        ("all", 32), ("calls: names", 26), ("calls: arguments", 52)]  # fmt: skip
     assert all(r["low"] <= r["accuracy"] <= r["high"] for r in table.values())
     assert table["all"]["correct"] >= 18 and table["calls: names"]["correct"] >= 20
 
@@ -331,7 +331,7 @@ def test_eval_through_a_server(served_tools, capsys, tmp_path):
     words = ["eval", "--url", served_tools.url, "--data", str(DATA / "calls.jsonl"), "--json", "--output", str(out)]
     assert main(words) == 0
     table = {r["task"]: r["correct"] for r in json.loads(capsys.readouterr().out)}
-    assert table["all"] >= 18 and table["calls: whole"] >= 14
+    assert table["all"] >= 18 and table["calls: names"] >= 14
     replies = [json.loads(line) for line in out.read_text().splitlines()]
     called = [r for r in replies if "call" in r]
     assert len(called) == 26 and all(parse_calls(r["reply"]) for r in called if r["right"])
@@ -514,3 +514,15 @@ def test_every_right_value_of_a_berkeley_row_is_right(change, right):
 def test_tools_that_a_template_does_not_print_are_said(capsys):
     assert main(["eval", "--data", str(DATA / "calls.jsonl"), "--model", "tutor/sft"]) == 0
     assert "this model's chat template does not print them" in "".join(capsys.readouterr())
+
+
+def test_the_number_of_wanted_arguments_depends_on_the_rows_alone(capsys):
+    from llmcourse.exam import exam_report
+
+    rows = [{"messages": [{"role": "user", "content": "?"}], "answer": {"name": "f", "arguments": {"a": 1, "b": 2}}}]
+    for reply, right, invented in (("f(a=1, b=2)", 2, 0), ("f(a=1, c=3, d=4)", 1, 2), ("g(a=1)", 0, 1), ("No.", 0, 0)):
+        table = {r["task"]: r for r in exam_report(evaluate(lambda m, r=reply: r, rows, progress=False))}
+        assert list(table) == ["all", "calls: names", "calls: arguments"]
+        assert (table["calls: arguments"]["correct"], table["calls: arguments"]["n"]) == (right, 2), reply
+        said = "".join(capsys.readouterr())
+        assert (f"calls: invented {invented} arguments" in said) == bool(invented)
