@@ -103,10 +103,11 @@ def _amount(found: re.Match) -> Amount | None:
     if found["power"]: value **= power
     value += int(found["whole"] or 0)
     short = (found["short"] or "").casefold()
-    if found["scale"] or short == "k" or short and found["before"]:   # 5m are metres, $5m are millions
+    millions = short and (found["before"] or found["short"] != found["short"].lower() or short in ("k", "bn"))
+    if found["scale"] or millions:   # 5m are metres, $5m and 5M are millions
         value *= 10 ** SCALES[(found["scale"] or short).casefold()]
     if found["minus"] or found["minus2"]: value = -value
-    unit = unit_of(found["before"] or found["after"] or found["short"] or "")
+    unit = unit_of(found["before"] or found["after"] or ("" if millions else short))
     return Amount(value, unit, bool(found["percent"]), places, bool(found["below"]))
 
 def numbers(
@@ -120,6 +121,8 @@ def numbers(
 _IS = r"(?:is|was|would be|must be|should be)"
 _MARKS = re.compile(rf"####|\\boxed\s*(?=\{{)|<answer>|\banswer\s+{_IS}\b|\bans(?:wer)?(?:\s+{_IS})?\s*[:=]", re.I)
 
+_RUN_ON = re.compile(r"^[^\w\n]{0,6}(?:Question|Problem|Q)[ \t]*\d{0,4}[*_]{0,3}:", re.M | re.I)
+
 def spoken(reply: str) -> str:
     "What a reply says after its `<think>…</think>`; nothing if it never stopped thinking."
     thought, end, said = reply.rpartition("</think>")
@@ -129,7 +132,10 @@ def after_marks(
     text: str,     # as `plain_text` leaves it
 ) -> list[str]:    # the last first
     "What follows each `####`, `<answer>`, `Answer:`, `the answer is` or LaTeX box in a text."
-    return [text[m.end():].lstrip(" \n\t{*_:") for m in reversed(list(_MARKS.finditer(text)))]
+    marks = list(_MARKS.finditer(text))
+    run_on = _RUN_ON.search(text, marks[0].end()) if marks else None   # a base model goes on and asks itself
+    end = run_on.start() if run_on else len(text)
+    return [text[m.end():end].lstrip(" \n\t{*_:") for m in reversed(marks) if m.end() <= end]
 
 # %% ../nbs/workshop/amounts.ipynb #b8f52a20
 _ONE = "one two three four five six seven eight nine"
@@ -145,7 +151,8 @@ _big = rf"(?:an?|{_middle})[- ](?:thousand|million|billion)"
 _large = rf"{_big}(?: (?:and )?{_big})*(?: (?:and )?{_middle})?"
 _place = r"[- ](?:first|second|third|fourth|fifth|sixth|seventh|eighth|ninth)\b"   # the twenty-first counts nothing
 _number = rf"(?:zero|{_large}|(?:an?|{_low})[- ]dozen|{_middle})(?: and a half)?"
-_WORDS = re.compile(rf"(?<![\w-]){_number}(?!\w|{_place})", re.I)
+_half = r"(?:(?:an?|one)[- ])?half(?!\s+(?:of|as|the|that|this|my|his|her|their|its)\b|-)"
+_WORDS = re.compile(rf"(?<![\w-])(?:{_half}|{_number})(?!\w|{_place})", re.I)
 _BEFORE = (":", "#", "{", "=", ">", "answer is")   # before a `one` that is the answer
 
 # %% ../nbs/workshop/amounts.ipynb #0a7df89b
@@ -153,7 +160,9 @@ def _digits(found: re.Match) -> str:
     "A number in words, in digits."
     start = found.start()
     before = found.string[max(0, start - 40):start].casefold().rstrip()
-    if found[0].casefold() == "one" and before and not before.endswith(_BEFORE): return found[0]
+    half = re.fullmatch(r"(?:(?:an?|one)[- ])?half", found[0], re.I)
+    if (half or found[0].casefold() == "one") and before and not before.endswith(_BEFORE): return found[0]
+    if half: return "0.5"
     total, part = Fraction(0), Fraction(0)
     for word in re.findall(r"[a-z]+", found[0].casefold()):
         if word in ("hundred", "dozen"): part = (part or 1) * (100 if word == "hundred" else 12)
@@ -178,6 +187,9 @@ def in_digits(
 _SUM = re.compile(r"[\s\d.,()$€£%]*(?:[+\-–*/×÷][\s\d.,()$€£%]*)+=(?=\s*\S)")                        # 48/2 =
 _SECOND = re.compile(r"\s*[%\w]*\s*(?:(?:\bor|\bto|\band|[-–])\s*[$€£¥₹]?\d|,\s+\d[\d.]*\s*$)", re.I)   # 12 or 13
 
+_RANGE = re.compile(r"[-–]\d[\d.,]*")                                                                # 18-20
+
+def _digits_end(match: re.Match) -> int: return max(match.end(part) for part in ("digits", "below", "tens", "power"))
 def _marked(text: str) -> Amount | None:
     "The number of what follows a mark: the first of its line, else the last below."
     line, _, below = text.partition("\n")
@@ -186,8 +198,7 @@ def _marked(text: str) -> Amount | None:
     found = numbers(line[total.end():] if total else line)
     if not found: return next((amount for _, amount in reversed(numbers(below))), None)
     match, amount = found[0]
-    end = max(match.end(part) for part in ("digits", "below", "tens", "power"))
-    return None if _SECOND.match(match.string, end) else amount
+    return None if _SECOND.match(match.string, _digits_end(match)) else amount
 
 def said_number(
     text,              # a reply, or a reference
@@ -196,7 +207,8 @@ def said_number(
     text = in_digits(plain_text(spoken(str(text))))
     marked = after_marks(text)
     if marked: return next((amount for amount in map(_marked, marked) if amount), None)
-    return next((amount for _, amount in reversed(numbers(text))), None)
+    match, amount = (numbers(text) or [(None, None)])[-1]
+    return None if match and _RANGE.match(text, _digits_end(match)) else amount
 
 def is_guess(
     text: str,   # a reply
@@ -231,7 +243,7 @@ def _ends(value: Fraction) -> bool:
 def same_number(a: Amount, b: Amount) -> bool:
     "Are two numbers equal? Units that differ keep them apart."
     if a.unit and b.unit and a.unit != b.unit: return False
-    if a.value == b.value: return True
+    if a.value == b.value and (a.percent == b.percent or abs(a.value) < 1000): return True
     if a.percent != b.percent: return a.value / (100 if a.percent else 1) == b.value / (100 if b.percent else 1)
     if a.ratio == b.ratio: return False
     ratio, decimal = (a, b) if a.ratio else (b, a)

@@ -4,7 +4,7 @@
 
 # %% ../nbs/workshop/asking.ipynb #1a2f109f
 from __future__ import annotations
-import unicodedata
+import re, unicodedata
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from .core import Generate, Message, UserError, check_messages
@@ -41,9 +41,11 @@ NO_REFERENCE = 'Give it an "answer", or let the last message be the assistant\'s
 def normal(
     text,       # a reply or a reference
 ) -> str:
-    "A text without what does not count in an answer: case, extra spaces, quotes around it, a full stop at its end."
-    text = " ".join(unicodedata.normalize("NFKC", str(text)).casefold().split())
-    return text.strip("'\"`“”‘’ ").rstrip(".!").strip("'\"`“”‘’ ")
+    "A text without what does not count in an answer: case, extra spaces, quotes or stars around it, its full stop."
+    text = " ".join(unicodedata.normalize("NFKC", str(text)).casefold().split()).replace("’", "'")
+    text = text.strip("'\"`“”‘ ").rstrip(".!").strip("'\"`“”‘ ")
+    if starred := re.fullmatch(r"(\*{1,3})([^*]+)\1", text): text = starred[2].rstrip(".!").strip("'\"`“”‘ ")
+    return text
 
 # %% ../nbs/workshop/asking.ipynb #71b43564
 class Completion:

@@ -42,8 +42,13 @@ def _json_calls(text: str) -> list[Call]:
         try: value, at = json.JSONDecoder().raw_decode(text, at)
         except (ValueError, RecursionError): return []
         found += value if isinstance(value, list) else [value]
-    calls = [_call(each) for each in found]
+    calls = [_call(each) for each in sum(map(_opened_list, found), [])]
     return calls if None not in calls else []
+
+def _opened_list(value) -> list:
+    "What is in `tool_calls`, if an object has that; anything else as the one item it is."
+    inner = value.get("tool_calls") if isinstance(value, dict) else None
+    return inner if isinstance(inner, list) else [value]
 
 # %% ../nbs/workshop/calls.ipynb #85e6f3eb
 def _python_calls(text: str) -> list[Call]:
@@ -62,18 +67,49 @@ def _python_calls(text: str) -> list[Call]:
 # %% ../nbs/workshop/calls.ipynb #79a51e06
 _TAGGED = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|\Z)", re.S)
 _FUNCTION = re.compile(r"<function=([\w.-]+)>\s*(.*?)\s*(?:</function>|\Z)", re.S)
+_PARAMETER = re.compile(r"<parameter=([\w.-]+)>\n?(.*?)\n?(?:</parameter>|\Z)", re.S)
+_MISTRAL = re.compile(r"\[TOOL_CALLS\]\s*([\w.-]+)\s*(?:\[CALL_ID\]\s*\w+\s*)?(?:\[ARGS\]|(?=\{))"
+                      r"(.*?)(?=\[TOOL_CALLS\]|</s>\s*$|\Z)", re.S)
+_FENCE = re.compile(r"^```(?:json|tool_calls?)?[ \t]*\n(.*?)^```", re.S | re.M)
 
+def _said(reply: str) -> str:
+    "What a reply says after its thoughts; nothing if it never stopped thinking."
+    _, end, said = reply.rpartition("</think>")
+    return "" if not end and said.lstrip().startswith("<think>") else said
+
+def _typed(text: str, schema) -> object:
+    "A parameter that was written as plain text: JSON if it is some, unless its schema wants a text."
+    if isinstance(schema, dict) and schema.get("type") == "string": return text
+    try: return json.loads(text)
+    except (ValueError, RecursionError): return text
+
+def _function_call(name: str, text: str, tools: list | None) -> Call:
+    "What stands in `<function=name>`: JSON, or one `<parameter=…>` for each argument."
+    given = _PARAMETER.findall(text)
+    if not given: return {"name": name, "arguments": _object(text)}
+    functions = [tool.get("function", tool) for tool in tools or () if isinstance(tool, dict)]
+    schema = next((f.get("parameters") for f in functions if isinstance(f, dict) and f.get("name") == name), None)
+    known = schema.get("properties") if isinstance(schema, dict) else None
+    known = known if isinstance(known, dict) else {}
+    return {"name": name, "arguments": {key: _typed(value, known.get(key)) for key, value in given}}
+
+# %% ../nbs/workshop/calls.ipynb #6be1d2f8
 def parse_calls(
-    reply: str | Message,   # what a model said, or the message of a server
-) -> list[Call]:            # in order; empty for a reply in words
+    reply: str | Message,         # what a model said, or the message of a server
+    tools: list | None = None,    # what it was offered: which of Qwen3-Coder's parameters are texts
+) -> list[Call]:                  # in order; empty for a reply in words
     "The calls of a reply. A call whose arguments cannot be read has None for them."
     if not isinstance(reply, str):
         if reply.get("tool_calls"): return [call for each in reply["tool_calls"] if (call := _call(each))]
         reply = reply.get("content") or ""
-    if tagged := _TAGGED.findall(reply): return [call for text in tagged for call in _json_calls(text)]
-    if named := _FUNCTION.findall(reply): return [{"name": name, "arguments": _object(text)} for name, text in named]
+    reply = _said(reply)
+    tagged = [call for text in _TAGGED.findall(reply) for call in _json_calls(text)]
+    if tagged: return tagged
+    if named := _FUNCTION.findall(reply): return [_function_call(name, text, tools) for name, text in named]
+    if mistral := _MISTRAL.findall(reply): return [{"name": n, "arguments": _object(a)} for n, a in mistral]
     text = re.sub(r"^\s*(?:<\|python_tag\|>|\[TOOL_CALLS\])|<\|e[oi][tm]_id\|>\s*$", "", reply).strip()
-    return _json_calls(text) or _python_calls(text)
+    fenced = [call for part in _FENCE.findall(text) for call in _json_calls(part)]
+    return _json_calls(text) or _python_calls(text) or fenced
 
 # %% ../nbs/workshop/calls.ipynb #291044ef
 def call_text(
@@ -147,12 +183,17 @@ def _equal(wanted: Call, made: Call) -> bool:
     return _same(wanted["arguments"], made["arguments"])
 
 def _overlap(wanted: Call, made: Call) -> tuple[int, int]:
-    "How many arguments are right, of how many: those of both calls together."
+    "How many of the wanted arguments are right, and how many were invented."
     a, b = wanted["arguments"] or {}, made["arguments"] or {}
-    if "allowed" not in wanted: return sum(key in b and _same(a[key], b[key]) for key in a), len(a.keys() | b.keys())
+    if "allowed" not in wanted: return sum(key in b and _same(a[key], b[key]) for key in a), len(b.keys() - a.keys())
     allowed = wanted["allowed"]
-    needed = {key for key, options in allowed.items() if "" not in options}
-    return sum(key in allowed and _allowed(b[key], allowed[key]) for key in b), len(needed | b.keys())
+    right = sum(key in b and _allowed(b[key], allowed[key]) for key in _needed(wanted))
+    return right, len(b.keys() - allowed.keys())
+
+def _needed(wanted: Call) -> list[str]:
+    "The arguments that a call has to give."
+    if "allowed" in wanted: return [key for key, options in wanted["allowed"].items() if "" not in options]
+    return list(wanted["arguments"] or {})
 
 # %% ../nbs/workshop/calls.ipynb #5c60a292
 def _pairs(wanted: list[Call], made: list[Call]) -> list[tuple[Call | None, Call | None]]:
@@ -175,16 +216,18 @@ def _pairs(wanted: list[Call], made: list[Call]) -> list[tuple[Call | None, Call
 def call_scores(
     row: dict,               # with the wanted calls
     reply: str | Message,    # what the model said, or the message of a server
-) -> dict:                   # name, arguments: are all right? right, of: single arguments; share: right / of
+) -> dict:                   # are name, arguments all right? right: of the wanted arguments, `of`; invented; share
     "Compare the calls of a reply with the wanted ones, in any order."
-    wanted, made = wanted_calls(row), parse_calls(reply)
+    wanted, made = wanted_calls(row), parse_calls(reply, row.get("tools"))
     none = {"name": None, "arguments": {}}
     pairs = [(a or none, b or none) for a, b in _pairs(wanted, made)]
     name = bool(wanted) and all(_same_name(a, b) for a, b in pairs)
     exact = name and all(_equal(a, b) for a, b in pairs)
     counts = [_overlap(a, b) for a, b in pairs]
-    right, of = (sum(column) for column in zip(*counts)) if counts else (0, 0)
-    return {"name": name, "arguments": exact, "right": right, "of": of, "share": right / of if of else float(exact)}
+    right, invented = (sum(column) for column in zip(*counts)) if counts else (0, 0)
+    of = sum(len(_needed(call)) for call in wanted)
+    share = right / (of + invented) if of + invented else float(exact)
+    return {"name": name, "arguments": exact, "right": right, "of": of, "invented": invented, "share": share}
 
 def grade_call(
     row: dict,

@@ -6,6 +6,7 @@
 from __future__ import annotations
 import os
 from .asking import conversation
+from .calls import wanted_calls
 from .core import UserError, scale as read_scale
 from .evals import evaluate, score, summary
 from .faults import chat_faults, refuse_faults
@@ -21,9 +22,19 @@ from .tutor import problems
 __all__ = ['examinable', 'exam_rows', 'exam_grader', 'examinee', 'fitting', 'say_if_tools_unseen', 'exam_report', 'examined']
 
 # %% ../nbs/workshop/exam.ipynb #c1d4b885
+def _refuse_calls(row: Row) -> None:
+    "Raises `UserError` for a wanted call that its own tools do not take. BFCL's rows say themselves what is right."
+    calls = wanted_calls(row.data) if row.data.get("tools") and not row.data.get("ground_truth") else []
+    if not calls: return
+    asked = [{"name": c["name"], "arguments": "?" if c["arguments"] is None else c["arguments"]} for c in calls]
+    turn = {"role": "assistant", "content": "", "tool_calls": [{"function": call} for call in asked]}
+    try: refuse_faults(row.place, chat_faults([*prompt(row), turn], row.data["tools"]))
+    except UserError as e: raise UserError(f"{e}. Correct the row") from None
+
 def examinable(row: Row) -> None:
     "Raises `UserError` for a row that cannot be asked, or whose reply cannot be compared with anything."
     refuse_faults(row.place, chat_faults(prompt(row), row.data.get("tools"), answered=False))
+    _refuse_calls(row)
     wanted = reference(row.data)
     empty = wanted is None or isinstance(wanted, str) and not wanted.strip()   # such as a call of a tool: no text
     kind, _ = guess(row.data)
@@ -53,6 +64,13 @@ def exam_rows(
     return [row.data | {"place": row.place} for row in new]
 
 # %% ../nbs/workshop/exam.ipynb #fd3ff0b9
+def _sentences(rows: list[dict]) -> str:
+    "A warning if most references that are compared as texts are full sentences."
+    texts = [str(reference(row)) for row in rows if guess(row)[0] == "exact"]
+    long = sum(len(text.split()) > 6 for text in texts)
+    said = ". Full sentences are seldom word for word the same: --grade judge or contains"
+    return said if 2 * long > len(texts) else ""
+
 def exam_grader(
     rows: list[dict],    # from `exam_rows`
     name: str | None,    # of `graders.GRADERS`; None: the one that fits
@@ -60,7 +78,7 @@ def exam_grader(
 ) -> str:                # the name
     "The grader for an exam. Raises `UserError` for an unknown one, and for a row that it cannot grade."
     used, why = grader_for([(row["place"], row) for row in rows], name)
-    if not name: tell(f"{data}: {why}. Another one: --grade NAME")
+    if not name: tell(f"{data}: {why}. Another one: --grade NAME{_sentences(rows)}")
     return used
 
 # %% ../nbs/workshop/exam.ipynb #8d94d224
@@ -114,10 +132,11 @@ def exam_report(
     table = summary(results)
     calls = [r["call"] for r in results if "call" in r]
     if not calls: return table
-    table.append({"task": "calls: whole", **score(sum(c["arguments"] for c in calls), len(calls))})
+
     table.append({"task": "calls: names", **score(sum(c["name"] for c in calls), len(calls))})
     of = sum(c["of"] for c in calls)
     if of: table.append({"task": "calls: arguments", **score(sum(c["right"] for c in calls), of)})
+    if invented := sum(c["invented"] for c in calls): tell(f"calls: invented {invented:,} arguments that no row wants")
     return table
 
 # %% ../nbs/workshop/exam.ipynb #d9a202e6

@@ -75,15 +75,15 @@ _BY_COLUMNS = [   # columns that a row must have → its form; the first that fi
     ("prompt completion label", "unpaired"), ("messages label", "unpaired"), ("messages", "messages"),
     ("conversations", "sharegpt"), ("task question", "problem"), ("question", "bfcl"), ("question", "choice"),
     ("input ideal", "evals"), ("instruction output", "alpaca"), ("instruction response", "dolly"),
-    *((f"{a} {b}", "prompt-completion") for a, b in PAIRS),
+    ("question answer", "prompt"), *((f"{a} {b}", "prompt-completion") for a, b in PAIRS),
     ("text label", "classification"), ("text", "text"), ("prompt", "prompt"), ("question", "prompt")]
 
 def _fits(row: dict, columns: str, form: str) -> bool:
     "Has the row these columns? A problem names one of the tutor's tasks; a whole chat is rated by true or false."
     if not all(row.get(k) is not None for k in columns.split()): return False
     if columns == "messages label": return isinstance(row["label"], bool)
-    if form == "choice": return names_choice(row)
-    if form == "bfcl": return is_bfcl(row)
+    if form == "prompt" and "answer" in columns: return type(a := row["answer"]) is list and set(map(type, a)) == {str}
+    if form in ("choice", "bfcl"): return (names_choice if form == "choice" else is_bfcl)(row)
     return form != "problem" or row["task"] in TASKS
 
 # %% ../nbs/workshop/forms.ipynb #3a36348d

@@ -20,7 +20,7 @@ from .rows import Row, reference
 from .tutor import TASKS, is_right
 
 # %% auto #0
-__all__ = ['LONGEST_MATCH', 'GRADERS', 'grade_number', 'grade_tutor', 'grade_choice', 'grade_exact', 'grade_contains',
+__all__ = ['LONGEST_MATCH', 'CORRECT', 'GRADERS', 'grade_number', 'grade_tutor', 'grade_choice', 'grade_exact', 'grade_contains',
            'grade_regex', 'grade_json', 'mark_of', 'grade_judge', 'judged_by_server', 'guess', 'grade_tool',
            'grade_mixed', 'mean_share', 'verdict_of', 'grader_for', 'guessed_numbers', 'as_graded', 'reward',
            'rewarded_rows']
@@ -31,6 +31,12 @@ def _wanted(row: dict) -> list:
     wanted = reference(row)
     if wanted is None or wanted == []: raise UserError(f"no reference. {NO_REFERENCE}")
     return wanted if isinstance(wanted, list) else [wanted]
+
+def _any_of(given, what: str, kinds: tuple = (str, int, float)) -> list:
+    "One text or several, of which any counts. Raises `UserError` for anything else."
+    ones = given if isinstance(given, list) else [given]
+    if ones and all(isinstance(one, kinds) and str(one) for one in ones): return ones
+    raise UserError(f"{what} {str(given)[:60]!r} is no text. Give a text, or a list of texts of which any is right")
 
 def _question(row: dict) -> str:
     "What a row asks last."
@@ -68,27 +74,34 @@ def grade_choice(row: dict, reply: str) -> bool:
 def _final(text) -> str:
     "What a text says after `Answer:` on its last line; without one, all of it."
     found = re.search(r"(?:^|\n)\W*Answer:\W*([^\n]+?)\s*$|<answer>([^<]*)</answer>\s*$", str(text), re.I)
-    return normal(found[1] or found[2] if found else text)
+    said = (found[1] or found[2]) if found else text
+    starred = found and found[1] and re.fullmatch(r"([^*]+)(\*{1,3})", said)   # Answer: **Paris**
+    return normal(starred[1] if starred and found[0].count(starred[2]) > 1 else said)
 
 def grade_exact(row: dict, reply: str) -> bool:
     "Is the reply, or what its last line says after `Answer:`, the reference? Case, spaces, a full stop do not count."
     said = spoken(reply)
-    return any(normal(said) == normal(one) or _final(said) == _final(one) for one in _wanted(row))
+    return any(normal(said) == normal(one) or _final(said) == _final(one) for one in _any_of(_wanted(row), "reference"))
 
 def grade_contains(row: dict, reply: str) -> bool:
     "Has the reply, as whole words, one of the row's `contains`, or its reference? Raises `UserError` for an empty one."
     given = row["contains"] if row.get("contains") else _wanted(row)
-    texts = [normal(one) for one in (given if isinstance(given, list) else [given])]
+    texts = [normal(one) for one in _any_of(given, "contains")]
     if not all(texts): raise UserError("an empty text is in every reply. Give the row a text to look for")
     return any(re.search(rf"(?<![\w.,]){re.escape(text)}(?!\w|[.,]\d)", normal(spoken(reply))) for text in texts)
 
 LONGEST_MATCH = 5   # seconds
 
 def grade_regex(row: dict, reply: str) -> bool:
-    "Does the row's `regex`, or else its reference, match somewhere in the reply? Raises `UserError` for a bad pattern."
+    "Does one of the row's `regex`, or else of its references, match in the reply? `UserError` for a bad pattern."
+    own = row.get("regex")
+    patterns = _any_of(own, "regex", (str,)) if own else _any_of(_wanted(row), "reference")
+    said = spoken(reply)
+    return any([_matches(str(pattern), said) for pattern in patterns])   # all of them: a bad one is named
+
+def _matches(pattern: str, text: str) -> bool:
     import regex
-    pattern = str(row.get("regex") or _wanted(row)[0])
-    try: return regex.search(pattern, spoken(reply), timeout=LONGEST_MATCH) is not None
+    try: return regex.search(pattern, text, timeout=LONGEST_MATCH) is not None
     except TimeoutError:
         raise UserError(f"{pattern[:60]!r}: this regular expression was not done with a reply in {LONGEST_MATCH} s. "
                         "Do not repeat what repeats already: a+, not (a+)+") from None
@@ -104,13 +117,17 @@ def _schema(row: dict) -> dict | None:
     if isinstance(given, str): given = json_of(given)
     return given if isinstance(given, dict) else None
 
+CORRECT = "Correct the row, or take another grader"
+
 def grade_json(row: dict, reply: str) -> float:
     "The share of right fields; with a schema, no more than the share of valid ones. No JSON in the reply: 0."
     schema, value, shares = _schema(row), json_of(reply), []
     if schema is not None: shares.append(valid_share(value, schema))
     if schema is None or reference(row) is not None:
         wanted = [json_of(one) if isinstance(one, str) else one for one in _alternatives(row)]
-        if None in wanted: raise _no("JSON", reference(row))
+        if None in wanted: raise UserError(f"no JSON in the reference {str(reference(row))[:60]!r}. {CORRECT}")
+        if schema is not None and any(valid_share(one, schema) < 1 for one in wanted):
+            raise UserError(f"the reference {str(reference(row))[:60]!r} breaks the row's own schema. Correct the row")
         shares.append(max(right_share(value, one) for one in wanted))
     return 0.0 if value is None else min(shares)
 
@@ -188,7 +205,8 @@ def guess(
     if last.get("tool_calls"): return "tool", "the answer is a call of a tool"
     if _schema(row): return "json", "there is a schema"
     for column, name in (("regex", "regex"), ("contains", "contains"), ("rubric", "judge")):
-        if row.get(column) and isinstance(row[column], (str, list)): return name, f"there is a column {column!r}"
+        texts = (str, list) if column != "regex" else object   # what is no pattern is refused, not passed over
+        if row.get(column) and isinstance(row[column], texts): return name, f"there is a column {column!r}"
     if offered(row) or _lettered_question(row): return "choice", "the question offers choices"
     if ones and all(map(is_number, ones)): return "number", "the answer is a number"
     if isinstance(wanted, dict) or ones and all(map(_is_json, ones)): return "json", "the answer is JSON"

@@ -32,14 +32,44 @@ def _leading(text: str, letters: str, alone: bool = False) -> str | None:
     return found[1].upper()
 
 # %% ../nbs/workshop/letters.ipynb #4bf409c4
-_CHOOSE = (r"(?i:choose|pick|select|go with|think|believe|say|it is|it's|it must be|(?:option|choice)(?: is:?|:))\s+"
-           r"(?i:option |choice )?")
+_CHOOSE = (r"(?i:choose|pick|select|go (?:with|for)|think|believe|say|it is|it['’]s|it must be|"
+           r"(?:option|choice)(?: is:?|:)|correct(?: answer| option| choice)?:)\s+(?i:option |choice )?")
+_WHY = r"(?:because|since|as (?:it|that|this|the|they)\b)"
+_TWO = r"\W{0,3}[,/&]\s*(?:or |and )?\(?[A-J]\b(?!['’]|\s+[a-z])"   # B, C
+_DENIED = re.compile(r"(?:\b(?:not|never|cannot|if|whether|why)|n['’]t)\s+"
+                     r"(?:(?:really|think|believe|say|that|sure)\s+){0,3}$", re.I)
 _RIGHT = r"(?:is|would be|must be)\s+(?:the\s+)?(?:only\s+)?(?:correct|right|true|best|answer)\b"
 
 def _called_right(text: str, letters: str) -> list[str]:
     "The letters that sentences call right, from left to right."
-    patterns = rf"\b{_CHOOSE}\W?([{letters}])\b(?!'|\s[a-z])", rf"(?<![\w'])([{letters}])\W?\s+{_RIGHT}"
-    return [letter for _, letter in sorted((m.start(), m[1]) for p in patterns for m in re.finditer(p, text))]
+    patterns = (rf"\b{_CHOOSE}\W?([{letters}])\b(?!['’]|\s(?!{_WHY})[a-z]|{_TWO})",
+                rf"(?<![\w'])([{letters}])\W?\s+{_RIGHT}")
+    found = sorted((m.start(), m[1]) for p in patterns for m in re.finditer(p, text))
+    return [letter for start, letter in found if not _DENIED.search(text[max(0, start - 40):start])]
+
+# %% ../nbs/workshop/letters.ipynb #7cf2e3a9
+def _beside(line: str, known: dict[str, str]) -> str | None:
+    "The letter beside its own choice's text; empty if the text is another's, None if a line has not both."
+    if len(line) > 300 or not known: return None
+    for pattern in (r"\W*(?P<letter>[A-Z])\W{1,4}(?P<text>\S.*)",
+                    r"(?P<text>.*\S)\s*[(\[,:–-]\s*(?P<letter>[A-Z])[\W_]*"):
+        if not (found := re.fullmatch(pattern, line)): continue
+        if meant := known.get(normal(found["text"].strip(")]}* ."))): return meant * (meant == found["letter"])
+    return None
+
+_DENIES = re.compile(r"\b(?:not?|never|cannot|neither|nor|none|wrong|incorrect|false|except|unless|if|whether|or|but|"
+                     r"could|might|may|than|instead|unlike|rather|without|maybe|"
+                     r"perhaps|either|between)\b|n['’]t\b|\?", re.I)
+
+def _in_sentence(text: str, known: dict[str, str]) -> str | None:
+    "The letter of the one choice whose text a sentence says; a short text only at its end: `It is 4.`"
+    said = normal(text)
+    if len(said) > 300 or _DENIES.search(text) or re.search(r"[.!;:]\s|\n", text): return None
+    choices = "|".join(re.escape(one) for one in sorted(filter(None, known), key=len, reverse=True))
+    found = re.findall(rf"(?<![\w.,$-])(?:{choices})(?![\w%°]|[.,/:-]\d)", said) if choices else []
+    if len(found) != 1: return None
+    if len(found[0]) < 3 and not re.search(rf"\b(?:is|are|was|be|=)\s+{re.escape(found[0])}$", said): return None
+    return known[found[0]]
 
 # %% ../nbs/workshop/letters.ipynb #5f47b8be
 def chosen(
@@ -50,12 +80,15 @@ def chosen(
     letters, text = LETTERS[:len(texts) if texts else 10], plain_text(spoken(reply)).strip()
     known = {normal(plain_text(choice)): letter for letter, choice in zip(letters, texts or ())}
     def marked(said):
-        line = said.partition("\n")[0]
-        return None if re.match(r"not\b", line) else known.get(normal(line.rstrip("}. "))) or _leading(said, letters)
+        line, both = (line := said.partition("\n")[0]), _beside(line, known)
+        if both is not None or re.match(r"not\b", line): return both
+        return known.get(normal(line.rstrip("}. "))) or _leading(said, letters)
     bare = normal(re.sub(r"^(?:it is|it's|that is|this is)\s+", "", text, flags=re.I))
     if bare in known: return known[bare]
     if marks := after_marks(text): return next(filter(None, map(marked, marks)), None)
     if called := _called_right(text, letters): return called[-1]
     last = text.rpartition("\n")[2]
     if only := re.fullmatch(rf"[^\w+#]*([{letters}])[^\w+#]*", last): return only[1]
-    return _leading(text, letters, alone=True) or _leading(last, letters, alone=True)
+    both = _beside(text.partition("\n")[0], known)
+    if both is not None: return both or None
+    return _leading(text, letters, alone=True) or _leading(last, letters, alone=True) or _in_sentence(text, known)

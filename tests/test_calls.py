@@ -36,6 +36,21 @@ def message(*calls):
         '[TOOL_CALLS][{"name": "add", "arguments": ARGUMENTS}]',
         "<function=add>ARGUMENTS</function>",
         "[add(a=1, b=[2, {'c': True}])]",
+        '<think>\nMaybe {"name": "sub", "arguments": {}}?\n</think>\n\n{"name": "add", "arguments": ARGUMENTS}',
+        '<think>\n<tool_call>{"name": "sub", "arguments": {}}</tool_call>?</think>'
+        '<tool_call>{"name": "add", "arguments": ARGUMENTS}</tool_call>',
+        '```json\n{"name": "add", "arguments": ARGUMENTS}\n```',
+        'I add.\n\n```json\n[{"name": "add", "arguments": ARGUMENTS}]\n```\nDone.',
+        '```\n{"name": "add", "parameters": ARGUMENTS}\n```',
+        "[TOOL_CALLS]add[ARGS]ARGUMENTS",
+        "I add.[TOOL_CALLS]add[ARGS]ARGUMENTS</s>",
+        "[TOOL_CALLS]add[CALL_ID]aB3dE5fG7[ARGS]ARGUMENTS",
+        "[TOOL_CALLS]addARGUMENTS",
+        '<function=add>\n<parameter=a>\n1\n</parameter>\n<parameter=b>\n[2, {"c": true}]\n</parameter>\n</function>',
+        '<tool_call>\n<function=add>\n<parameter=a>1</parameter>\n<parameter=b>[2, {"c": true}]</parameter>\n'
+        "</function>\n</tool_call>",
+        '{"tool_calls": [{"name": "add", "arguments": ARGUMENTS}]}',
+        '```json\n{"tool_calls": [{"type": "function", "function": {"name": "add", "arguments": ARGUMENTS}}]}\n```',
     ],
 )
 def test_every_format_is_read(reply):
@@ -47,7 +62,12 @@ def test_every_format_is_read(reply):
 @pytest.mark.parametrize(
     "text",
     ["", "3", "[]", "{}", "null", '{"name": "Anna"}', '{"name": 3, "arguments": {}}', "add(1)", "{" * 9000, "[" * 9000,
-     "f(" * 500, '{"name": "add", "arguments": {}} and more', "<tool_call>add</tool_call>", "f(a=print)", "1 is 1"],
+     "f(" * 500, '{"name": "add", "arguments": {}} and more', "<tool_call>add</tool_call>", "f(a=print)", "1 is 1",
+     'Here:\n```json\n{"name": "Anna", "age": 7}\n```', "```json\n[1, 2]\n```", "```python\nadd(a=1)\n```",
+     '<think>{"name": "add", "arguments": {}}</think>It is 3.', '<think>{"name": "add", "arguments": {}}',
+     '<think><tool_call>{"name": "add", "arguments": {}}</tool_call></think>3', '{"tool_calls": "none"}',
+     '{"tool_calls": []}', '{"tool_calls": [{"name": "Anna"}]}', 'Say {"name": "add", "arguments": {}}, I think.',
+     "Mistral writes [TOOL_CALLS] first.", "The tag <parameter=a> is Qwen's."],
 )  # fmt: skip
 def test_words_are_no_call(text):
     assert parse_calls(text) == []
@@ -63,6 +83,27 @@ def test_arguments_are_equal_as_json(given, right):
     assert grade_call(row, message({"name": "f", "arguments": given})) == right
 
 
+def test_several_calls_of_mistral_and_qwen():
+    two = [{"name": "add", "arguments": {"a": 1}}, {"name": "sub", "arguments": {"b": ["x", 2]}}]
+    assert parse_calls('[TOOL_CALLS]add[ARGS]{"a": 1}[TOOL_CALLS]sub[ARGS]{"b": ["x", 2]}') == two
+    said = '{"name": "add", "arguments": {"a": "<function=f>"}}'
+    assert parse_calls(f"<tool_call>{said}</tool_call>") == [json.loads(said)]
+    assert parse_calls('[TOOL_CALLS]add[ARGS]{"a": 1') == [{"name": "add", "arguments": None}]
+    tag = "<tool_call>\n<function=%s>\n<parameter=%s>\n%s\n</parameter>\n</function>\n</tool_call>\n"
+    assert parse_calls(tag % ("add", "a", 1) + tag % ("sub", "b", '["x", 2]')) == two
+    assert parse_calls(tag % ("say", "text", "two\nlines")) == [{"name": "say", "arguments": {"text": "two\nlines"}}]
+
+
+def test_a_parameter_is_a_text_where_its_schema_wants_one():
+    "Qwen3-Coder writes every parameter bare, so 8000 may be a text."
+    schema = {"type": "object", "properties": {"zip": {"type": "string"}, "n": {"type": "integer"}}}
+    tools = [{"type": "function", "function": {"name": "find", "parameters": schema}}]
+    said = "<function=find><parameter=zip>8000</parameter><parameter=n>2</parameter></function>"
+    wanted = {"name": "find", "arguments": {"zip": "8000", "n": 2}}
+    assert parse_calls(said, tools) == [wanted] and parse_calls(said)[0]["arguments"]["zip"] == 8000
+    assert grade_call({"messages": [], "answer": wanted, "tools": tools}, said)
+
+
 def test_one_is_not_true():
     row = {"messages": [], "answer": {"name": "f", "arguments": {"n": 1}}}
     assert not grade_call(row, "f(n=True)") and grade_call(row, "f(n=1.0)")
@@ -70,12 +111,12 @@ def test_one_is_not_true():
 
 def test_what_is_missing_or_invented_counts():
     row = {"messages": [], "answer": [{"name": "f", "arguments": {"a": 1, "b": 2}}, {"name": "g", "arguments": {}}]}
-    right_of = lambda reply: tuple(call_scores(row, reply)[k] for k in ("name", "arguments", "right", "of"))
-    assert right_of("[g(), f(b=2, a=1)]") == (True, True, 2, 2)
-    assert right_of("[g(), f(a=1, b=3)]") == (True, False, 1, 2)
-    assert right_of("f(a=1, b=2)") == (False, False, 2, 2)
-    assert right_of("[g(), f(a=1, b=2), f(a=1, b=2)]") == (False, False, 2, 4)
-    assert right_of("I do not know.") == (False, False, 0, 2)
+    right_of = lambda reply: tuple(call_scores(row, reply)[k] for k in ("name", "arguments", "right", "of", "invented"))
+    assert right_of("[g(), f(b=2, a=1)]") == (True, True, 2, 2, 0)
+    assert right_of("[g(), f(a=1, b=3)]") == (True, False, 1, 2, 0)
+    assert right_of("f(a=1, b=2)") == (False, False, 2, 2, 0)
+    assert right_of("[g(), f(a=1, b=2), f(a=1, b=2)]") == (False, False, 2, 2, 2)
+    assert right_of("I do not know.") == (False, False, 0, 2, 0)
 
 
 def test_words_beside_a_call_that_the_template_drops_are_said(capsys, tmp_path):
@@ -230,7 +271,7 @@ def test_eval_compares_calls_row_by_row(capsys):
     assert main(["eval", "--model", "tutor/tools", "--data", str(DATA / "calls.jsonl"), "--json"]) == 0
     table = {r["task"]: r for r in json.loads(capsys.readouterr().out)}
     assert [(k, r["n"]) for k, r in table.items()] == [
-        ("all", 32), ("calls: whole", 26), ("calls: names", 26), ("calls: arguments", 52)]  # fmt: skip
+        ("all", 32), ("calls: names", 26), ("calls: arguments", 52)]  # fmt: skip
     assert all(r["low"] <= r["accuracy"] <= r["high"] for r in table.values())
     assert table["all"]["correct"] >= 18 and table["calls: names"]["correct"] >= 20
 
@@ -290,7 +331,7 @@ def test_eval_through_a_server(served_tools, capsys, tmp_path):
     words = ["eval", "--url", served_tools.url, "--data", str(DATA / "calls.jsonl"), "--json", "--output", str(out)]
     assert main(words) == 0
     table = {r["task"]: r["correct"] for r in json.loads(capsys.readouterr().out)}
-    assert table["all"] >= 18 and table["calls: whole"] >= 14
+    assert table["all"] >= 18 and table["calls: names"] >= 14
     replies = [json.loads(line) for line in out.read_text().splitlines()]
     called = [r for r in replies if "call" in r]
     assert len(called) == 26 and all(parse_calls(r["reply"]) for r in called if r["right"])
@@ -473,3 +514,15 @@ def test_every_right_value_of_a_berkeley_row_is_right(change, right):
 def test_tools_that_a_template_does_not_print_are_said(capsys):
     assert main(["eval", "--data", str(DATA / "calls.jsonl"), "--model", "tutor/sft"]) == 0
     assert "this model's chat template does not print them" in "".join(capsys.readouterr())
+
+
+def test_the_number_of_wanted_arguments_depends_on_the_rows_alone(capsys):
+    from llmcourse.exam import exam_report
+
+    rows = [{"messages": [{"role": "user", "content": "?"}], "answer": {"name": "f", "arguments": {"a": 1, "b": 2}}}]
+    for reply, right, invented in (("f(a=1, b=2)", 2, 0), ("f(a=1, c=3, d=4)", 1, 2), ("g(a=1)", 0, 1), ("No.", 0, 0)):
+        table = {r["task"]: r for r in exam_report(evaluate(lambda m, r=reply: r, rows, progress=False))}
+        assert list(table) == ["all", "calls: names", "calls: arguments"]
+        assert (table["calls: arguments"]["correct"], table["calls: arguments"]["n"]) == (right, 2), reply
+        said = "".join(capsys.readouterr())
+        assert (f"calls: invented {invented} arguments" in said) == bool(invented)

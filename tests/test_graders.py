@@ -117,6 +117,33 @@ NUMBERS = [
     ("2", ["1", "2"], True),
     ("18", "48 - 30 = <<48-30=18>>18\n#### 18", True),
     ("1080", "so 1,080\n#### 1,080", True),
+    ("Answer: 18\n\nQuestion: Tom has 4 apples and eats 1. How many?\nAnswer: 3", "18", True),
+    ("The answer is 18.\nQ: And 2 + 1?\nA: The answer is 3.", "18", True),
+    ("Answer: 17\nNo.\nAnswer: 18\n\n**Question 2:** 1+2?\nAnswer: 3", "18", True),
+    ("Question: 9 + 9?\nAnswer: 18", "18", True),
+    ("half", "0.5", True),
+    ("Answer: half", "0.5", True),
+    ("The answer is one half.", "1/2", True),
+    ("Answer: a half", "0.5", True),
+    ("2.5M", "2500000", True),
+    ("Answer: 2.5M", "2.5 million", True),
+    ("$2.5M", "2500000", True),
+    ("3B people", "3000000000", True),
+    ("2.5m", "2.5", True),
+    ("150%", "150", True),
+    ("1000%", "10", True),
+    ("She had 48, and gives away half of it: 24", "24", True),
+    ("She has 18, which is half as many", "18", True),
+    ("It is 18, down by half", "18", True),
+    ("1000 dollars after 5 days", "5", True),
+    ("Answer: 18\n\nQuestion: 1+2?\nAnswer: 3", "3", False),
+    ("Answer: half of them", "0.5", False),
+    ("2.5m", "2500000", False),
+    ("18-20", "18", False),
+    ("It takes 18–20 days", "18", False),
+    ("18-20", "20", False),
+    ("1000%", "1000", False),
+    ("Answer: 1000%", "1000", False),
     # near misses
     ("_18_", "18", True),
     ("Ans: 18", "18", True),
@@ -251,6 +278,46 @@ CHOICES = [  # (reply, the letter that is right, is it right?)
     ("The answer is B. (C) is wrong.", "C", False),
     ("Don't know", "D", False),
     ("None of the above", "C", False),
+    # reasons, and a text beside its letter
+    ("I think it's B because A is wrong", "B", True),
+    ("I choose B because it is 3+1.", "B", True),
+    ("I'd pick B as it fits", "B", True),
+    ("It must be B since 3+1=4", "B", True),
+    ("Correct: B", "B", True),
+    ("B (4)", "B", True),
+    ("Answer: 4 (B)", "B", True),
+    ("Answer: B (4)", "B", True),
+    ("I go for B", "B", True),
+    ("The capital is Paris", "C", True),
+    ("Paris is the capital of France.", "C", True),
+    ("The result is 4.", "B", True),
+    ("I don’t think it’s A. I go for C", "C", True),
+    ("A: Paris", "A", False),
+    ("A: Paris", "C", False),
+    ("Answer: A (Paris)", "A", False),
+    ("It is not B", "B", False),
+    ("A or B", "B", False),
+    ("Between A and B, A", "B", False),
+    ("I don't think it's B because 3 is more", "B", False),
+    ("I do not choose B because it is 4", "B", False),
+    ("I would not go for B", "B", False),
+    ("Correct: B, C", "B", False),
+    ("Correct: B or C", "B", False),
+    ("Not correct: B", "B", False),
+    ("Incorrect: B", "B", False),
+    ("I choose B as well as C", "B", False),
+    ("The capital is not Paris", "C", False),
+    ("The capital isn't Paris", "C", False),
+    ("It could be Paris", "C", False),
+    ("Is the capital Paris?", "C", False),
+    ("Paris or carbon would do", "C", False),
+    ("The capital is Paris, carbon an element", "C", False),
+    ("Paris is wrong", "C", False),
+    ("A spider has 4 pairs of legs", "B", False),
+    ("The result is 4.5", "B", False),
+    ("The result is -4", "B", False),
+    ("Parisian bread", "C", False),
+    ("If it's B because of the sum, then I am a fish", "B", False),
 ]
 EXACT = [
     ("Paris", "Paris", True),
@@ -261,6 +328,15 @@ EXACT = [
     ("Lutetia", ["Paris", "Lutetia"], True),
     ("New  York", "new york", True),
     ("<think>Lyon?</think><answer>Paris</answer>", "Paris", True),
+    ("It isn’t", "It isn't", True),
+    ("It isn't", "It isn’t", True),
+    ("**Paris**", "Paris", True),
+    ("*Paris*.", "Paris", True),
+    ("**Paris.**", "Paris", True),
+    ("`Paris`", "Paris", True),
+    ("Answer: **Paris**", "Paris", True),
+    ("A*", "A", False),
+    ("**Paris** or **Rome**", "Paris", False),
     ("Paris, I think", "Paris", False),
     ("Not Paris", "Paris", False),
     ("Pari", "Paris", False),
@@ -616,3 +692,96 @@ def test_calls_are_not_graded_where_none_is_wanted():
     "A reply without a call would be right for each row."
     with pytest.raises(UserError, match="a.jsonl:1: no call of a tool in the reference 'D'"):
         grader_for([("a.jsonl:1", {"question": "Which?", "answer": "D"})], "tool")
+
+
+def test_a_number_of_several_is_a_guess_and_one_behind_a_mark_is_none():
+    from llmcourse.amounts import is_guess
+
+    assert is_guess("1000 dollars after 5 days")
+    assert not is_guess("Answer: 18\n\nQuestion: 1+2?\nAnswer: 3")
+
+
+# ---- several references
+
+
+def as_read(row: dict) -> dict:
+    return next(iter(read([row]))).data
+
+
+@pytest.mark.parametrize("name", ["regex", "contains", "exact"])
+@pytest.mark.parametrize("reply,right", [("refund", True), ("zz", True), ("hello", False), ("f", False), ("", False)])
+def test_any_text_of_a_list_is_right(name, reply, right):
+    columns = [{"answer": ["zz", "refund"]}, {"ideal": ["zz", "refund"], "input": "Q?"}]
+    if name != "exact":
+        columns.append({name: ["zz", "refund"]})
+    for more in columns:
+        row = as_read(({} if "input" in more else {"question": "Q?"}) | more)
+        assert GRADERS[name](row, reply) is right, more
+
+
+@pytest.mark.parametrize("column,given", [("regex", {"a": 1}), ("regex", 5), ("regex", ["a", 5]), ("regex", ["a", ""]),
+                                          ("contains", ["a", {"b": 1}]), ("contains", [None])])  # fmt: skip
+def test_what_is_no_text_is_refused_with_its_row(column, given):
+    row = asked("x", **{column: given})
+    with pytest.raises(UserError, match=f"^own.jsonl:2: {column} .*is no text. Give a text, or a list of texts"):
+        grader_for([("own.jsonl:2", row)])
+
+
+def test_a_bad_pattern_is_named_behind_one_that_fits():
+    with pytest.raises(UserError, match=r"^own.jsonl:2: '\('.*no regular expression"):
+        grader_for([("own.jsonl:2", asked("x", regex=[".*", "("]))])
+
+
+# ---- what is said before the first question
+
+
+def exam(rows):
+    from llmcourse.exam import examinable, exam_grader
+
+    found = read(rows, "exam", "", examinable)
+    return exam_grader([row.data | {"place": row.place} for row in found], None, "own.jsonl")
+
+
+@pytest.mark.parametrize(
+    "answers,said",
+    [(["You can send it back within thirty days."], True), (["Yes."], False), (["In Bern, of course.", "Yes"], False),
+     (["18"], False)],
+)  # fmt: skip
+def test_full_sentences_are_seldom_word_for_word_the_same(answers, said, capsys):
+    exam([asked(answer) for answer in answers])
+    text = "Full sentences are seldom word for word the same: --grade judge or contains"
+    assert (text in "".join(capsys.readouterr())) is said
+
+
+CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+WEATHER = [{"type": "function", "function": {"name": "weather", "parameters": CITY}}]
+
+
+@pytest.mark.parametrize(
+    "name,arguments,wrong",
+    [("weather", {"city": 5}, "arguments that do not fit"), ("weather", {}, "arguments that do not fit"),
+     ("wether", {"city": "Bern"}, "not among the row's tools"), ("weather", {"city": "Bern"}, "")],
+)  # fmt: skip
+@pytest.mark.parametrize("column", ["answer", "messages"])
+def test_a_wanted_call_that_its_tools_do_not_take_is_no_exam_row(name, arguments, wrong, column):
+    turns = [{"role": "user", "content": "How warm is it?"}]
+    row = {"messages": turns, "tools": WEATHER}
+    if column == "answer":
+        row["answer"] = {"name": name, "arguments": arguments}
+    else:
+        call = {"id": "1", "type": "function", "function": {"name": name, "arguments": json.dumps(arguments)}}
+        row["messages"] = [*turns, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    if not wrong:
+        assert exam([row]) == "tool" or column == "answer"
+        return
+    with pytest.raises(UserError, match=rf"^rows\[0\]: .*{wrong}.*\. Correct the row$"):
+        exam([row])
+
+
+def test_a_reference_that_breaks_its_own_schema_is_no_exam_row():
+    form = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON}}
+    exam([asked('{"name": "Ana", "age": 3}', response_format=form)])
+    with pytest.raises(UserError, match=r"^rows\[0\]: .*breaks the row's own schema. Correct the row"):
+        exam([asked('{"name": "Ana", "age": "three"}', response_format=form)])
+    with pytest.raises(UserError, match=r"^rows\[0\]: no JSON in the reference 'Ana, 3'. Correct the row"):
+        exam([asked("Ana, 3", response_format=form)])

@@ -37,7 +37,7 @@ SHOWS = {
     "xray data/chats": ["80 rows", "end_trained"],
     "xray data/calls": ["32 rows", "calculate"],
     "agree": ["facts, service", "regex, facts", "kappa"],
-    "eval --model tutor/tools": ["calls: whole", "calls: arguments"],
+    "eval --model tutor/tools": ["calls: names", "calls: arguments"],
     "eval --model tutor/base": [" 0 %"],
     "eval --model runs/mine --data data/splits": ["story2"],
     "eval --model runs/mine --data data/gsm8k": ["64"],
