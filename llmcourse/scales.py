@@ -7,7 +7,7 @@ from __future__ import annotations
 from pathlib import Path
 from .core import UserError, choose, scale as read_scale
 from .loading import TRAINED, four_bits
-from .shapes import config_of
+from .lookalike import original_config
 from .lora import lora_config, lora_parameters
 from .models import parameter_count, weight_bytes
 from .progress import tell
@@ -30,7 +30,7 @@ def bytes_by_method(
 # %% ../nbs/workshop/scales.ipynb #3e32a989
 def _needs(model, dial: dict, method: str) -> str:
     "The memory of a way, in words."
-    try: found = bytes_by_method(config_of(model), dial["dtype"])[method]
+    try: found = bytes_by_method(original_config(model), dial["dtype"])[method]
     except UserError: return "memory unknown, as it is no Llama"
     return f"{found / 1e9:.2g} GB for weights and optimizer, and activations on top"
 

@@ -114,7 +114,7 @@ def test_lora_and_train_again(place, capsys):
 
 
 def test_grpo_refuses_a_hopeless_start(place, capsys):
-    rows = [{"messages": [{"role": "user", "content": "1 + 1?"}], "answer": "2"}] * 16
+    rows = [{"messages": [{"role": "user", "content": "271827 + 1?"}], "answer": "271828"}] * 16
     (place / "sums.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     assert (
         main(

@@ -266,7 +266,7 @@ def test_a_disk_that_is_too_small(rows):
     assert "16.06 GB of weights" in said and "there are 60.0 GB" in said and "Rent 79 GB" in said
     assert said.startswith("disk: 16.06")
     lines, _ = said_by("sft", disk=80, rows=str(rows), scale="a100", peft_config=lora_config())
-    assert any("disk: 72.27 GB" in line for line in lines[-2:])
+    assert any("disk: 72.27 GB" in line for line in lines)
 
 
 @pytest.mark.parametrize("words", [["--disk", "5"], ["--disk=5"]])
@@ -385,8 +385,8 @@ def test_of_a_hub_model_only_config_and_tokenizer_are_read(tmp_path, rows):
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_it_leaves_nothing_behind(how, tmp_path, rows):
     "In whatever stage: no folder, and no process."
-    env = os.environ | {"TMPDIR": str(tmp_path / "tmp"), "PYTHONPATH": str(ROOT)}
-    (tmp_path / "tmp").mkdir()
+    place = Path(tempfile.mkdtemp(prefix="t", dir="/tmp"))  # a socket's path has to be short
+    env = os.environ | {"TMPDIR": str(place), "PYTHONPATH": str(ROOT)}
     words = ["rehearse", "sft", "--data", str(rows), "--scale", "t4"]
     code = (
         f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
@@ -408,10 +408,9 @@ def test_interrupted_it_leaves_nothing_behind(how, tmp_path, rows):
     os.kill(process.pid, how)
     _, err = process.communicate(timeout=60)
     assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}[how] and "Traceback" not in err, err
-    assert list((tmp_path / "tmp").glob("llmcourse-*")) == [] and sorted(p.name for p in tmp_path.iterdir()) == [
+    assert list(place.glob("llmcourse-*")) == [] and sorted(p.name for p in tmp_path.iterdir()) == [
         "room",
         "rows.jsonl",
-        "tmp",
     ]
     time.sleep(1)
     alive = subprocess.run(["ps", "-eo", "sid,cmd"], capture_output=True, text=True).stdout
