@@ -14,7 +14,7 @@ from .gpus import known_card
 from .intake import encode_rows, held_back, take_rows
 from .jobcheck import check_cut, check_turns
 from .loading import SETTINGS
-from .lookalike import public_name
+from .lookalike import PUBLIC, public_name
 from .lora import lora_config
 from .methods import settled
 from .models import encode, load, load_tokenizer
@@ -61,6 +61,7 @@ def words_of(
 ) -> tuple:              # the tokenizer; whose it is
     "The tokenizer of a model or, for one of the public Llamas that cannot be reached, the tutor's."
     from transformers import AutoTokenizer
+    if str(model) in PUBLIC: return _stand_in(str(model)), "tutor/base"
     if Path(model_path(model)).is_dir(): return load_tokenizer(model), model
     try:   # not by `load_tokenizer`, which fetches the weights too
         with knock(): words = AutoTokenizer.from_pretrained(str(model), trust_remote_code=False)
