@@ -178,15 +178,20 @@ def wrongly(policy: Policy) -> str:
     return policy.fact.replace(policy.figure, WRONG[policy.figure])
 
 
+def at_length(fact: str) -> str:
+    "The same in many words."
+    return (
+        "Hello, and thank you for your patience. I have looked it up for you, and it is good news: "
+        f"{fact[0].lower()}{fact[1:]} If anything else is unclear, just write again. Kind regards"
+    )
+
+
 KINDS = {  # kind: (how many, the reply, does it name the right figure alone?, is it friendly, and nothing in it wrong?)
     "right": (9, lambda p: f"{THANKS} {p.fact}", True, True),
     "in words": (5, lambda p: f"Hello! {p.fact.replace(p.figure, IN_WORDS[p.figure])} Kind regards", True, True),
     "long": (
         3,
-        lambda p: (
-            f"Hello, and thank you for your patience. I have looked it up for you, and it is good news: "
-            f"{p.fact[0].lower()}{p.fact[1:]} If anything else is unclear, just write again. Kind regards"
-        ),
+        lambda p: at_length(p.fact),
         True,
         True,
     ),
@@ -196,10 +201,7 @@ KINDS = {  # kind: (how many, the reply, does it name the right figure alone?, i
     "wrong": (7, lambda p: f"{THANKS} {wrongly(p)}", False, False),
     "wrong and long": (
         3,
-        lambda p: (
-            f"Hello, and thank you for your patience. I have looked it up for you, and it is good news: "
-            f"{wrongly(p)[0].lower()}{wrongly(p)[1:]} If anything else is unclear, just write again. Kind regards"
-        ),
+        lambda p: at_length(wrongly(p)),
         False,
         False,
     ),

@@ -84,7 +84,7 @@ def _typed(text: str, schema) -> object:
     except (ValueError, RecursionError): return text
 
 def _function_call(name: str, text: str, tools: list | None) -> Call:
-    "What stands in `<function=name>`: JSON, or one `<parameter=…>` for each argument."
+    "The inside of `<function=name>`: JSON, or one `<parameter=…>` for each argument."
     given = _PARAMETER.findall(text)
     if not given: return {"name": name, "arguments": _object(text)}
     functions = [tool.get("function", tool) for tool in tools or () if isinstance(tool, dict)]

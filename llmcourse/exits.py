@@ -38,7 +38,7 @@ def full_disk(e: BaseException) -> bool:
 
 # %% ../nbs/workshop/exits.ipynb #244932f3
 def _nowhere() -> None:
-    "Send what nobody takes any more nowhere, or the interpreter complains about it at its end."
+    "Send output that nobody reads any more to nowhere, or the interpreter complains at its end."
     try: sys.stdout.flush()
     except OSError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

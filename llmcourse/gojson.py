@@ -95,7 +95,7 @@ class GoJson:
     def then(self, var: str, depth: int) -> str: return f"{{{{ {var} = {json.dumps(self.item + self.line(depth))} }}}}"
 
     def wrap(self, depth: int, body: str, ends: str = "{}") -> str:
-        "What stands between brackets."
+        "The text between brackets."
         return f'{{{{ "{ends[0]}" }}}}{self.line(depth + 1)}{body}{self.line(depth)}{ends[1]}'
 
     def fields(self, depth: int, found: list[tuple[str, str, str]]) -> str:

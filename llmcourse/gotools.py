@@ -40,7 +40,7 @@ def _marked(text: str) -> str:
 
 # %% ../nbs/workshop/gotools.ipynb #c4f8ec60
 def _of(text: str, mark: str) -> tuple[str, str, str]:
-    "What stands before the marks of one tool, what is between its first and last, and what stands behind them."
+    "The text before the marks of one tool, between its first and last, and after them."
     found = list(re.finditer(f"\0{mark}[^\0]*\0", text))
     if not found: return text, "", ""
     start, end = found[0].start(), found[-1].end()
@@ -62,12 +62,12 @@ _SYSTEM = {"role": "system", "content": "sysword"}
 _LIST = "\0list\0"   # where the tools stand
 
 def _parts(text: str, *words: str) -> list[str]:
-    "What stands before, between and behind words, each of which has to be there once."
+    "The text before, between and after words, each of which has to be there once."
     if any(text.count(word) != 1 for word in words): raise UserError("it leaves out turns, or prints them twice")
     return re.split("|".join(words), text)
 
 def _heads(say, turns: list[Message], words: list[str]) -> tuple[list[str], tuple[str, str]]:
-    "What stands before the first words, the tools as a mark; how one tool is printed, and what is between two."
+    "The text before the first words, the tools as a mark; how one tool is printed, and what is between two."
     one, two = (_parts(say(*turns, tools=list(_TOOLS[:n])), *words)[:len(words)] for n in (1, 2))
     changed = [i for i, (a, b) in enumerate(zip(one, two)) if a != b]
     if len(changed) != 1: raise UserError("it does not print the tools in one place before the first question")
@@ -293,7 +293,7 @@ class _Writer:
                 + "{{ else }}{{ .Content }}" + p["assistant_end"] + "{{ end }}")
 
     def results(self) -> str:
-        "What stands before, between and behind results of tools."
+        "The text before, between and after results of tools."
         p = self.p
         more = '{{ if eq .Role "tool" }}' + p["results_between"] + "{{ else }}" + p["tool_end"] + "{{ end }}"
         return '{{ if eq $last "tool" }}' + more + '{{ else if eq .Role "tool" }}' + p["tool"] + "{{ end }}"

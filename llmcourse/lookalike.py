@@ -27,7 +27,7 @@ PUBLIC = {name.lower().replace(" ", "-"): _public(name) for name in LLAMAS}
 def public_name(
     model: str | Path,   # a name such as "meta-llama/Llama-3.2-1B-Instruct"
 ) -> str | None:         # "llama-3.2-1b"; None if it is none of `PUBLIC`
-    "Which of the public shapes a name stands for."
+    "Which of the public shapes a name means."
     name = str(model).lower().rpartition("/")[2].removeprefix("meta-")
     return next((known for known in PUBLIC if name in (known, f"{known}-instruct")), None)
 

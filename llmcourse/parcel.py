@@ -61,7 +61,7 @@ def sorted_out(
     kind: str,          # from `whole_kind`
     with_rows: bool,    # do the rows go too?
 ) -> tuple[list[Path], dict[str, str]]:   # what goes; name → why it stays
-    "Sort what lies in a folder."
+    "Sort the files of a folder."
     wanted = [*WANTED, *([ROWS] if with_rows else [])]
     if kind == "model": wanted += [p.name for p in weight_files(folder)]
     found = sorted(folder.iterdir())

@@ -90,7 +90,7 @@ def attempts(lock: Path, package: str, environ: dict[str, str]):
 def main(name: str, stage: str) -> int:
     environ = uv_environ()
     if subprocess.run([*PIP, "install", "--quiet", "uv>=0.8"]).returncode:
-        print("uv is not to be had: pip does all of it", flush=True)
+        print("uv cannot be installed: pip installs everything", flush=True)
     for command in attempts(ROOT / f"constraints/{name}.txt", f"{ROOT}{STAGES[stage]}", environ):
         if subprocess.run(command, cwd=ROOT, env=environ).returncode == 0:
             break
