@@ -29,7 +29,7 @@ __all__ = ['LONGEST_MATCH', 'CORRECT', 'GRADERS', 'grade_number', 'grade_tutor',
 def _wanted(row: dict) -> list:
     "The references of a row, of which a reply has to meet one. Raises `UserError` if there is none."
     wanted = reference(row)
-    if wanted is None or wanted == []: raise UserError(f"no reference. {NO_REFERENCE}")
+    if wanted in (None, "", []): raise UserError(f"no reference. {NO_REFERENCE}")
     return wanted if isinstance(wanted, list) else [wanted]
 
 def _any_of(given, what: str, kinds: tuple = (str, int, float)) -> list:

@@ -167,7 +167,6 @@ def own(reference):
         (own("Paris"), "paris.", True),
         (own("Paris"), "Paris, I think", False),
         (own("Paris"), "", False),
-        (own(""), "", True),
         (own("so 85.\nAnswer: 85"), "I see: Answer 85\nAnswer: 85", True),
         (own("Answer: 85"), "85", True),
         ({"input": [{"role": "user", "content": "Q"}], "ideal": ["Paris", "Lutetia"]}, " LUTETIA\n", True),
@@ -188,6 +187,8 @@ def test_own_rows(row, reply, right):
 def test_row_without_reference():
     with pytest.raises(UserError, match="no reference"):
         grade_row({"messages": [{"role": "user", "content": "Q"}]}, "x")
+    with pytest.raises(UserError, match="no reference"):
+        grade_row(own(""), "")
 
 
 # --- the loop --------------------------------------------------------------------------------------------------------

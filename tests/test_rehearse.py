@@ -183,15 +183,16 @@ def test_of_a_large_file_the_longest_rows_are_tried():
 
 
 def test_rows_that_are_too_long(rows, tmp_path):
-    said = fault("sft", rows=str(rows), scale="t4", max_length=75)
+    place = model_with(tmp_path / "model")
+    here = dict(rows=str(rows), model=str(place), scale="t4", max_length=75)
+    said = fault("sft", **here)
     assert re.search(
         r"rows: \S+rows.jsonl:\d+: \d+ tokens, max_length is 75; \d+ of 48 rows would lose their end. "
         r"Give --max-length \d+",
         said,
     ), said
-    lines, _ = said_by("sft", rows=str(rows), scale="t4", max_length=75, skip_bad=True)
+    lines, _ = said_by("sft", **here, skip_bad=True)
     assert stages(lines)[-1] == "serve", "with --skip-bad that is a choice"
-    place = model_with(tmp_path / "model")
     config = json.loads((place / "config.json").read_text()) | {"max_position_embeddings": 64}
     (place / "config.json").write_text(json.dumps(config))
     said = fault("sft", rows=str(rows), model=str(place))

@@ -144,7 +144,7 @@ def scale_names():
 
 def test_to_train_says_it_in_one_line(capsys):
     assert to_train() == {"scale": "cpu", "model": "tutor/base"}
-    said = capsys.readouterr().err.strip()
+    said = "".join(capsys.readouterr()).strip()
     assert len(said.splitlines()) == 1 and "all weights of base, float32, 16 x 1 rows" in said and "0.042 GB" in said
     options = to_train(method="qlora")
     assert options["peft_config"].r == 16 and options["quantization_config"].load_in_4bit
