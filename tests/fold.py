@@ -41,7 +41,7 @@ def is_solution(source: str) -> bool:
 def is_answer(source: str) -> bool:
     "Does the cell compare a measurement with a guess? Its first argument is the id of a question."
     calls = [n for statement in statements(source) for n in ast.walk(statement) if called(n) == "measured" and n.args]
-    return any(re.fullmatch(r"\d\d\.[a-z]", str(getattr(n.args[0], "value", ""))) for n in calls)
+    return any(re.fullmatch(r"\d\d[a-z]?\.[a-z]", str(getattr(n.args[0], "value", ""))) for n in calls)
 
 
 def folds(cell: dict, chapter: bool) -> dict[str, bool]:
@@ -68,7 +68,7 @@ def fold(path: Path) -> bool:
     for cell in notebook["cells"]:
         cell["metadata"].pop("jupyter", None)
         cell["metadata"].pop("collapsed", None)      # JupyterLab's older word for it
-        wanted = folds(cell, chapter=bool(re.match(r"\d\d_", path.name)))
+        wanted = folds(cell, chapter=bool(re.match(r"\d\d[a-z]?_", path.name)))
         if wanted: cell["metadata"]["jupyter"] = wanted
         if wanted.get("source_hidden"): cell["source"] = summary_first(cell["source"])
     after = json.dumps(notebook, sort_keys=True, indent=1, ensure_ascii=False) + "\n"

@@ -10,7 +10,7 @@ ARTIFACTS = ROOT / "artifacts"
 
 
 def chapters() -> list[Path]:
-    return sorted(NBS.glob("[0-9][0-9]_*.ipynb"))
+    return sorted(NBS.glob("[0-9][0-9]*_*.ipynb"))
 
 
 def source(cell) -> str:

@@ -13,7 +13,7 @@ from fold import only_imports, statements
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "nbs").rglob("*.ipynb"))
-CHAPTERS = [p for p in NOTEBOOKS if re.match(r"\d\d_", p.name)]
+CHAPTERS = [p for p in NOTEBOOKS if re.match(r"\d\d[a-z]?_", p.name)]
 FOREIGN = ("__init__.py", "_modidx.py")
 MODULES = sorted(p for p in (ROOT / "llmcourse").rglob("*.py") if p.name not in FOREIGN)
 PYTHON = [*MODULES, *sorted((ROOT / "tests").rglob("*.py"))]

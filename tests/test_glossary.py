@@ -12,7 +12,7 @@ from llmcourse.core import CHAPTERS
 NBS = Path(__file__).parent.parent / "nbs"
 CELLS = ["".join(c["source"]) for c in json.loads((NBS / "glossary.ipynb").read_text())["cells"]]
 ENTRIES = dict(re.findall(r"^### (.+)\n\n((?:(?!^#).*\n?)+)", "\n\n".join(CELLS), re.M))
-TAG = re.compile(r"\*Chapter (?:\[(\d\d)\]\((\d\d_\w+\.ipynb)\)|(\d\d), not written yet)\.\*$")
+TAG = re.compile(r"\*Chapter (?:\[(\d\d)\]\((\d\d[a-z]?_\w+\.ipynb)\)|(\d\d[a-z]?), not written yet)\.\*$")
 PAGES = sorted(NBS.rglob("*.ipynb"))
 
 

@@ -15,7 +15,7 @@ TEXT = "\n\n".join(
 )
 ROWS = {
     r[0]: r
-    for r in re.findall(r"^\| (\d\d) \| \[(\w+)\]\((\S+)\) \| .+\? \| (\d+ s) \| (\d+) min \| (.+) \|$", TEXT, re.M)
+    for r in re.findall(r"^\| (\d\d[a-z]?) \| \[(\w+)\]\((\S+)\) \| .+\? \| (\d+ s) \| (\d+) min \| (.+) \|$", TEXT, re.M)
 }
 
 
@@ -56,7 +56,7 @@ def test_terms_are_spelled_out_at_first_use():
 
 
 def test_the_readme_has_the_same_times_and_needs():
-    rows = re.findall(r"^\| (\d\d) \| \[\w+\]\(nbs/\S+\) \| (.+\?) \| (\d+ s) \| (.*?) ?\|$", README, re.M)
+    rows = re.findall(r"^\| (\d\d[a-z]?) \| \[\w+\]\(nbs/\S+\) \| (.+\?) \| (\d+ s) \| (.*?) ?\|$", README, re.M)
     assert {n: (time, needs or "–") for n, _, time, needs in rows} == {n: (r[3], r[5]) for n, r in ROWS.items()}
 
 

@@ -137,7 +137,7 @@ def test_a_chapter_runs_with_nothing_but_the_wheel(installed, empty):
 def colab_cells() -> dict[str, list[str]]:
     "Each way of installing: the chapters that have it."
     cells = {}
-    for path in sorted((ROOT / "nbs").glob("[0-9][0-9]_*.ipynb")):
+    for path in sorted((ROOT / "nbs").glob("[0-9][0-9]*_*.ipynb")):
         found = ["".join(c["source"]) for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
         found = [x for x in found if "google.colab" in x]
         assert len(found) == 1, f"{path.name} has {len(found)} cells that install on Colab"
