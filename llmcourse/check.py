@@ -145,7 +145,8 @@ def _verdict(guess, value) -> str:
 # %% ../nbs/workshop/check.ipynb #6296d0b6
 def _names(id: str, choices) -> list[str]:
     "Check the id and the choices of a question; the choices as text."
-    if not re.fullmatch(r"\d\d[a-z]?\.[a-z]", str(id)): raise UserError(f'{id!r}: no id. Give chapter, dot, letter: "06.a"')
+    if not re.fullmatch(r"\d\d[a-z]?\.[a-z]", str(id)):
+        raise UserError(f'{id!r}: no id. Give chapter, dot, letter: "06.a"')
     choose(id.split(".")[0], CHAPTERS, "chapter")
     names = [] if isinstance(choices, str) else [str(c) for c in choices]
     if (choices or names) and len(set(names)) < max(2, len(names)):

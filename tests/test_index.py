@@ -13,10 +13,8 @@ README = (NBS.parent / "README.md").read_text(encoding="utf-8")
 TEXT = "\n\n".join(
     "".join(c["source"]) for c in json.loads((NBS / "index.ipynb").read_text())["cells"] if c["cell_type"] == "markdown"
 )
-ROWS = {
-    r[0]: r
-    for r in re.findall(r"^\| (\d\d[a-z]?) \| \[(\w+)\]\((\S+)\) \| .+\? \| (\d+ s) \| (\d+) min \| (.+) \|$", TEXT, re.M)
-}
+ROW = r"^\| (\d\d[a-z]?) \| \[(\w+)\]\((\S+)\) \| .+\? \| (\d+ s) \| (\d+) min \| (.+) \|$"
+ROWS = {r[0]: r for r in re.findall(ROW, TEXT, re.M)}
 
 
 def reading(path: Path) -> float:
