@@ -8,6 +8,7 @@ from statistics import median
 from .models import BYTES, kv_cache_bytes, weight_bytes
 from .footprint import step_bytes
 from .plan import at_its_peak, state_bytes
+from .planner import CONTEXT, HOLES
 from .shapes import config_of, widths
 
 # %% auto #0
@@ -38,7 +39,7 @@ def _step(row: dict, config: dict) -> dict:
     tokens = row["batch_size"] * row["max_length"]
     names = [t for t in row.get("targets") or [] if t != "lm_head"] or "all-linear"
     step = step_bytes(config, row["method"], row["batch_size"], row["max_length"], row["checkpointing"], row["engine"],
-                      "bfloat16", names, chunk=0)
+                      row.get("precision", "bfloat16"), names, chunk=0)
     kept = tokens * w.L * (4 * w.h + 2 * w.f) if row["engine"] == "litgpt-2023" and row["method"] == "qlora" else 0
     gone = tokens * 2 * w.h * w.L if row.get("offload") else 0
     return step | {"activations": step["activations"] + kept - gone, "logits": _logits(row, config, step["logits"])}
@@ -53,14 +54,15 @@ def _shards(config: dict, state: dict, n: int) -> dict:
 def predicted_bytes(
     row: dict,   # of data/memory.jsonl
 ) -> float:
-    "What the formulas of chapter 14 say about a published row."
+    "What the formulas of chapter 14 say about a published row: allocated, or with `card` what the card shows."
     config = _config(row)
     w = widths(config)
     if row["method"] == "serve":
         return _weights(row, config, weight_bytes(config, row["base"])) + kv_cache_bytes(config, row["max_length"])
     names = row.get("targets") or "all-linear"
     plain = [t for t in names if t != "lm_head"] if row.get("targets") else names
-    state = state_bytes(config, row["method"], "bfloat16", row.get("base") or "", r=row.get("r") or 16, targets=plain)
+    state = state_bytes(config, row["method"], row.get("precision", "bfloat16"), row.get("base") or "",
+                        r=row.get("r") or 16, targets=plain)
     if "lm_head" in names:
         one = row["r"] * (w.h + w.V)   # numbers of the head's adapter
         state = {part: size + one * (4 if part == "optimizer" else 2) for part, size in state.items()}
@@ -69,7 +71,8 @@ def predicted_bytes(
     if row.get("in_backward"): state["gradients"] = 0
     state = _shards(config, state, row.get("shards", 1))
     head = 2 * w.V * w.h if row["method"] == "full" else 0
-    return sum(at_its_peak(state, _step(row, config), row["adding"], head).values())
+    peak = sum(at_its_peak(state, _step(row, config), row["adding"], head).values())
+    return peak * HOLES + CONTEXT if row.get("card") else peak
 
 def compared(
     rows: list[dict],   # of data/memory.jsonl

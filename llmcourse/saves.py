@@ -40,7 +40,7 @@ class Keeps(NamedTuple):
     grouped: bool   # are keys and values kept as narrow as they are?
     logits: float   # a token and a word of the vocabulary
 
-KEEPS = {"trl": Keeps(8, 4, True, 14), "torchtune": Keeps(8, 4, False, 12),
+KEEPS = {"trl": Keeps(8, 4, True, 14), "trl-2024": Keeps(8, 4, True, 16), "torchtune": Keeps(8, 4, False, 12),
          "torchtune-compiled": Keeps(0, 0, False, 10),
          "litgpt": Keeps(8, 4, False, 8), "litgpt-2023": Keeps(4, 4, False, 8)}
 
@@ -70,7 +70,7 @@ def adapter_keeps(
 ) -> int:                   # bytes a token and block
     "What adapters keep of the inputs of their matrices."
     if engine.startswith("litgpt"): return _dropped(w, targets)
-    return sum(2 * inputs(w)[name] for name in targets) if exact and engine == "trl" else _shared(w, targets)
+    return sum(2 * inputs(w)[name] for name in targets) if exact and engine.startswith("trl") else _shared(w, targets)
 
 # %% ../nbs/workshop/saves.ipynb #31007361
 def block_keeps(
