@@ -15,8 +15,7 @@ setup: $(VENV)/.ready-test ## make the whole environment (each target makes what
 # What runs the demo, and on top of it what JupyterLab needs, and the tests. An interrupted one goes on where it was.
 $(VENV)/.ready-%: pyproject.toml constraints/$(LOCK).txt tests/install.py
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ". Try: make $(MAKECMDGOALS) PYTHON=python3.12") if sys.version_info < (3, 11) else None'
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python tests/install.py $(LOCK) $*
+	$(PYTHON) tests/install.py $(VENV) $(LOCK) $*
 
 demo: $(VENV)/.ready-demo ## base model to chat, every step measured (about 5 minutes)
 	llmcourse demo

@@ -1,4 +1,4 @@
-"""Install the course into this environment: `python tests/install.py default demo`, as the Makefile does.
+"""Make an environment and install the course there: `python tests/install.py .venv default demo`, as the Makefile does.
 
 uv comes from the package index like everything else, and chooses the build of torch that this machine's driver can
 run: for the CPU where there is none. Where PyTorch's own index is out of reach, pip installs what its index has.
@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import venv
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -87,6 +88,13 @@ def attempts(lock: Path, package: str, environ: dict[str, str]):
     yield [*PIP, "install", "--quiet", "--progress-bar", "on", "-c", str(lock), "-e", package]
 
 
+def go_on_in(folder: str, *words: str) -> None:
+    "Make an environment there, or the rest of it, and go on inside."
+    venv.create(folder, with_pip=True, symlinks=os.name != "nt")
+    python = str(Path(folder, "bin", "python").absolute())
+    os.execv(python, [python, __file__, *words])
+
+
 def main(name: str, stage: str) -> int:
     environ = uv_environ()
     if subprocess.run([*PIP, "install", "--quiet", "uv>=0.8"]).returncode:
@@ -105,6 +113,8 @@ def main(name: str, stage: str) -> int:
 
 if __name__ == "__main__":
     try:
+        if len(sys.argv) == 4:
+            go_on_in(*sys.argv[1:])
         raise SystemExit(main(*sys.argv[1:]))
     except KeyboardInterrupt:
         raise SystemExit("stopped; the same command goes on from here") from None

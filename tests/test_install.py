@@ -3,10 +3,12 @@
 import os
 import re
 import shutil
+import signal
 import ssl
 import subprocess
 import sys
 import threading
+import time
 import tomllib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -267,3 +269,16 @@ def test_the_extras_are_said_in_the_readme():
     text = (ROOT / "README.md").read_text()
     missing = [x for x in set(PROJECT["optional-dependencies"]) - OURS if f"`{x}`" not in text]
     assert not missing
+
+
+def test_stopped_while_the_environment_is_made(tmp_path):
+    "One line, no traceback; what is there already is no obstacle."
+    command = [sys.executable, str(ROOT / "tests/install.py"), str(tmp_path / "env"), "default", "demo"]
+    allowed = dict(start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **allowed) as running:
+        while not (tmp_path / "env/bin/python").exists():
+            time.sleep(0.05)
+        os.killpg(running.pid, signal.SIGINT)
+        said = running.communicate(timeout=60)[0]
+    assert running.returncode == 1 and said.splitlines()[-1] == "stopped; the same command goes on from here"
+    assert "Traceback" not in said and not list((tmp_path / "env").glob(".ready-*"))
