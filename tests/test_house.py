@@ -29,7 +29,7 @@ LEVEL = {
     "saves": 4, "servers": 4,
     "data": 5, "gguf_tokens": 5, "jobcheck": 5, "merging": 5, "plan": 5, "serve": 5, "synthesis": 5, "training": 5,
     "calculator": 6, "chats": 6, "converter": 6, "desk": 6, "footprint": 6, "graders": 6, "kl": 6, "lora": 6,
-    "methods": 6, "modelfile": 6, "probe": 6, "xray": 6,
+    "methods": 6, "modelfile": 6, "ollama": 6, "probe": 6, "xray": 6,
     "drill": 7, "evals": 7, "export": 7, "page": 7, "planner": 7, "published": 8, "rl": 7, "scales": 7, "sft": 7,
     "chat": 8, "checkpoints": 8, "exam": 8, "exercises": 8, "judging": 8, "planreport": 8, "shipping": 8, "trial": 8,
     "acts": 9, "datacheck": 9, "delivery": 9,
