@@ -8,7 +8,7 @@ import contextlib, os
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['export', 'push', 'serve', 'chat']
+__all__ = ['export', 'push', 'serve', 'contract', 'chat']
 
 # %% ../nbs/workshop/delivery.ipynb #704f897c
 def export(
@@ -70,6 +70,27 @@ def serve(
         print(f"serving {model} at {server.url}\n  OPENAI_BASE_URL={server.url}\nCtrl-C stops it", flush=True)
         try: server.wait()
         except KeyboardInterrupt: print("stopped")
+
+# %% ../nbs/workshop/delivery.ipynb #731ca93a
+def contract(
+    server: str,            # URL of an OpenAI-compatible server; ends in /v1
+    model: str = None,      # which of its models; by default the first that it lists
+    key: str = None,        # the server's API key; better in $LLMCOURSE_API_KEY, where nobody sees it
+    only: str = None,       # names of checks, separated by commas; by default all
+    json: bool = False,     # print JSON: a list of {name, state, why, about}
+):
+    """Ask a server for all that an OpenAI application uses: stream, usage, stop, seed, JSON, tools, errors, 64 clients.
+
+    llmcourse contract http://127.0.0.1:8080/v1
+    """
+    from json import dumps
+    from llmcourse.contract import asked_everything
+    found = []
+    for one in asked_everything(server, model, key or os.environ.get("LLMCOURSE_API_KEY"), (only or "").split(",")):
+        found.append(one)
+        if not json: print(f"{one.state:<10} {one.name:<20} {one.why or one.about}", flush=True)
+    if json: print(dumps([one._asdict() for one in found]))
+    return int(any(one.state == "wrong" for one in found))
 
 # %% ../nbs/workshop/delivery.ipynb #bc18bd7d
 def chat(

@@ -13,7 +13,8 @@ from .core import UserError, choose
 __all__ = ['WORDS', 'MOST', 'option', 'parser', 'parse']
 
 # %% ../nbs/workshop/options.ipynb #5ab5d764
-WORDS = ("action", "file", "card", "base", "job", "words", "run", "name")   # parameters that are given without `--`
+# parameters that are given without `--`
+WORDS = ("action", "file", "card", "base", "job", "words", "run", "name", "server")
 MOST = 2**32                         # no option is a larger number: seeds are 32 bits
 
 def _refuse(message: str): raise UserError(f"{message}. llmcourse COMMAND --help lists the options")
