@@ -10,11 +10,12 @@ from .data import tokenize
 from .faults import chat_faults, refuse_faults
 from .labels import drawable, end_ids, left_out
 from .progress import tell
+from .requested import check_answer, unprinted
 from .rows import Row
 
 # %% auto #0
-__all__ = ['take_chats', 'check_fit', 'encode_chat', 'is_split', 'say_if_split', 'say_if_left_out', 'say_what_changes',
-           'check_labels', 'look_at_chats']
+__all__ = ['take_chats', 'check_fit', 'encode_chat', 'is_split', 'say_if_split', 'say_if_left_out', 'say_if_unprinted',
+           'say_what_changes', 'check_labels', 'look_at_chats']
 
 # %% ../nbs/workshop/chats.ipynb #4510d369
 def take_chats(
@@ -26,6 +27,7 @@ def take_chats(
             raise UserError(f"{row.place}: a row of the form {row.form}, and SFT takes one answer a row. "
                             "Give only the better answer: the columns prompt and completion")
         refuse_faults(row.place, chat_faults(row.data["messages"], row.data.get("tools")))
+        check_answer(row.data, row.place)
     return [row.data for row in rows]
 
 # %% ../nbs/workshop/chats.ipynb #b64a332d
@@ -83,10 +85,17 @@ def say_if_left_out(tokenizer, rows: list[dict], places: list[str]) -> None:
     if found: tell(f"the model's template leaves something out of {len(found):,} of {len(rows):,} rows: "
                    f"{', '.join(found[0][1])} ({found[0][0]})")
 
+def say_if_unprinted(rows: list[dict], places: list[str]) -> None:
+    "Say in how many rows there is something of a request, such as `response_format`, that no template prints."
+    found = [(place, columns) for row, place in zip(rows, places, strict=True) if (columns := unprinted(row))]
+    if found: tell(f"not trained in {len(found):,} of {len(rows):,} rows, since no chat template prints it: "
+                   f"{found[0][1]} ({found[0][0]}). What the model should know of it belongs in the system prompt")
+
 def say_what_changes(tokenizer, rows: list[dict], places: list[str]) -> None:
-    "Say what the template does to rows that it takes: calls that it splits, texts and tools that it leaves out."
+    "Say what the template does to rows that it takes: calls that it splits, what it leaves out or does not know."
     say_if_split(tokenizer, rows, places)
     say_if_left_out(tokenizer, rows, places)
+    say_if_unprinted(rows, places)
 
 # %% ../nbs/workshop/chats.ipynb #2bf3ca0c
 def _check_start(tokenizer, rows: list[dict]) -> None:

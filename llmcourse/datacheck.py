@@ -22,6 +22,7 @@ from .loading import SETTINGS
 from .methods import METHODS, method
 from .models import encode, load, load_tokenizer
 from .report import Report
+from .requested import unprinted
 from .rows import Fault, Row, conversations, walk, why_not
 
 # %% auto #0
@@ -138,6 +139,8 @@ def _found(row: Row, lengths: Lengths, purpose: str) -> Iterator[tuple[str, str]
     "What is wrong with the turns, letters and tokens of a row."
     why = why_not(row, acceptance(purpose))
     if why: yield "error", why
+    if purpose == "sft" and (columns := unprinted(row.data)):
+        yield "warning", f"no chat template prints {columns}: not trained"
     if purpose == "preferences" and "chosen" in row.data and row.data["chosen"] == row.data["rejected"]:
         yield "error", "chosen and rejected are the same: there is nothing to learn"
     for chat in _chats(row, purpose):

@@ -14,12 +14,14 @@ from .graders import grader_for, guess, guessed_numbers, judged_by_server
 from .labels import left_out
 from .progress import tell
 from .questions import check_prompt
+from .requested import unprinted
 from .rows import Row, leave_out, prompt, question, read, reference, say_what_is_left
 from .runs import trained_rows
 from .tutor import problems
 
 # %% auto #0
-__all__ = ['examinable', 'exam_rows', 'exam_grader', 'examinee', 'fitting', 'say_if_tools_unseen', 'exam_report', 'examined']
+__all__ = ['examinable', 'exam_rows', 'exam_grader', 'examinee', 'fitting', 'say_if_tools_unseen', 'say_if_unsent', 'exam_report',
+           'examined']
 
 # %% ../nbs/workshop/exam.ipynb #c1d4b885
 def _refuse_calls(row: Row) -> None:
@@ -124,6 +126,11 @@ def say_if_tools_unseen(
         tell(f"{len(offered):,} rows offer tools, and this model's chat template does not print them: "
              "it cannot know what it may call")
 
+def say_if_unsent(rows: list[dict]) -> None:
+    "Say so if rows hold something of a request, such as `temperature`, that is not sent with a question."
+    found = [(row["place"], columns) for row in rows if (columns := unprinted(row))]
+    if found: tell(f"not sent with the questions of {len(found):,} rows: {found[0][1]} ({found[0][0]})")
+
 # %% ../nbs/workshop/exam.ipynb #a9f148e1
 def exam_report(
     results: list[dict],   # from `evals.evaluate`
@@ -158,6 +165,7 @@ def examined(
         if data:
             rows = fitting(generate, rows, skip_bad)
             say_if_tools_unseen(generate, rows)
+            say_if_unsent(rows)
             grade = exam_grader(rows, grade or judge and "judge", data)
         results = evaluate(generate, rows, grade, workers=8 if url or grade == "judge" else 1, progress=progress)
     if n := guessed_numbers(results, rows, grade):

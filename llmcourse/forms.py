@@ -56,9 +56,7 @@ def _turn(m, place: str) -> Message:
     calls = _calls(m, place)
     content = m.get("content", m.get("value"))
     own = {"role", "from", "content", "value", "tool_calls"} | ({"function_call"} if calls else set())
-    if content is None and isinstance(m.get("refusal"), str):
-        content = m["refusal"]
-        own.add("refusal")
+    if content is None and isinstance(m.get("refusal"), str): content = m["refusal"]
     rest = {k: v for k, v in m.items() if k not in own and v is not None}
     return {"role": ROLE[role], "content": _content(content, place), **calls, **rest}
 

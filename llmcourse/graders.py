@@ -16,6 +16,7 @@ from .choices import names_choice, offered, right_letter
 from .core import Generate, UserError, choose
 from .letters import chosen
 from .questions import problem_rows, reply_text
+from .requested import schema_of
 from .rows import Row, reference
 from .tutor import TASKS, is_right
 
@@ -109,19 +110,11 @@ def _matches(pattern: str, text: str) -> bool:
         raise UserError(f"{pattern[:60]!r}: no regular expression ({e})") from None
 
 # %% ../nbs/workshop/graders.ipynb #ddfe1f4b
-def _schema(row: dict) -> dict | None:
-    "The JSON schema of a row: its `schema`, or the one in OpenAI's `response_format`."
-    given = row.get("schema")
-    if isinstance(form := row.get("response_format"), dict) and isinstance(form.get("json_schema"), dict):
-        given = given or form["json_schema"].get("schema")
-    if isinstance(given, str): given = json_of(given)
-    return given if isinstance(given, dict) else None
-
 CORRECT = "Correct the row, or take another grader"
 
 def grade_json(row: dict, reply: str) -> float:
     "The share of right fields; with a schema, no more than the share of valid ones. No JSON in the reply: 0."
-    schema, value, shares = _schema(row), json_of(reply), []
+    schema, value, shares = schema_of(row), json_of(reply), []
     if schema is not None: shares.append(valid_share(value, schema))
     if schema is None or reference(row) is not None:
         wanted = [json_of(one) if isinstance(one, str) else one for one in _alternatives(row)]
@@ -203,7 +196,7 @@ def guess(
     last = (row.get("messages") or [{}])[-1]
     if row.get("task") in TASKS and len(ones) == 1 and ones[0].isdigit(): return "tutor", "it is a task of the tutor"
     if last.get("tool_calls"): return "tool", "the answer is a call of a tool"
-    if _schema(row): return "json", "there is a schema"
+    if schema_of(row): return "json", "there is a schema"
     for column, name in (("regex", "regex"), ("contains", "contains"), ("rubric", "judge")):
         texts = (str, list) if column != "regex" else object   # what is no pattern is refused, not passed over
         if row.get(column) and isinstance(row[column], texts): return name, f"there is a column {column!r}"

@@ -19,6 +19,7 @@ def _how_many(n: int, what: str) -> str: return f"{n:,} {what}{'s' * (n != 1)}"
 def _listed(counter: Counter) -> str: return ", ".join(f"{k} {v:,}" for k, v in counter.most_common())
 
 ADVICE = [   # the beginning of a fault → what to do, where the fault does not say it itself
+    ("no chat template prints", "what the model should know of it belongs in the system prompt"),
     ("the model's chat template leaves out", "write it where the template prints it, or take another model"),
     (r"turn .* is empty", "write its text"),
     (r"turn .* calls .* do not fit|tools\[", "correct the arguments, or the tool's schema"),
