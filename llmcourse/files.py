@@ -4,10 +4,11 @@
 
 # %% ../nbs/workshop/files.ipynb #7627220f
 from __future__ import annotations
-import csv, json
+import csv, functools, json
 from collections.abc import Iterator
 from pathlib import Path
 from .core import UserError, choose
+from .progress import tell
 
 # %% auto #0
 __all__ = ['LONGEST', 'ROW', 'READERS', 'lines', 'numbered']
@@ -82,20 +83,39 @@ def _odd(row: dict, columns: int) -> str | None:
     if None not in row and None not in row.values(): return None
     return f"{'more' if None in row else 'fewer'} cells than the {columns} columns. Are the quotes right?"
 
+# %% ../nbs/workshop/files.ipynb #3867a3e7
+def _columns(path: Path, mark: str) -> list[str] | None:
+    "The columns of a file of multiple choice without a header line; None for any other file, which names its own."
+    with path.open(encoding="utf-8-sig", newline="") as f: first = next(csv.reader(f, delimiter=mark), [])
+    if len(first) < 4 or {"question", "prompt", "answer"} & {cell.strip().casefold() for cell in first}: return None
+    letters = "ABCDEFGHIJ"[:len(first) - 2]
+    last = first[-1].strip()
+    if len(last) != 1 or last not in letters: return None
+    if f"{first[-2].strip()}{last}" in letters: return None   # a header that ends in D, E
+    names = ["question", *letters, "answer"]
+    _say_headless(path, ", ".join(names))
+    return names
+
+@functools.cache
+def _say_headless(path: Path, names: str) -> None:
+    tell(f"{path.name}: no header line; its columns are read as {names}, as in MMLU's files")
+
 # %% ../nbs/workshop/files.ipynb #eb6c3113
 def _table(path: Path) -> Iterator[tuple]:
     "The rows of a CSV or TSV file."
     csv.field_size_limit(LONGEST)
     with path.open("rb") as f: head = f.readline()
     mark = max(",;\t", key=lambda c: head.count(c.encode()))       # spreadsheets of half of Europe write ;
+    mark = "\t" if path.suffix == ".tsv" else mark
     with path.open(encoding="utf-8-sig", newline="") as f:
-        reader = csv.DictReader(f, delimiter="\t" if path.suffix == ".tsv" else mark)
+        reader = None
         try:
+            reader = csv.DictReader(f, _columns(path, mark), delimiter=mark)
             for row in reader:
                 odd = _odd(row, len(reader.fieldnames))
                 yield reader.line_num, odd or {k: _cell(v) for k, v in row.items()}
         except (csv.Error, UnicodeDecodeError) as e:
-            yield reader.line_num + 1, f"not to be read as CSV ({e}). Save it as UTF-8, one row a record"
+            yield getattr(reader, "line_num", 0) + 1, f"not to be read as CSV ({e}). Save it as UTF-8, one row a record"
 
 # %% ../nbs/workshop/files.ipynb #0bcd7229
 def _parquet(path: Path) -> Iterator[tuple]:

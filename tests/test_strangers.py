@@ -3,9 +3,14 @@ import json
 
 import pytest
 
+from llmcourse.amounts import said_number
 from llmcourse.byfield import valid_share
 from llmcourse.core import UserError
 from llmcourse.datacheck import check_data
+from llmcourse.files import lines
+from llmcourse.graders import grade_number
+from llmcourse.letters import chosen
+from llmcourse.rows import read
 from llmcourse.sft import sft
 
 ASK = {"role": "user", "content": "Ana has 3 apples."}
@@ -73,3 +78,58 @@ def test_an_answer_that_breaks_its_own_request_is_refused(name, tmp_path):
 @pytest.mark.parametrize("schema", [{"$ref": "http://127.0.0.1:9/x"}, {"$ref": "#/nowhere"}, {"$ref": "#"}])
 def test_a_schema_that_leads_nowhere_is_named_and_nothing_is_fetched(schema):
     with pytest.raises(UserError, match="a JSON schema that"): valid_share({"a": 1}, schema)
+
+
+# --- multiple choice ---
+
+MMLU = """Find the degree of the extension Q(sqrt(2)).,0,4,2,6,C
+"What is the capital of France, the country?",Rome,Paris,Bern,Oslo,B
+Statement 1 | Every group is a ring.,"True, True","False, False","True, False","False, True",B
+"""
+
+
+def test_the_first_row_of_mmlu_as_published_is_a_row(tmp_path, capsys):
+    path = tmp_path / "abstract_algebra_test.csv"
+    path.write_text(MMLU)
+    found = read(path, "exam")
+    assert [row.data["messages"][-1]["content"] for row in found] == ["C", "B", "B"]
+    assert "What is the capital of France, the country?\nA. Rome\nB. Paris" in found[1].data["messages"][0]["content"]
+    read(path, "exam")
+    said = capsys.readouterr().err
+    assert said == f"{path.name}: no header line; its columns are read as question, A, B, C, D, answer, as in MMLU's files\n"
+    assert check_data(path, "tutor/base", purpose="eval").rows == 3
+
+
+@pytest.mark.parametrize("head, body", [
+    ("question,A,B,C,D,answer", "2+2?,3,4,5,6,B"), ("Question,A,B,C,D,E", "x,1,2,3,4,5"),
+    ("prompt,completion,source,C", "2+2?,4,web,1"), ("id,question,A,B,C,D", "1,2+2?,3,4,5,6")])
+def test_a_header_is_a_header(head, body, tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text(f"{head}\n{body}\n")
+    assert [row for _, row in lines(path)] == [dict(zip(head.split(","), body.split(",")))]
+
+
+CITIES = ["Rome", "Paris", "Bern", "New York"]
+
+
+@pytest.mark.parametrize("reply, letter", [
+    ("A: London", None), ("**B.** London", None), ("Answer: A: London", None), ("B: Rome", None),
+    ("A. San Marino", None),
+    ("A: Rome", "A"), ("D. New York City", "D"), ("D: York", "D"), ("B. Correct", "B"), ("B. Because it is", "B"),
+    ("C) This one", "C"), ("C", "C"), ("B: it is the seat of the government", "B")])
+def test_a_letter_beside_a_text_of_no_choice_chooses_nothing(reply, letter):
+    assert chosen(reply, CITIES) == letter
+
+
+@pytest.mark.parametrize("reply, letter", [
+    ("A: 7", None), ("A: 3", "A"), ("A: 4", None), ("B: 4.", "B"), ("Answer: C: 9", None)])
+def test_a_letter_beside_a_number_of_no_choice_chooses_nothing(reply, letter):
+    assert chosen(reply, ["3", "4", "5", "6"]) == letter
+
+
+def test_a_range_is_no_number():
+    for text in ("18 to 20", "It is 18 to 20.", "$18 to $20", "18 or 20", "18–20", "Answer: 18 to 20"):
+        assert said_number(text) is None, text
+    for text in ("It rose from 18 to 20.", "18 to 19: no, 20", "18 is close to 20", "18 apples, 2 more: 20"):
+        assert said_number(text).value == 20, text
+    assert not grade_number({"question": "?", "answer": "20"}, "It takes 18 to 20 minutes.")
