@@ -96,7 +96,8 @@ def test_the_first_row_of_mmlu_as_published_is_a_row(tmp_path, capsys):
     assert "What is the capital of France, the country?\nA. Rome\nB. Paris" in found[1].data["messages"][0]["content"]
     read(path, "exam")
     said = capsys.readouterr().err
-    assert said == f"{path.name}: no header line; its columns are read as question, A, B, C, D, answer, as in MMLU's files\n"
+    assert said == f"{path.name}: no header line; its columns are read as question, A, B, C, D, answer, " \
+        "as in MMLU's files\n"
     assert check_data(path, "tutor/base", purpose="eval").rows == 3
 
 
