@@ -4,6 +4,7 @@
 
 # %% ../nbs/workshop/chats.ipynb #32ffc34d
 from __future__ import annotations
+from .bfcl import without_answer
 from .calls import parallel, split_line
 from .core import Message, UserError
 from .data import tokenize
@@ -26,6 +27,8 @@ def take_chats(
         if "messages" not in row.data:
             raise UserError(f"{row.place}: a row of the form {row.form}, and SFT takes one answer a row. "
                             "Give only the better answer: the columns prompt and completion")
+        if row.form == "bfcl" and "ground_truth" not in row.data:
+            raise UserError(f"{row.place}: {without_answer(row.data, row.place)}")
         refuse_faults(row.place, chat_faults(row.data["messages"], row.data.get("tools")))
         check_answer(row.data, row.place)
     return [row.data for row in rows]
@@ -41,10 +44,10 @@ def check_fit(
     n, room = len(encoded["input_ids"]), max_length or len(encoded["input_ids"])
     if context and min(n, room) > context:
         raise UserError(f"{place}: {n:,} tokens, and the model reads {context:,}. "
-                        f"Give max_length={context} to cut it, or split it")
+                        f"Give --max-length {context} to cut it, or split it")
     if all(label == -100 for label in encoded["labels"][:room]):
         cut = f"{n:,} tokens, max_length is {room:,}: " if n > room else ""
-        raise UserError(f"{place}: {cut}nothing of it would be trained" + (". Raise max_length" if cut else ""))
+        raise UserError(f"{place}: {cut}nothing of it would be trained" + (". Raise --max-length" if cut else ""))
 
 # %% ../nbs/workshop/chats.ipynb #a5292664
 def encode_chat(
@@ -112,7 +115,7 @@ def _count_long(rows: list[dict], max_length: int | None) -> int:
     long = sum(len(row["input_ids"]) > max_length for row in rows) if max_length else 0
     if long:
         tell(f"{long:,} of {len(rows):,} rows are longer than max_length={max_length} tokens and lose their end. "
-             "Raise max_length, or split them")
+             "Raise --max-length, or split them")
     return long
 
 # %% ../nbs/workshop/chats.ipynb #e8755734
@@ -143,7 +146,7 @@ def look_at_chats(
     longest = max(min(len(row["input_ids"]), max_length or len(row["input_ids"])) for row in rows)
     if context and longest > context:
         raise UserError(f"a row has {longest:,} tokens (max_length={max_length}), and the model reads {context:,}. "
-                        f"Give max_length={context}, or split the long rows")
+                        f"Give --max-length {context}, or split the long rows")
     seen = check_labels(tokenizer, rows, max_length)
     share = seen["trained"] / seen["tokens"]
     tell(f"SFT: {seen['rows']:,} rows, {seen['tokens']:,} tokens, {share:.0%} of them trained")

@@ -21,6 +21,7 @@ from .labels import left_out
 from .loading import SETTINGS
 from .methods import METHODS, method
 from .models import encode, load, load_tokenizer
+from .pretrained import adapter_base
 from .report import Report
 from .requested import unprinted
 from .rows import Fault, Row, conversations, walk, why_not
@@ -237,16 +238,19 @@ def _price(tokens: int, tokens_per_second: float, price: float, model: str = "",
 
 # %% ../nbs/workshop/datacheck.ipynb #6a5feb5d
 def context_of(model: str | Path) -> int | None:
-    "The tokens that a model can read; None if its config does not say."
+    "The tokens that a model, or the base of an adapter, can read; None if its config does not say."
     from transformers import AutoConfig
-    try: config = AutoConfig.from_pretrained(str(fetched(model)))
-    except (OSError, ValueError): return None   # such as the folder of an adapter
+    path = fetched(model)
+    if (path / "adapter_config.json").is_file(): return context_of(adapter_base(path))
+    try: config = AutoConfig.from_pretrained(str(path)).get_text_config()
+    except (OSError, ValueError): return None
     return getattr(config, "max_position_embeddings", None)
 
 def _lengths(dial: dict, model: str, tokenizer, purpose: str, sample: int, max_length: int) -> tuple[Lengths, Lengths]:
     "The measure for the file, and one for the file that it is compared with."
     context = None if tokenizer else context_of(model)
-    reply = None if purpose in ("sft", "preferences") or purpose not in PURPOSES else dial["max_new_tokens"]
+    reply = None if purpose in ("sft", "preferences") else dial["max_new_tokens"]
+    if purpose in METHODS and reply: reply, max_length = max_length or reply, 0   # as training understands it
     tokenizer = tokenizer or load_tokenizer(model)
     return tuple(Lengths(tokenizer, max_length or dial["max_length"], n, context, reply) for n in (sample, 0))
 
@@ -263,7 +267,7 @@ def check_data(
     sample: int = 20_000,               # rows that are tokenized; the others are estimated
     limit: int = 3,                     # places of each kind that are shown
     purpose: str = "",                  # one of `PURPOSES`; guessed from the rows by default
-    max_length: int = 0,                # tokens a row may have; 0: the scale's
+    max_length: int = 0,                # tokens a row may have; with grpo and rloo, a reply; 0: the scale's
 ) -> Report:                            # shows itself; its `code` is the exit code
     "Examine a file of training rows, line by line, in bounded memory. Raises `UserError` if there are no rows at all."
     dial = read_scale(scale)

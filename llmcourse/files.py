@@ -11,7 +11,7 @@ from .core import UserError, choose
 from .progress import tell
 
 # %% auto #0
-__all__ = ['LONGEST', 'ROW', 'READERS', 'lines', 'numbered']
+__all__ = ['LONGEST', 'ROW', 'SPLIT_NAMES', 'READERS', 'lines', 'numbered']
 
 # %% ../nbs/workshop/files.ipynb #c2d0d62c
 LONGEST = 2**24   # bytes of one line; a longer one is a file of another kind
@@ -47,10 +47,21 @@ def _jsonl(path: Path) -> Iterator[tuple]:
             if whole and raw.strip(): yield number, _json_line(raw)
             whole = raw.endswith(b"\n")
 
-# %% ../nbs/workshop/files.ipynb #92a1a95d
+# %% ../nbs/workshop/files.ipynb #93e1bf6b
 # columns of one row
-ROW = {"messages", "conversations", "prompt", "chosen", "instruction", "question", "input", "text"}
+ROW = {"messages", "conversations", "prompt", "chosen", "instruction", "question", "input", "text", "ground_truth"}
+SPLIT_NAMES = ("train", "training", "test", "eval", "validation", "valid", "val", "dev")   # of a split
 
+def _wrapped(whole: dict) -> list | str:
+    'The rows inside of an object, such as {"data": […]} or {"train": […], "test": […]}, or what is wrong with them.'
+    lists = {name: value for name, value in whole.items() if isinstance(value, list)}
+    lists = {name: value for name, value in lists.items() if any(isinstance(row, dict) for row in value)} or lists
+    if len(lists) < 2: return next(iter(lists.values()), [whole])
+    if not all(name.casefold() in SPLIT_NAMES for name in lists):
+        return f"an object with several lists of rows: {', '.join(lists)}. Keep one of them in a file"
+    return [{"split": name, **row} if isinstance(row, dict) else row for name, rows in lists.items() for row in rows]
+
+# %% ../nbs/workshop/files.ipynb #92a1a95d
 def _array(path: Path) -> Iterator[tuple]:
     "The rows of a JSON file."
     try: rows = json.loads(path.read_bytes().decode("utf-8-sig"))
@@ -64,7 +75,10 @@ def _array(path: Path) -> Iterator[tuple]:
         yield getattr(e, "lineno", 1), f"not JSON ({getattr(e, 'msg', e)} at column {getattr(e, 'colno', 0)})"
         return
     if isinstance(rows, dict) and not ROW & set(rows):   # {"data": […]}, and not one row with its turns
-        rows = next((v for v in rows.values() if isinstance(v, list)), [rows])
+        rows = _wrapped(rows)
+        if isinstance(rows, str):
+            yield 1, rows
+            return
     for i, row in enumerate(rows if isinstance(rows, list) else [rows], 1):
         yield i, _whole(row) if isinstance(row, dict) else f"a {type(row).__name__}, not an object"
 

@@ -22,9 +22,9 @@ from .tutor import TASKS, is_right
 
 # %% auto #0
 __all__ = ['LONGEST_MATCH', 'CORRECT', 'GRADERS', 'grade_number', 'grade_tutor', 'grade_choice', 'grade_exact', 'grade_contains',
-           'grade_regex', 'grade_json', 'mark_of', 'grade_judge', 'judged_by_server', 'guess', 'grade_tool',
-           'grade_mixed', 'mean_share', 'verdict_of', 'grader_for', 'guessed_numbers', 'as_graded', 'reward',
-           'rewarded_rows']
+           'grade_regex', 'grade_json', 'mark_of', 'grade_judge', 'judged_by_server', 'reach_judge', 'guess',
+           'grade_tool', 'grade_mixed', 'mean_share', 'verdict_of', 'by_judge', 'grader_for', 'guessed_numbers',
+           'as_graded', 'reward', 'rewarded_rows']
 
 # %% ../nbs/workshop/graders.ipynb #dbaa42ac
 def _wanted(row: dict) -> list:
@@ -140,7 +140,9 @@ def mark_of(
 
 def _judge_url() -> str:
     url = os.environ.get("LLMCOURSE_JUDGE_URL")
-    if not url: raise UserError("a judge needs the address of a server: --judge, or LLMCOURSE_JUDGE_URL=http://…/v1")
+    if not url:
+        raise UserError("a judge needs the address of a server: LLMCOURSE_JUDGE_URL=http://…/v1, "
+                        "or llmcourse eval --judge URL")
     return url
 
 @functools.cache
@@ -177,6 +179,12 @@ def judged_by_server(
         for name, value in before.items():
             if value is None: os.environ.pop(name, None)
             else: os.environ[name] = value
+
+# %% ../nbs/workshop/graders.ipynb #bbe4dd29
+def reach_judge() -> None:
+    "Ask the judge at `$LLMCOURSE_JUDGE_URL` once. Raises `UserError` if nothing answers there, or it refuses."
+    judge = _judge(_judge_url(), os.environ.get("LLMCOURSE_JUDGE_MODEL", ""))
+    judge([{"role": "user", "content": "Are you there? Reply with one line: Score: 10"}])
 
 # %% ../nbs/workshop/graders.ipynb #4ad2cc4f
 def _lettered_question(row: dict) -> bool:
@@ -251,6 +259,13 @@ def _try(name: str, row: dict) -> None:
     else:
         grade_judge(row, "", lambda messages: "")    # nobody is asked yet
         _judge_url()
+
+def by_judge(
+    rows: list[dict],
+    name: str | None,   # of `GRADERS`; None: the one that fits
+) -> bool:
+    "Is a judge needed to grade these rows?"
+    return name == "judge" or name in (None, "mixed") and any(guess(row)[0] == "judge" for row in rows)
 
 def grader_for(
     rows: list[tuple[str, dict]],   # (place, row)

@@ -97,7 +97,8 @@ def _total_rewards(reward_funcs: list[Callable], rows: list[dict], replies: list
 # %% ../nbs/workshop/probe.ipynb #290053ca
 def _silent_error(groups: int, size: int, mean: float) -> UserError:
     way = ("harder problems or a stricter reward" if mean > 0 else
-           "easier problems, a better start (SFT), more num_generations, or a reward with steps in between")
+           "easier problems, a better start (SFT), more replies a prompt (num_generations, in Python), "
+           "or a reward with steps in between")
     return UserError(f"all {groups} groups of {size} replies are silent: each reply to a prompt got the same reward "
                      f"({mean:.2f} on average), so nothing can be learned. Give {way}")
 
@@ -126,7 +127,8 @@ def probe(
 # %% ../nbs/workshop/probe.ipynb #697b1716
 def prompt_as_taken(work: Work, row: dict, place: str) -> dict:
     "A row as TRL takes it: as it is, if its prompt fits. Raises `UserError`."
-    check_prompt(work.net, work.tokenizer, row, place, work.hyper["max_completion_length"])
+    room, way = work.hyper["max_completion_length"], ", or give a smaller --max-length"
+    check_prompt(work.net, work.tokenizer, row, place, room, way)
     return row
 
 # %% ../nbs/workshop/probe.ipynb #7e1eebc6

@@ -159,7 +159,8 @@ def _written(report: Report) -> str:
         fine = report.rows - report.refused
         top.append(f"for {report.purpose}{' (guessed; --purpose names another)' * report.guessed}: "
                    f"{_how_many(fine, 'row')} can be used, {report.refused:,} cannot"
-                   + ": correct them, or leave them out with --skip-bad" * bool(report.refused))
+                   + ": correct them" * bool(report.refused)
+                   + ", or leave them out with --skip-bad" * bool(report.refused and report.purpose != "preferences"))
     totals = [_how_many(report.count[level], level) for level in ("error", "warning")]
     split = [split_line(len(report.split), report.where(report.split[0]))] if report.split else []
     return "\n".join([*top, *map(_line, _kinds(report)), *split, *_numbers(report.run), ", ".join(totals)])

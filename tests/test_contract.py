@@ -117,7 +117,7 @@ def test_a_rated_chat_is_not_a_chat_to_learn_from(tmp_path):
 
 def test_rows_beyond_the_context_are_refused(tokenizer):
     long = [encode_chat(tokenizer, row(said("so " * 2000)), "rows[0]")]
-    with pytest.raises(UserError, match="the model reads 1,024. Give max_length=1024"):
+    with pytest.raises(UserError, match="the model reads 1,024. Give --max-length 1024"):
         look_at_chats(tokenizer, long, 4096, context=1024)
 
 

@@ -1,18 +1,26 @@
 """Files that a stranger brings: what they hold is used, refused or said, each in one line."""
 import json
+import re
+import shlex
+from pathlib import Path
 
 import pytest
+from rules import MODULES
 
 from llmcourse.amounts import said_number
 from llmcourse.byfield import valid_share
+from llmcourse.cli import COMMANDS, command, main
 from llmcourse.core import UserError
-from llmcourse.datacheck import check_data
+from llmcourse.datacheck import check_data, context_of
+from llmcourse.exam import exam_rows
 from llmcourse.files import lines
 from llmcourse.graders import grade_number
 from llmcourse.letters import chosen
+from llmcourse.options import parser
 from llmcourse.rows import read
 from llmcourse.sft import sft
 
+DATA = Path(__file__).parent.parent / "data"
 ASK = {"role": "user", "content": "Ana has 3 apples."}
 PERSON = {"type": "object", "properties": {"name": {"type": "string"}, "n": {"type": "integer"}}, "required": ["name"]}
 FORMAT = {"type": "json_schema", "json_schema": {"name": "person", "strict": True, "schema": PERSON}}
@@ -134,3 +142,144 @@ def test_a_range_is_no_number():
     for text in ("It rose from 18 to 20.", "18 to 19: no, 20", "18 is close to 20", "18 apples, 2 more: 20"):
         assert said_number(text).value == 20, text
     assert not grade_number({"question": "?", "answer": "20"}, "It takes 18 to 20 minutes.")
+
+
+# --- BFCL ---
+
+QUESTION = {"id": "simple_0", "question": [[{"role": "user", "content": "2 + 2?"}]],
+            "function": [{"name": "add", "parameters": {"type": "dict", "properties": {"a": {"type": "integer"}}}}]}
+ANSWER = {"id": "simple_0", "ground_truth": [{"add": {"a": [2]}}]}
+
+
+def test_each_half_of_bfcl_names_the_other(tmp_path):
+    questions = written(tmp_path / "BFCL_v3_simple.json", [QUESTION])
+    (tmp_path / "possible_answer").mkdir()
+    answers = tmp_path / "possible_answer/BFCL_v3_simple.json"
+    beside = "no right calls to 'simple_0'. BFCL keeps them in a file of their own: put possible_answer/BFCL_v3_simple"
+    with pytest.raises(UserError, match=beside): exam_rows(str(questions), None)
+    with pytest.raises(UserError, match=beside): sft(questions, tmp_path / "run", **ONE_STEP)
+    assert "put possible_answer/BFCL_v3_simple.json beside" in str(check_data(questions, "tutor/tools", purpose="eval"))
+    written(answers, [ANSWER])
+    with pytest.raises(UserError, match="These are BFCL's answers: give the file of its questions"):
+        exam_rows(str(answers), None)
+    assert len(exam_rows(str(questions), None)) == 1
+
+
+# --- a judge ---
+
+
+def test_a_judge_that_is_not_there_is_noticed_before_the_first_reply(tmp_path, monkeypatch, capsys):
+    from llmcourse import exam
+    asked = []
+    monkeypatch.setattr(exam, "evaluate", lambda *args, **more: asked.append(args))
+    path = written(tmp_path / "rows.jsonl", [{"prompt": "Hello?", "rubric": "It is friendly."}])
+    for words in (["--judge", "http://127.0.0.1:9/v1", "--judge-model", "anyone"], ["--judge", "http://127.0.0.1:9/v1"]):
+        assert main(["eval", "--data", str(path), "--model", "tutor/base", *words]) == 2
+        assert "http://127.0.0.1:9/v1: nothing answers there" in capsys.readouterr().err
+    assert not asked
+
+
+# --- rows that are left out ---
+
+
+def test_the_lines_about_rows_that_are_left_out_add_up(tmp_path, capsys):
+    "7 rows = 3 used + 1 of another split + 2 that cannot be read + 1 that does not fit."
+    chat = {"messages": [ASK, said("3")]}
+    held = {"messages": [ASK | {"content": "Ben has 5 pears."}, said("5")], "split": "test"}
+    rows = [chat, chat, chat, held, {"messages": 3}, {"messages": [ASK]},
+            {"messages": [ASK | {"content": "so " * 3000}, said("3")]}]
+    path = written(tmp_path / "rows.jsonl", rows)
+    run = sft(path, tmp_path / "run", skip_bad=True, **ONE_STEP)
+    read_line, fit_line = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
+    assert read_line.startswith("SFT: 7 rows read, 4 taken; 1 rows of the split test are left out; 2 rows cannot be")
+    assert fit_line.startswith("SFT: of these 4 rows 3 fit the model; 1 do not and are left out, too: ")
+    assert len((run / "train.jsonl").read_text().splitlines()) == 3
+    with pytest.raises(UserError) as e: sft(path, tmp_path / "run", **ONE_STEP)
+    assert f"llmcourse data check {path} --purpose sft --limit 2 lists all of them" in str(e.value)
+
+
+def listed(error: str, capsys) -> int:
+    "How many errors the command names that an error says lists them all."
+    command = re.search(r"; llmcourse (data check .*) lists all of them", error)[1]
+    assert main([*shlex.split(command), "--json", "--tokens-per-second", "1"]) == 2, command
+    return json.loads(capsys.readouterr().out)["refused"]
+
+
+@pytest.mark.parametrize("command, row", [
+    ("sft", {"messages": [ASK | {"content": "so " * 3000}, said("3")]}), ("sft", {"messages": [ASK]}),
+    ("grpo", {"prompt": "so " * 3000, "answer": "3"}), ("grpo", {"messages": [said("3")]}),
+    ("eval", {"prompt": "so " * 3000, "answer": "3"}), ("eval", {"prompt": "Hello?"}),
+    ("grpo --max-length 960", {"prompt": "so " * 90, "answer": "3"})])
+def test_the_command_that_lists_all_lists_all(command, row, tmp_path, capsys):
+    good = {"sft": {"messages": [ASK, said("3")]}}.get(command, {"prompt": "2+2?", "answer": "4"})
+    path = written(tmp_path / "my rows.jsonl", [good, row, row])
+    output = ["--output", str(tmp_path / "run")] if command != "eval" else []
+    assert main([*command.split(), "--data", str(path), *output]) == 2
+    error = capsys.readouterr().err
+    assert "2 of 3 rows cannot be used" in error and listed(error, capsys) == 2
+
+
+# --- hints name options that there are ---
+
+ELSEWHERE = {"--version", "--query-gpu", "--format", "--reinstall", "--torch-backend", "--help"}
+
+
+def options_of(name: str) -> set[str]:
+    return {word for action in parser(command(name), name)._actions for word in action.option_strings}
+
+
+def test_every_option_in_a_text_is_one_of_a_command():
+    every = set().union(*map(options_of, COMMANDS))
+    for path in MODULES:
+        for text in re.findall(r"(?<![\w-])--[a-z][a-z-]*", path.read_text(encoding="utf-8")):
+            assert text.rstrip("-") in every | ELSEWHERE, (path.name, text)
+
+
+NO_SUCH_NAMES = ("max_completion_length", "per_device_train", "gradient_acc", "num_train_epochs", "max_steps")
+
+
+@pytest.mark.parametrize("words", [
+    "grpo --data gsm8k.jsonl --batch-size 4 --steps 1", "rloo --data gsm8k.jsonl --batch-size 12 --steps 1",
+    "grpo --data gsm8k.jsonl --batch-size 4000", "grpo --data gsm8k.jsonl --max-length 2000",
+    "grpo --data gsm8k.jsonl --max-length 0", "grpo --data gsm8k.jsonl --reward judge --steps 1",
+    "sft --data chats.jsonl --steps 0", "sft --data chats.jsonl --epochs 0", "sft --data chats.jsonl --batch-size 0",
+    "sft --data chats.jsonl --grad-accum 0", "sft --data chats.jsonl --max-length 4", "sft --data chats.jsonl --r 9999",
+    "sft --data sick.jsonl", "grpo --data sick.jsonl", "eval --data sick.jsonl", "sft --full --qlora",
+    "eval --data gsm8k.jsonl --grade judge", "agree ratings.jsonl --grade judge", "plan tutor/base --data sick.jsonl",
+    "plan tutor/base --max-length 9999", "data check sick.jsonl --tokens-per-second 1", "sft --seed 5000000000",
+    "rehearse sft --data chats.jsonl --max-length 30", "xray sick.jsonl"])
+def test_a_hint_names_options_of_the_command_that_says_it(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("LLMCOURSE_JUDGE_URL", raising=False)
+    monkeypatch.chdir(tmp_path)
+    words = [str(DATA / word) if word.endswith("jsonl") else word for word in words.split()]
+    code = main(words)
+    said = "".join(capsys.readouterr())
+    assert code in (1, 2) or words[0] == "plan", said
+    for sentence in re.split(r"[;.] ", said):
+        other = re.search(rf"llmcourse ({'|'.join(COMMANDS)})\b", sentence)
+        name = other[1] if other else "sft" if words[:2] == ["rehearse", "sft"] else words[0]
+        known = options_of(name) | {"--help"}
+        if name == "data": known |= {"--skip-bad", "--purpose"}   # it advises on the training to come
+        for option in re.findall(r"(?<![\w-])--[a-z][a-z-]*", sentence):
+            assert option in known, (option, name, sentence)
+    for name in NO_SUCH_NAMES:
+        for found in re.findall(rf"{name}\w*(?:=\S+)?(.{{0,3}})", said): assert found.startswith(" (-"), said
+
+
+# --- one JSON object around the rows ---
+
+
+def test_every_list_in_an_object_is_read_or_the_file_is_refused(tmp_path):
+    path = tmp_path / "rows.json"
+    chat = {"messages": [ASK, said("3")]}
+    other = {"messages": [ASK | {"content": "Ben has 5 pears."}, said("5")]}
+    path.write_text(json.dumps({"train": [chat], "validation": [other]}))
+    assert [row.split for row in read(path)] == ["train", "validation"]
+    path.write_text(json.dumps({"version": "1.1", "columns": ["messages"], "data": [chat, other]}))
+    assert len(read(path)) == 2
+    path.write_text(json.dumps({"easy": [chat], "hard": [other]}))
+    with pytest.raises(UserError, match="several lists of rows: easy, hard. Keep one of them in a file"): read(path)
+
+
+def test_the_doctor_knows_what_the_base_of_an_adapter_can_read():
+    assert context_of("tutor/sft") == context_of("tutor/base") == 1024
