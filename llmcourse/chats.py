@@ -9,7 +9,7 @@ from .calls import parallel, split_line
 from .core import Message, UserError
 from .data import tokenize
 from .faults import chat_faults, refuse_faults
-from .labels import drawable, end_ids, left_out
+from .labels import TODAY, drawable, end_ids, left_out, prints_today
 from .progress import tell
 from .requested import check_answer, unprinted
 from .rows import Row
@@ -99,6 +99,7 @@ def say_what_changes(tokenizer, rows: list[dict], places: list[str]) -> None:
     say_if_split(tokenizer, rows, places)
     say_if_left_out(tokenizer, rows, places)
     say_if_unprinted(rows, places)
+    if prints_today(tokenizer): tell(TODAY)
 
 # %% ../nbs/workshop/chats.ipynb #2bf3ca0c
 def _check_start(tokenizer, rows: list[dict]) -> None:

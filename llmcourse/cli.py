@@ -61,12 +61,13 @@ def scores(
     llmcourse scores --json --n 300 --seed 7
     """
     import secrets
-    from llmcourse.checkpoints import score_line, scores as measure
+    from llmcourse.checkpoints import FOOT, score_line, scores as measure
     rows = measure(n, seed or secrets.randbelow(10**6) + 1, _names(checkpoints), progress=not json)
     if json:
         print(dumps(rows))
         return
     for row in rows: print(score_line(row))
+    print(FOOT)
 
 # %% ../nbs/workshop/cli.ipynb #370feec8
 def course(

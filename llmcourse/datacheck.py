@@ -17,7 +17,7 @@ from .exam import examinable
 from .faults import chat_faults
 from .forms import PREFERENCES
 from .intake import FEW, for_few
-from .labels import left_out
+from .labels import TODAY, left_out, prints_today
 from .loading import SETTINGS
 from .methods import METHODS, method
 from .models import encode, load, load_tokenizer
@@ -216,11 +216,12 @@ def training_speed(model: str, scale: str = "cpu") -> float:
 
 # %% ../nbs/workshop/datacheck.ipynb #508cded6
 def _pass(report: Report, source, name: str, seen: Seen, lengths: Lengths, mark: int = 0) -> int:
-    "Let the rows of a file pass, with `mark` on their places; how many there were."
+    "Let the rows of a file pass, with `mark` on their places; how many there were. Raises `UserError` if none."
     n = 0
     for row in walk(source):
         n += 1
         _examine(report, row.number | mark, row, seen, lengths, name)
+    if not n: raise UserError(f"{source}: no rows. Give at least one")
     return n
 
 def _not_looked_at(seen: Seen) -> dict:
@@ -272,14 +273,14 @@ def check_data(
     "Examine a file of training rows, line by line, in bounded memory. Raises `UserError` if there are no rows at all."
     dial = read_scale(scale)
     model = model or dial["model"]
-    if epochs is not None and not epochs > 0: raise UserError(f"epochs={epochs}: has to be more than 0")
+    if epochs is not None and not epochs > 0: raise UserError(f"--epochs {epochs}: has to be more than 0")
     known = choose(purpose, PURPOSES, "purpose") if purpose else guess_purpose(islice(walk(source), 100))
     report, seen = Report(source, against, limit, known, guessed=not purpose), Seen()
     lengths, other = _lengths(dial, model, tokenizer, known, sample, max_length)
+    if prints_today(lengths.tokenizer): report.notes.append(TODAY)
     report.rows = _pass(report, source, report.here if against else "all", seen, lengths)
     fit = report.fit.copy()   # of this file alone
     if against: _pass(report, against, report.there, seen, other, 1 << 40)
-    if not report.rows: raise UserError(f"{source}: no rows. Give at least one")
     _mixed(report)
     for code, level, what in seen.copies(): report.say(level, code, what)
     report.run = _run(dial, lengths, fit if known != "preferences" else Counter(), epochs) | _not_looked_at(seen)

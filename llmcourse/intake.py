@@ -66,7 +66,7 @@ def encode_rows(
         except UserError as e:
             data.append(None)
             bad.append((place, str(e).removeprefix(f"{place}:").strip()))
-    places, look = part.places, looked_up(method, work)
+    places, look = part.places, looked_up(method, work) if bad else ""
     kept = [leave_out(each, places, bad, n, skip_bad, look) for each in (data, part.rows, places)]
     part.data, part.rows, part.places = kept
     say_what_fits(method.name.upper(), n, len(part.rows), bad)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools, math, statistics
 from collections.abc import Callable
 from .core import UserError
+from .labels import TODAY, prints_today
 from .models import generate
 from .questions import check_prompt
 from .progress import tell
@@ -135,6 +136,7 @@ def prompt_as_taken(work: Work, row: dict, place: str) -> dict:
 def look_at_prompts(work: Work) -> dict:    # {"rows": …, "probe": …}
     "Look before the first step: enough rows, prompts that fit, and groups that are not all silent."
     args, hyper = work.args, work.hyper
+    if prints_today(work.tokenizer): tell(TODAY)
     prompts = args.generation_batch_size // args.num_generations
     if len(work.rows) < prompts:
         fits = len(work.rows) * args.num_generations

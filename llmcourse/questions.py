@@ -47,7 +47,8 @@ def _with_answer(row: Row, needed: set[str]) -> dict:
     refuse_faults(row.place, chat_faults(data["prompt"], answered=False))
     calls = any(m.get("tool_calls") or m["role"] == "tool" for m in data["prompt"])
     if calls or row.data.get("tools"):
-        raise UserError(f"{row.place}: has tools, and TRL would ask the model without them. Give rows without tools")
+        raise UserError(f"{row.place}: has tools, and TRL would ask the model without them. "
+                        "Leave the tools out, or train the calls: llmcourse sft")
     answer = _right_answer(row)
     if answer is not None: data["answer"] = answer
     if "graded_against" in needed:    # the whole row, for a reward that is a grader

@@ -11,14 +11,19 @@ from llmcourse.amounts import said_number
 from llmcourse.byfield import valid_share
 from llmcourse.cli import COMMANDS, command, main
 from llmcourse.core import UserError
+from llmcourse.converter import to_gguf
 from llmcourse.datacheck import check_data, context_of
 from llmcourse.exam import exam_rows
 from llmcourse.files import lines
 from llmcourse.graders import grade_number
+from llmcourse.labels import TODAY
 from llmcourse.letters import chosen
+from llmcourse.models import load
 from llmcourse.options import parser
+from llmcourse.rl import grpo
 from llmcourse.rows import read
 from llmcourse.sft import sft
+from llmcourse.shipping import served
 
 DATA = Path(__file__).parent.parent / "data"
 ASK = {"role": "user", "content": "Ana has 3 apples."}
@@ -191,7 +196,7 @@ def test_the_lines_about_rows_that_are_left_out_add_up(tmp_path, capsys):
     path = written(tmp_path / "rows.jsonl", rows)
     run = sft(path, tmp_path / "run", skip_bad=True, **ONE_STEP)
     read_line, fit_line = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
-    assert read_line.startswith("SFT: 7 rows read, 4 taken; 1 rows of the split test are left out; 2 rows cannot be")
+    assert read_line.startswith("SFT: 7 rows read, 4 taken; 1 rows of the split test are left out; 2 rows cannot")
     assert fit_line.startswith("SFT: of these 4 rows 3 fit the model; 1 do not and are left out, too: ")
     assert len((run / "train.jsonl").read_text().splitlines()) == 3
     with pytest.raises(UserError) as e: sft(path, tmp_path / "run", **ONE_STEP)
@@ -283,3 +288,109 @@ def test_every_list_in_an_object_is_read_or_the_file_is_refused(tmp_path):
 
 def test_the_doctor_knows_what_the_base_of_an_adapter_can_read():
     assert context_of("tutor/sft") == context_of("tutor/base") == 1024
+
+
+# --- tools, templates, texts ---
+
+
+def test_a_tool_that_is_defined_twice_is_named(tmp_path):
+    add = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+    other = {"type": "function", "function": {"name": "add", "description": "another"}}
+    rows = [asked("hi", None, tools=[add, add]), asked("yes", None, tools=[add, other])]
+    path = written(tmp_path / "rows.jsonl", rows)
+    report = check_data(path, "tutor/tools", tokens_per_second=1, limit=3)
+    found = {(level, place): what for level, place, what in report.found if "second time" in what}
+    again = "tools[1] defines 'add' a second time"
+    assert found == {("warning", "line 1"): f"{again}, in the same words",
+                     ("error", "line 2"): f"{again}, with another description or other parameters"}
+    with pytest.raises(UserError, match="rows.jsonl:2: tools.1. defines 'add' a second time"):
+        sft(path, tmp_path / "run", "tutor/tools", **ONE_STEP)
+
+
+def test_different_texts_of_one_kind_are_all_shown_up_to_the_limit(tmp_path):
+    add = {"type": "function", "function": {"name": "add", "parameters": {
+        "type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}}, "required": ["a"]}}}
+    given = ['{"a": "x"}', '{"a": "x"}', "{}", '{"a": 1, "b": "y"}', '{"a": 1, "b": null}']
+    calls = [{"id": "c", "type": "function", "function": {"name": "add", "arguments": text}} for text in given]
+    rows = [{"tools": [add], "messages": [ASK | {"content": f"Add {i}."}, said(None, tool_calls=[call])]}
+            for i, call in enumerate(calls)]
+    path = written(tmp_path / "rows.jsonl", rows)
+    shown = str(check_data(path, "tutor/tools", tokens_per_second=1, limit=3)).splitlines()
+    at = next(i for i, line in enumerate(shown) if "do not fit" in line)
+    assert shown[at].startswith("✗ line 1: turn 1 calls 'add' with arguments that do not fit: 'x' is not of type")
+    assert "5 rows of this kind, also 2, 3, …" in shown[at]
+    assert shown[at + 1] == "  line 3: turn 1 calls 'add' with arguments that do not fit: 'a' is a required property"
+    assert shown[at + 2] == "  line 4: turn 1 calls 'add' with arguments that do not fit: 'y' is not of type 'integer'"
+    assert not shown[at + 3].startswith("  line"), "three texts and no more"
+    kinds = check_data(path, "tutor/tools", tokens_per_second=1, limit=9).as_dict()["findings"]
+    assert len(next(kind for kind in kinds if "do not fit" in kind["first"])["examples"]) == 4
+
+
+@pytest.fixture(scope="module")
+def undated(tmp_path_factory):
+    "The tutor with a template that prints today's date."
+    folder = tmp_path_factory.mktemp("undated") / "model"
+    net, tokenizer = load("tutor/base")
+    today = "{{ strftime_now('%d %b %Y') }}\n"
+    tokenizer.chat_template = tokenizer.chat_template.replace("{{ bos_token }}", "{{ bos_token }}" + today, 1)
+    if today not in tokenizer.chat_template: tokenizer.chat_template = today + tokenizer.chat_template
+    net.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_template_that_prints_today_is_said_by_doctor_training_and_export(undated, tmp_path, capsys):
+    path = written(tmp_path / "rows.jsonl", [{"messages": [ASK, said("3")]}] * 2)
+    report = check_data(path, str(undated))
+    assert TODAY in str(report).splitlines() and report.as_dict()["notes"] == [TODAY]
+    assert TODAY not in str(check_data(path, "tutor/base", tokens_per_second=1))
+    sft(path, tmp_path / "run", undated, **ONE_STEP)
+    assert TODAY in capsys.readouterr().err.splitlines()
+    to_gguf(undated, tmp_path / "model.gguf", verify=False)
+    assert TODAY in capsys.readouterr().err.splitlines()
+
+
+def test_a_model_without_a_template_is_said_at_export_and_when_it_is_served(tmp_path, capsys):
+    folder, gguf = tmp_path / "model", tmp_path / "model.gguf"
+    net, tokenizer = load("tutor/base")
+    tokenizer.chat_template = None
+    net.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    to_gguf(folder, gguf, verify=False)
+    line = f"{folder}: no chat template, so llama.cpp puts ChatML around the turns of a chat, which the model may never"
+    assert capsys.readouterr().err.startswith(line)
+    with served(gguf): assert f"{gguf}: no chat template, so llama.cpp puts ChatML" in capsys.readouterr().err
+    other = to_gguf("tutor/base", tmp_path / "base.gguf", verify=False)
+    with served(other): assert "no chat template" not in capsys.readouterr().err
+
+
+def test_grpo_says_where_rows_with_tools_belong(tmp_path):
+    path = written(tmp_path / "rows.jsonl", [{"prompt": "2+2?", "answer": "4", "tools": [
+        {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]}])
+    with pytest.raises(UserError) as e: grpo(path, tmp_path / "run")
+    assert str(e.value).startswith(f"{path}:1: has tools, and TRL would ask the model without them. ")
+    assert "llmcourse sft" in str(e.value) and "\n" not in str(e.value)
+
+
+# --- names that lead nowhere ---
+
+
+@pytest.mark.parametrize("words", [
+    "chat --port 0", "serve --port 0", "eval", "export", "sft --data chats.jsonl", "xray chats.jsonl"])
+def test_a_folder_that_is_not_there_yet_is_not_looked_for_on_the_hub(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = [str(DATA / word) if word.endswith("jsonl") else word for word in words.split()]
+    assert main([*words, "--model", "runs/gguf"]) == 2
+    said = capsys.readouterr().err
+    assert "runs/gguf: no such folder. " in said and "Hub was" not in said and said.count("\n") == 1
+    if words[0] in ("chat", "serve"): assert "`llmcourse export --output runs/gguf`" in said
+
+
+def test_the_scores_say_what_their_words_mean(capsys):
+    assert main(["scores", "--n", "0"]) == 2
+    assert "--n 0: give at least 1" in capsys.readouterr().err
+    assert main(["scores", "--n", "2", "--seed", "1", "--checkpoints", "base"]) == 0
+    told = capsys.readouterr().out
+    for words in ("tutor/base goes on with a text", "at once: ", "sampled: ", "chat format: "): assert words in told
+    assert main(["scores", "--n", "2", "--seed", "1", "--checkpoints", "base", "--json"]) == 0
+    json.loads(capsys.readouterr().out)
