@@ -178,7 +178,8 @@ def test_a_judge_that_is_not_there_is_noticed_before_the_first_reply(tmp_path, m
     asked = []
     monkeypatch.setattr(exam, "evaluate", lambda *args, **more: asked.append(args))
     path = written(tmp_path / "rows.jsonl", [{"prompt": "Hello?", "rubric": "It is friendly."}])
-    for words in (["--judge", "http://127.0.0.1:9/v1", "--judge-model", "anyone"], ["--judge", "http://127.0.0.1:9/v1"]):
+    judge = ["--judge", "http://127.0.0.1:9/v1"]
+    for words in (judge, [*judge, "--judge-model", "anyone"]):
         assert main(["eval", "--data", str(path), "--model", "tutor/base", *words]) == 2
         assert "http://127.0.0.1:9/v1: nothing answers there" in capsys.readouterr().err
     assert not asked
