@@ -200,6 +200,12 @@ def _marked(text: str) -> Amount | None:
     match, amount = found[0]
     return None if _SECOND.match(match.string, _digits_end(match)) else amount
 
+def _is_range(first: re.Match, last: re.Match) -> bool:
+    "Do two numbers say `18 to 20` or `18 or 20`? What rose from 18 to 20 is 20."
+    if re.search(r"\bfrom\W*$", first.string[:first.start()], re.I): return False
+    between = first.string[_digits_end(first):last.start("digits")]
+    return re.fullmatch(r"[%\s]*(?:\w+\s+)?(?:to|or|[–-])\s*[$€£¥₹]?", between) is not None
+
 def said_number(
     text,              # a reply, or a reference
 ) -> Amount | None:    # None: it gives none
@@ -207,8 +213,9 @@ def said_number(
     text = in_digits(plain_text(spoken(str(text))))
     marked = after_marks(text)
     if marked: return next((amount for amount in map(_marked, marked) if amount), None)
-    match, amount = (numbers(text) or [(None, None)])[-1]
-    return None if match and _RANGE.match(text, _digits_end(match)) else amount
+    *before, (match, amount) = numbers(text) or [(None, None)]
+    if match and _RANGE.match(text, _digits_end(match)) or before and _is_range(before[-1][0], match): return None
+    return amount
 
 def is_guess(
     text: str,   # a reply

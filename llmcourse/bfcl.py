@@ -9,7 +9,8 @@ from pathlib import Path
 from .core import UserError, json_lines
 
 # %% auto #0
-__all__ = ['TYPES', 'JSON_TYPES', 'json_schema', 'is_bfcl', 'as_openai', 'answers_beside', 'joined']
+__all__ = ['TYPES', 'JSON_TYPES', 'json_schema', 'is_bfcl', 'as_openai', 'answers_beside', 'without_answer', 'answers_alone',
+           'joined']
 
 # %% ../nbs/workshop/bfcl.ipynb #ef090e88
 TYPES = {"dict": "object", "float": "number", "tuple": "array"}
@@ -80,6 +81,20 @@ def answers_beside(
     beside = Path(path).parent / "possible_answer" / Path(path).name
     if not beside.is_file(): return {}
     return {row["id"]: row["ground_truth"] for _, row in json_lines(beside) if {"id", "ground_truth"} <= set(row)}
+
+def without_answer(
+    row: dict,    # in OpenAI's form, from BFCL
+    place: str,   # "BFCL_v4_simple.json:3"
+) -> str:
+    "What is missing if a question of BFCL has no right calls."
+    name = Path(place.rpartition(":")[0] or place).name
+    return (f"no right calls to {row.get('id')!r}. BFCL keeps them in a file of their own: "
+            f"put possible_answer/{name} beside this one")
+
+def answers_alone(row: dict) -> str:
+    "What to do with a row of BFCL's answers, which asks nothing; empty for any other row."
+    if not {"id", "ground_truth"} <= set(row): return ""
+    return "These are BFCL's answers: give the file of its questions, and this one beside it as possible_answer/NAME"
 
 def joined(
     row,             # from a file

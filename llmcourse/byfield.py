@@ -10,7 +10,7 @@ from .asking import normal
 from .core import UserError
 
 # %% auto #0
-__all__ = ['json_of', 'leaves', 'right_share', 'valid_share']
+__all__ = ['json_of', 'leaves', 'right_share', 'schema_faults', 'valid_share']
 
 # %% ../nbs/workshop/byfield.ipynb #eb160043
 def json_of(
@@ -49,17 +49,31 @@ def right_share(
     hits = sum(path in ours and _equal(ours[path], leaf) for path, leaf in theirs.items())
     return hits / len(ours | theirs)
 
+# %% ../nbs/workshop/byfield.ipynb #94a38cb5
+def schema_faults(
+    value,
+    schema: dict,   # a JSON schema
+) -> list:          # `jsonschema`'s errors; empty: valid
+    "Where a value breaks a schema. Raises `UserError` for a schema that is none, or that points outside of itself."
+    from jsonschema import exceptions, validators
+    from referencing import Registry
+    from referencing.exceptions import Unresolvable
+    kind = validators.validator_for(schema, default=validators.Draft202012Validator)
+    try:
+        kind.check_schema(schema)
+        return list(kind(schema, registry=Registry()).iter_errors(value))   # which fetches nothing from the network
+    except exceptions.SchemaError as e: raise UserError(f"not a JSON schema: {e.message[:80]}") from None
+    except Unresolvable as e: raise UserError(f"a JSON schema that points to {e.ref!r}, which is not in it") from None
+    except RecursionError: raise UserError("a JSON schema that leads to itself without end") from None
+
+
 # %% ../nbs/workshop/byfield.ipynb #eae58f90
 def valid_share(
     value,
     schema: dict,   # a JSON schema
 ) -> float:         # 1.0: valid; else the share of the fields, required or given, without a fault
     "How far a value keeps to a schema. Raises `UserError` for a schema that is none."
-    from jsonschema import exceptions, validators
-    kind = validators.validator_for(schema, default=validators.Draft202012Validator)
-    try: kind.check_schema(schema)
-    except exceptions.SchemaError as e: raise UserError(f"not a JSON schema: {e.message[:80]}") from None
-    faults = list(kind(schema).iter_errors(value))
+    faults = schema_faults(value, schema)
     if not faults: return 1.0
     if not isinstance(value, dict): return 0.0
     fields = set(schema.get("required", ())) | set(value)

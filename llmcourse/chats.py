@@ -4,17 +4,19 @@
 
 # %% ../nbs/workshop/chats.ipynb #32ffc34d
 from __future__ import annotations
+from .bfcl import without_answer
 from .calls import parallel, split_line
 from .core import Message, UserError
 from .data import tokenize
 from .faults import chat_faults, refuse_faults
-from .labels import drawable, end_ids, left_out
+from .labels import TODAY, drawable, end_ids, left_out, prints_today
 from .progress import tell
+from .requested import check_answer, unprinted
 from .rows import Row
 
 # %% auto #0
-__all__ = ['take_chats', 'check_fit', 'encode_chat', 'is_split', 'say_if_split', 'say_if_left_out', 'say_what_changes',
-           'check_labels', 'look_at_chats']
+__all__ = ['take_chats', 'check_fit', 'encode_chat', 'is_split', 'say_if_split', 'say_if_left_out', 'say_if_unprinted',
+           'say_what_changes', 'check_labels', 'look_at_chats']
 
 # %% ../nbs/workshop/chats.ipynb #4510d369
 def take_chats(
@@ -25,7 +27,10 @@ def take_chats(
         if "messages" not in row.data:
             raise UserError(f"{row.place}: a row of the form {row.form}, and SFT takes one answer a row. "
                             "Give only the better answer: the columns prompt and completion")
+        if row.form == "bfcl" and "ground_truth" not in row.data:
+            raise UserError(f"{row.place}: {without_answer(row.data, row.place)}")
         refuse_faults(row.place, chat_faults(row.data["messages"], row.data.get("tools")))
+        check_answer(row.data, row.place)
     return [row.data for row in rows]
 
 # %% ../nbs/workshop/chats.ipynb #b64a332d
@@ -39,10 +44,10 @@ def check_fit(
     n, room = len(encoded["input_ids"]), max_length or len(encoded["input_ids"])
     if context and min(n, room) > context:
         raise UserError(f"{place}: {n:,} tokens, and the model reads {context:,}. "
-                        f"Give max_length={context} to cut it, or split it")
+                        f"Give --max-length {context} to cut it, or split it")
     if all(label == -100 for label in encoded["labels"][:room]):
         cut = f"{n:,} tokens, max_length is {room:,}: " if n > room else ""
-        raise UserError(f"{place}: {cut}nothing of it would be trained" + (". Raise max_length" if cut else ""))
+        raise UserError(f"{place}: {cut}nothing of it would be trained" + (". Raise --max-length" if cut else ""))
 
 # %% ../nbs/workshop/chats.ipynb #a5292664
 def encode_chat(
@@ -83,10 +88,18 @@ def say_if_left_out(tokenizer, rows: list[dict], places: list[str]) -> None:
     if found: tell(f"the model's template leaves something out of {len(found):,} of {len(rows):,} rows: "
                    f"{', '.join(found[0][1])} ({found[0][0]})")
 
+def say_if_unprinted(rows: list[dict], places: list[str]) -> None:
+    "Say in how many rows there is something of a request, such as `response_format`, that no template prints."
+    found = [(place, columns) for row, place in zip(rows, places, strict=True) if (columns := unprinted(row))]
+    if found: tell(f"not trained in {len(found):,} of {len(rows):,} rows, since no chat template prints it: "
+                   f"{found[0][1]} ({found[0][0]}). What the model should know of it belongs in the system prompt")
+
 def say_what_changes(tokenizer, rows: list[dict], places: list[str]) -> None:
-    "Say what the template does to rows that it takes: calls that it splits, texts and tools that it leaves out."
+    "Say what the template does to rows that it takes: calls that it splits, what it leaves out or does not know."
     say_if_split(tokenizer, rows, places)
     say_if_left_out(tokenizer, rows, places)
+    say_if_unprinted(rows, places)
+    if prints_today(tokenizer): tell(TODAY)
 
 # %% ../nbs/workshop/chats.ipynb #2bf3ca0c
 def _check_start(tokenizer, rows: list[dict]) -> None:
@@ -103,7 +116,7 @@ def _count_long(rows: list[dict], max_length: int | None) -> int:
     long = sum(len(row["input_ids"]) > max_length for row in rows) if max_length else 0
     if long:
         tell(f"{long:,} of {len(rows):,} rows are longer than max_length={max_length} tokens and lose their end. "
-             "Raise max_length, or split them")
+             "Raise --max-length, or split them")
     return long
 
 # %% ../nbs/workshop/chats.ipynb #e8755734
@@ -134,7 +147,7 @@ def look_at_chats(
     longest = max(min(len(row["input_ids"]), max_length or len(row["input_ids"])) for row in rows)
     if context and longest > context:
         raise UserError(f"a row has {longest:,} tokens (max_length={max_length}), and the model reads {context:,}. "
-                        f"Give max_length={context}, or split the long rows")
+                        f"Give --max-length {context}, or split the long rows")
     seen = check_labels(tokenizer, rows, max_length)
     share = seen["trained"] / seen["tokens"]
     tell(f"SFT: {seen['rows']:,} rows, {seen['tokens']:,} tokens, {share:.0%} of them trained")

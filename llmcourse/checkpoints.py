@@ -13,9 +13,9 @@ from .core import UserError, choose, file_hash, is_run, set_seed, stopwatch, wei
 from .methods import rerun
 
 # %% auto #0
-__all__ = ['PRETRAIN_RECIPE', 'LORA_RECIPE', 'SFT_RECIPE', 'GRPO_RECIPE', 'RL_RECIPE', 'TOOLS_RECIPE', 'ABOUT_BASE', 'BUILDERS',
-           'sft_rows', 'grpo_rows', 'score_model', 'score_line', 'scores', 'hashes', 'verify', 'score_changes',
-           'rebuild', 'repeat']
+__all__ = ['PRETRAIN_RECIPE', 'LORA_RECIPE', 'SFT_RECIPE', 'GRPO_RECIPE', 'RL_RECIPE', 'TOOLS_RECIPE', 'FOOT', 'ABOUT_BASE',
+           'BUILDERS', 'sft_rows', 'grpo_rows', 'score_model', 'score_line', 'scores', 'hashes', 'verify',
+           'score_changes', 'rebuild', 'repeat']
 
 # %% ../nbs/workshop/checkpoints.ipynb #f07fdbde
 PRETRAIN_RECIPE = dict(tokens=6e6, batch_size=8, seed=0)
@@ -110,6 +110,10 @@ def score_line(row: dict) -> str:
     "One of the scores, for a terminal."
     right = f"{row['correct']:>4}/{row['n']:<4} {row['correct'] / row['n']:>5.0%}"
     return f"{row['checkpoint']:<12} {row['task']:<16} {right}  ({row['low']:.0%}–{row['high']:.0%})"
+
+FOOT = """tutor/base goes on with a text that ends in "Working:", the others are asked in a chat: not the same question
+at once: the answer without working · sampled: at temperature 1, as replies are drawn for GRPO; all else is greedy
+chat format: does the reply end in a line "Answer: N"? · call, answer: of tutor/tools, the first call, and the end"""
 
 def scores(n: int = 300, seed: int = 1, names: list[str] | None = None, progress: bool = True) -> list[dict]:
     "Score the shipped checkpoints. Raises `UserError` for a name that is none."

@@ -61,12 +61,13 @@ def scores(
     llmcourse scores --json --n 300 --seed 7
     """
     import secrets
-    from llmcourse.checkpoints import score_line, scores as measure
+    from llmcourse.checkpoints import FOOT, score_line, scores as measure
     rows = measure(n, seed or secrets.randbelow(10**6) + 1, _names(checkpoints), progress=not json)
     if json:
         print(dumps(rows))
         return
     for row in rows: print(score_line(row))
+    print(FOOT)
 
 # %% ../nbs/workshop/cli.ipynb #370feec8
 def course(
@@ -94,7 +95,7 @@ def data(
     model: str = None,              # whose tokenizer and chat template; the scale's by default
     scale: str = "cpu",             # a section of settings.ini: cpu, t4, l4, a100, h100
     epochs: float = None,           # times through the data; by default as training does it
-    max_length: int = None,         # tokens a row may have; by default the scale's
+    max_length: int = None,         # tokens a row may have, or a reply, with grpo and rloo; by default the scale's
     purpose: str = None,            # sft, grpo, rloo, eval or preferences; by default guessed from the rows
     tokens_per_second: float = None,  # of training on your device; measured here by default if the model is the tutor
     price: float = None,             # of an hour of the device, in USD

@@ -96,7 +96,7 @@ def model_path(
     if text.startswith("tutor/"):
         return str(weights() / choose(text, checkpoint_names(), "checkpoint").split("/")[1])
     if Path(text).is_dir(): return text
-    if text.startswith((".", "/", "~")) or text.count("/") != 1 or Path(text).parent.is_dir():
+    if text.startswith((".", "/", "~", "runs/")) or text.count("/") != 1 or Path(text).parent.is_dir():
         raise UserError(f"{text}: no such folder. Give a model folder, a Hub name (owner/name), "
                         f"or one of {', '.join(checkpoint_names())}")
     return text

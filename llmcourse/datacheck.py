@@ -17,11 +17,13 @@ from .exam import examinable
 from .faults import chat_faults
 from .forms import PREFERENCES
 from .intake import FEW, for_few
-from .labels import left_out
+from .labels import TODAY, left_out, prints_today
 from .loading import SETTINGS
 from .methods import METHODS, method
 from .models import encode, load, load_tokenizer
+from .pretrained import adapter_base
 from .report import Report
+from .requested import unprinted
 from .rows import Fault, Row, conversations, walk, why_not
 
 # %% auto #0
@@ -138,6 +140,8 @@ def _found(row: Row, lengths: Lengths, purpose: str) -> Iterator[tuple[str, str]
     "What is wrong with the turns, letters and tokens of a row."
     why = why_not(row, acceptance(purpose))
     if why: yield "error", why
+    if purpose == "sft" and (columns := unprinted(row.data)):
+        yield "warning", f"no chat template prints {columns}: not trained"
     if purpose == "preferences" and "chosen" in row.data and row.data["chosen"] == row.data["rejected"]:
         yield "error", "chosen and rejected are the same: there is nothing to learn"
     for chat in _chats(row, purpose):
@@ -212,11 +216,12 @@ def training_speed(model: str, scale: str = "cpu") -> float:
 
 # %% ../nbs/workshop/datacheck.ipynb #508cded6
 def _pass(report: Report, source, name: str, seen: Seen, lengths: Lengths, mark: int = 0) -> int:
-    "Let the rows of a file pass, with `mark` on their places; how many there were."
+    "Let the rows of a file pass, with `mark` on their places; how many there were. Raises `UserError` if none."
     n = 0
     for row in walk(source):
         n += 1
         _examine(report, row.number | mark, row, seen, lengths, name)
+    if not n: raise UserError(f"{source}: no rows. Give at least one")
     return n
 
 def _not_looked_at(seen: Seen) -> dict:
@@ -234,16 +239,19 @@ def _price(tokens: int, tokens_per_second: float, price: float, model: str = "",
 
 # %% ../nbs/workshop/datacheck.ipynb #6a5feb5d
 def context_of(model: str | Path) -> int | None:
-    "The tokens that a model can read; None if its config does not say."
+    "The tokens that a model, or the base of an adapter, can read; None if its config does not say."
     from transformers import AutoConfig
-    try: config = AutoConfig.from_pretrained(str(fetched(model)))
-    except (OSError, ValueError): return None   # such as the folder of an adapter
+    path = fetched(model)
+    if (path / "adapter_config.json").is_file(): return context_of(adapter_base(path))
+    try: config = AutoConfig.from_pretrained(str(path)).get_text_config()
+    except (OSError, ValueError): return None
     return getattr(config, "max_position_embeddings", None)
 
 def _lengths(dial: dict, model: str, tokenizer, purpose: str, sample: int, max_length: int) -> tuple[Lengths, Lengths]:
     "The measure for the file, and one for the file that it is compared with."
     context = None if tokenizer else context_of(model)
-    reply = None if purpose in ("sft", "preferences") or purpose not in PURPOSES else dial["max_new_tokens"]
+    reply = None if purpose in ("sft", "preferences") else dial["max_new_tokens"]
+    if purpose in METHODS and reply: reply, max_length = max_length or reply, 0   # as training understands it
     tokenizer = tokenizer or load_tokenizer(model)
     return tuple(Lengths(tokenizer, max_length or dial["max_length"], n, context, reply) for n in (sample, 0))
 
@@ -260,19 +268,19 @@ def check_data(
     sample: int = 20_000,               # rows that are tokenized; the others are estimated
     limit: int = 3,                     # places of each kind that are shown
     purpose: str = "",                  # one of `PURPOSES`; guessed from the rows by default
-    max_length: int = 0,                # tokens a row may have; 0: the scale's
+    max_length: int = 0,                # tokens a row may have; with grpo and rloo, a reply; 0: the scale's
 ) -> Report:                            # shows itself; its `code` is the exit code
     "Examine a file of training rows, line by line, in bounded memory. Raises `UserError` if there are no rows at all."
     dial = read_scale(scale)
     model = model or dial["model"]
-    if epochs is not None and not epochs > 0: raise UserError(f"epochs={epochs}: has to be more than 0")
+    if epochs is not None and not epochs > 0: raise UserError(f"--epochs {epochs}: has to be more than 0")
     known = choose(purpose, PURPOSES, "purpose") if purpose else guess_purpose(islice(walk(source), 100))
     report, seen = Report(source, against, limit, known, guessed=not purpose), Seen()
     lengths, other = _lengths(dial, model, tokenizer, known, sample, max_length)
+    if prints_today(lengths.tokenizer): report.notes.append(TODAY)
     report.rows = _pass(report, source, report.here if against else "all", seen, lengths)
     fit = report.fit.copy()   # of this file alone
     if against: _pass(report, against, report.there, seen, other, 1 << 40)
-    if not report.rows: raise UserError(f"{source}: no rows. Give at least one")
     _mixed(report)
     for code, level, what in seen.copies(): report.say(level, code, what)
     report.run = _run(dial, lengths, fit if known != "preferences" else Counter(), epochs) | _not_looked_at(seen)

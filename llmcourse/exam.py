@@ -6,20 +6,23 @@
 from __future__ import annotations
 import os
 from .asking import conversation
+from .bfcl import without_answer
 from .calls import wanted_calls
 from .core import UserError, scale as read_scale
 from .evals import evaluate, score, summary
 from .faults import chat_faults, refuse_faults
-from .graders import grader_for, guess, guessed_numbers, judged_by_server
+from .graders import by_judge, grader_for, guess, guessed_numbers, judged_by_server, reach_judge
 from .labels import left_out
 from .progress import tell
 from .questions import check_prompt
-from .rows import Row, leave_out, prompt, question, read, reference, say_what_is_left
+from .requested import unprinted
+from .rows import Row, leave_out, prompt, question, read, reference, say_what_fits
 from .runs import trained_rows
 from .tutor import problems
 
 # %% auto #0
-__all__ = ['examinable', 'exam_rows', 'exam_grader', 'examinee', 'fitting', 'say_if_tools_unseen', 'exam_report', 'examined']
+__all__ = ['examinable', 'exam_rows', 'exam_grader', 'examinee', 'fitting', 'say_if_tools_unseen', 'say_if_unsent', 'exam_report',
+           'examined']
 
 # %% ../nbs/workshop/exam.ipynb #c1d4b885
 def _refuse_calls(row: Row) -> None:
@@ -38,6 +41,7 @@ def examinable(row: Row) -> None:
     wanted = reference(row.data)
     empty = wanted is None or isinstance(wanted, str) and not wanted.strip()   # such as a call of a tool: no text
     kind, _ = guess(row.data)
+    if empty and row.form == "bfcl": raise UserError(f"{row.place}: {without_answer(row.data, row.place)}")
     if empty and kind == "exact":
         raise UserError(f"{row.place}: no text to compare a reply with. "
                         'Give it an "answer", or let the last turn be the assistant\'s')
@@ -52,7 +56,7 @@ def exam_rows(
     system: str = "",         # a system prompt for questions that have none
 ) -> list[dict]:         # rows, each with its "place"
     "Rows to examine a model on: none of the split train, none that it was trained on. `UserError` if none are left."
-    rows = read(data, "exam", "", examinable, skip_bad, system)
+    rows = read(data, "exam", "", examinable, skip_bad, system, "--purpose eval")
     known = {question(row.data): file for file in trained_rows(model) for row in read(file)} if model else {}
     new = [row for row in rows if question(row.data) not in known]
     if len(new) < len(rows):
@@ -99,6 +103,7 @@ def fitting(
     generate,                # from `examinee`
     rows: list[dict],        # from `exam_rows`
     skip_bad: bool = False,  # leave out rows that the model cannot read, and say so
+    look: str = "",          # as for `tally.refusal`: the model, and its scale
 ) -> list[dict]:
     "The rows whose question leaves a model of ours room for a reply. Raises `UserError` for the others."
     if not hasattr(generate, "tokenizer"): return rows   # a server knows itself what it can read
@@ -107,8 +112,8 @@ def fitting(
         asked = {"prompt": conversation(row, row["place"])}
         try: check_prompt(generate.model, generate.tokenizer, asked, row["place"], room)
         except UserError as e: bad.append((row["place"], str(e).removeprefix(f"{row['place']}:").strip()))
-    kept = leave_out(rows, [row["place"] for row in rows], bad, len(rows), skip_bad)
-    say_what_is_left("eval", len(rows), len(kept), {}, bad)
+    kept = leave_out(rows, [row["place"] for row in rows], bad, len(rows), skip_bad, f"--purpose eval {look}")
+    say_what_fits("eval", len(rows), len(kept), bad)
     return kept
 
 # %% ../nbs/workshop/exam.ipynb #1fd1131b
@@ -123,6 +128,11 @@ def say_if_tools_unseen(
     if "the list of tools" in left_out(generate.tokenizer, conversation(first, first["place"]), first["tools"]):
         tell(f"{len(offered):,} rows offer tools, and this model's chat template does not print them: "
              "it cannot know what it may call")
+
+def say_if_unsent(rows: list[dict]) -> None:
+    "Say so if rows hold something of a request, such as `temperature`, that is not sent with a question."
+    found = [(row["place"], columns) for row in rows if (columns := unprinted(row))]
+    if found: tell(f"not sent with the questions of {len(found):,} rows: {found[0][1]} ({found[0][0]})")
 
 # %% ../nbs/workshop/exam.ipynb #a9f148e1
 def exam_report(
@@ -156,9 +166,11 @@ def examined(
     generate = examinee(model, url, scale)
     with judged_by_server(judge, judge_model):
         if data:
-            rows = fitting(generate, rows, skip_bad)
+            rows = fitting(generate, rows, skip_bad, f"--model {known} --scale {scale}")
             say_if_tools_unseen(generate, rows)
+            say_if_unsent(rows)
             grade = exam_grader(rows, grade or judge and "judge", data)
+        if by_judge(rows, grade): reach_judge()   # before anything is asked
         results = evaluate(generate, rows, grade, workers=8 if url or grade == "judge" else 1, progress=progress)
     if n := guessed_numbers(results, rows, grade):
         tell(f"{n:,} of {len(rows):,} replies were graded by a guess: they mark no answer and have several numbers, of "

@@ -67,7 +67,7 @@ def _misfit(arguments: dict, schema: dict) -> str:
     except Exception as e: return f"the schema itself cannot be used ({type(e).__name__})"
     return " ".join(wrong.message.split())[:120] if wrong else ""
 
-# %% ../nbs/workshop/faults.ipynb #b81120cf
+# %% ../nbs/workshop/faults.ipynb #c07188a7
 def _call_faults(j: int, m: Message, tools: dict[str, dict]) -> Iterator[tuple[str, str]]:
     "What is wrong with the calls of turn `j`; `tools` are the row's, name → schema."
     for call in m.get("tool_calls") or []:
@@ -82,6 +82,7 @@ def _call_faults(j: int, m: Message, tools: dict[str, dict]) -> Iterator[tuple[s
         elif misfit := _misfit(arguments, tools.get(name, {})):
             yield "error", f"turn {j} calls {name!r} with arguments that do not fit: {misfit}"
 
+# %% ../nbs/workshop/faults.ipynb #fac99f36
 def _function(tool) -> dict:
     "What a tool says of its function; nothing if it is no tool."
     function = tool.get("function", tool) if isinstance(tool, dict) else None
@@ -92,6 +93,17 @@ def _schemas(tools) -> dict[str, dict]:
     functions = [_function(tool) for tool in tools or []]
     return {f["name"]: f.get("parameters") or {} for f in functions if isinstance(f.get("name"), str)}
 
+def _twins(tools) -> Iterator[tuple[str, str]]:
+    "Tools of one name: twice the same, or one of them is not meant."
+    first = {}
+    for i, function in enumerate(map(_function, tools or [])):
+        name = function.get("name")
+        if not isinstance(name, str) or not name: continue
+        if name not in first: first[name] = function
+        elif first[name] == function: yield "warning", f"tools[{i}] defines {name!r} a second time, in the same words"
+        else: yield "error", f"tools[{i}] defines {name!r} a second time, with another description or other parameters"
+
+# %% ../nbs/workshop/faults.ipynb #b81120cf
 def _tool_faults(messages: list[Message], tools) -> Iterator[tuple[str, str]]:
     "What is wrong with calls and their answers."
     schemas, asked = _schemas(tools), []
@@ -101,6 +113,7 @@ def _tool_faults(messages: list[Message], tools) -> Iterator[tuple[str, str]]:
             yield "error", f"tools[{i}] has no name: nobody could call it"
         elif not isinstance(function.get("parameters") or {}, dict):
             yield "error", f"tools[{i}] ({function['name']}): its parameters are no object. Give a JSON schema"
+    yield from _twins(tools)
     for j, m in enumerate(messages):
         yield from _call_faults(j, m, schemas)
         asked += [call.get("id") for call in m.get("tool_calls") or [] if isinstance(call, dict)]

@@ -4,13 +4,14 @@
 
 # %% ../nbs/workshop/files.ipynb #7627220f
 from __future__ import annotations
-import csv, json
+import csv, functools, json
 from collections.abc import Iterator
 from pathlib import Path
 from .core import UserError, choose
+from .progress import tell
 
 # %% auto #0
-__all__ = ['LONGEST', 'ROW', 'READERS', 'lines', 'numbered']
+__all__ = ['LONGEST', 'ROW', 'SPLIT_NAMES', 'READERS', 'lines', 'numbered']
 
 # %% ../nbs/workshop/files.ipynb #c2d0d62c
 LONGEST = 2**24   # bytes of one line; a longer one is a file of another kind
@@ -46,10 +47,21 @@ def _jsonl(path: Path) -> Iterator[tuple]:
             if whole and raw.strip(): yield number, _json_line(raw)
             whole = raw.endswith(b"\n")
 
-# %% ../nbs/workshop/files.ipynb #92a1a95d
+# %% ../nbs/workshop/files.ipynb #93e1bf6b
 # columns of one row
-ROW = {"messages", "conversations", "prompt", "chosen", "instruction", "question", "input", "text"}
+ROW = {"messages", "conversations", "prompt", "chosen", "instruction", "question", "input", "text", "ground_truth"}
+SPLIT_NAMES = ("train", "training", "test", "eval", "validation", "valid", "val", "dev")   # of a split
 
+def _wrapped(whole: dict) -> list | str:
+    'The rows inside of an object, such as {"data": […]} or {"train": […], "test": […]}, or what is wrong with them.'
+    lists = {name: value for name, value in whole.items() if isinstance(value, list)}
+    lists = {name: value for name, value in lists.items() if any(isinstance(row, dict) for row in value)} or lists
+    if len(lists) < 2: return next(iter(lists.values()), [whole])
+    if not all(name.casefold() in SPLIT_NAMES for name in lists):
+        return f"an object with several lists of rows: {', '.join(lists)}. Keep one of them in a file"
+    return [{"split": name, **row} if isinstance(row, dict) else row for name, rows in lists.items() for row in rows]
+
+# %% ../nbs/workshop/files.ipynb #92a1a95d
 def _array(path: Path) -> Iterator[tuple]:
     "The rows of a JSON file."
     try: rows = json.loads(path.read_bytes().decode("utf-8-sig"))
@@ -63,7 +75,10 @@ def _array(path: Path) -> Iterator[tuple]:
         yield getattr(e, "lineno", 1), f"not JSON ({getattr(e, 'msg', e)} at column {getattr(e, 'colno', 0)})"
         return
     if isinstance(rows, dict) and not ROW & set(rows):   # {"data": […]}, and not one row with its turns
-        rows = next((v for v in rows.values() if isinstance(v, list)), [rows])
+        rows = _wrapped(rows)
+        if isinstance(rows, str):
+            yield 1, rows
+            return
     for i, row in enumerate(rows if isinstance(rows, list) else [rows], 1):
         yield i, _whole(row) if isinstance(row, dict) else f"a {type(row).__name__}, not an object"
 
@@ -82,20 +97,39 @@ def _odd(row: dict, columns: int) -> str | None:
     if None not in row and None not in row.values(): return None
     return f"{'more' if None in row else 'fewer'} cells than the {columns} columns. Are the quotes right?"
 
+# %% ../nbs/workshop/files.ipynb #3867a3e7
+def _columns(path: Path, mark: str) -> list[str] | None:
+    "The columns of a file of multiple choice without a header line; None for any other file, which names its own."
+    with path.open(encoding="utf-8-sig", newline="") as f: first = next(csv.reader(f, delimiter=mark), [])
+    if len(first) < 4 or {"question", "prompt", "answer"} & {cell.strip().casefold() for cell in first}: return None
+    letters = "ABCDEFGHIJ"[:len(first) - 2]
+    last = first[-1].strip()
+    if len(last) != 1 or last not in letters: return None
+    if f"{first[-2].strip()}{last}" in letters: return None   # a header that ends in D, E
+    names = ["question", *letters, "answer"]
+    _say_headless(path, ", ".join(names))
+    return names
+
+@functools.cache
+def _say_headless(path: Path, names: str) -> None:
+    tell(f"{path.name}: no header line; its columns are read as {names}, as in MMLU's files")
+
 # %% ../nbs/workshop/files.ipynb #eb6c3113
 def _table(path: Path) -> Iterator[tuple]:
     "The rows of a CSV or TSV file."
     csv.field_size_limit(LONGEST)
     with path.open("rb") as f: head = f.readline()
     mark = max(",;\t", key=lambda c: head.count(c.encode()))       # spreadsheets of half of Europe write ;
+    mark = "\t" if path.suffix == ".tsv" else mark
     with path.open(encoding="utf-8-sig", newline="") as f:
-        reader = csv.DictReader(f, delimiter="\t" if path.suffix == ".tsv" else mark)
+        reader = None
         try:
+            reader = csv.DictReader(f, _columns(path, mark), delimiter=mark)
             for row in reader:
                 odd = _odd(row, len(reader.fieldnames))
                 yield reader.line_num, odd or {k: _cell(v) for k, v in row.items()}
         except (csv.Error, UnicodeDecodeError) as e:
-            yield reader.line_num + 1, f"not to be read as CSV ({e}). Save it as UTF-8, one row a record"
+            yield getattr(reader, "line_num", 0) + 1, f"not to be read as CSV ({e}). Save it as UTF-8, one row a record"
 
 # %% ../nbs/workshop/files.ipynb #0bcd7229
 def _parquet(path: Path) -> Iterator[tuple]:

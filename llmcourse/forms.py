@@ -5,7 +5,7 @@
 # %% ../nbs/workshop/forms.ipynb #98676520
 from __future__ import annotations
 import difflib, json, re
-from .bfcl import as_openai, is_bfcl
+from .bfcl import answers_alone, as_openai, is_bfcl
 from .choices import lettered, names_choice
 from .core import ROLES, Message, UserError, choose
 from .tutor import TASKS, to_chat
@@ -56,9 +56,7 @@ def _turn(m, place: str) -> Message:
     calls = _calls(m, place)
     content = m.get("content", m.get("value"))
     own = {"role", "from", "content", "value", "tool_calls"} | ({"function_call"} if calls else set())
-    if content is None and isinstance(m.get("refusal"), str):
-        content = m["refusal"]
-        own.add("refusal")
+    if content is None and isinstance(m.get("refusal"), str): content = m["refusal"]
     rest = {k: v for k, v in m.items() if k not in own and v is not None}
     return {"role": ROLE[role], "content": _content(content, place), **calls, **rest}
 
@@ -94,7 +92,7 @@ def _near_miss(row: dict) -> str:
     "Which columns may be meant, or what to do."
     near = {k: difflib.get_close_matches(str(k), _KNOWN, 1, 0.75) for k in row if k not in _KNOWN}
     close = [f"{k!r} may be {names[0]!r}" for k, names in near.items() if names]
-    return "; ".join(close) or "Rename them to messages, or to prompt and completion"
+    return answers_alone(row) or "; ".join(close) or "Rename them to messages, or to prompt and completion"
 
 # %% ../nbs/workshop/forms.ipynb #44976167
 def detect(

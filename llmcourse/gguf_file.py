@@ -10,7 +10,8 @@ from pathlib import Path
 from .core import UserError, begins, check_free, need_space, write_aside
 
 # %% auto #0
-__all__ = ['tensor_bytes', 'reader_class', 'writer_class', 'read_gguf', 'contents', 'check_file', 'write_gguf']
+__all__ = ['NO_TEMPLATE', 'tensor_bytes', 'reader_class', 'writer_class', 'read_gguf', 'contents', 'has_template', 'check_file',
+           'write_gguf']
 
 # %% ../nbs/workshop/gguf_file.ipynb #aa2b08f6
 def tensor_bytes(
@@ -90,6 +91,13 @@ def contents(
     raise UserError(f"{path}: no {key} in its metadata. We handle GGUF files of the Llama architecture")
 
 # %% ../nbs/workshop/gguf_file.ipynb #e5da7c95
+NO_TEMPLATE = ("{}: no chat template, so llama.cpp puts ChatML around the turns of a chat, which the model may never "
+               "have seen. Train it on chats first, or let it go on with a text: /v1/completions")
+
+def has_template(path: str | Path) -> bool:
+    "Is there a chat template in a GGUF file? Its metadata is before its tensors."
+    with open(path, "rb") as f: return b"tokenizer.chat_template" in f.read(2**26)
+
 def check_file(output: str | Path) -> None:
     "Raise `UserError` if a GGUF file cannot be written at `output`, before anything is computed."
     check_free(output, begins(b"GGUF"))

@@ -8,7 +8,9 @@ import contextlib, json, logging, re
 from pathlib import Path
 from .core import Message, UserError
 from .engine import Engine
+from .gguf_file import NO_TEMPLATE
 from .gotools import TOOL_CHATS
+from .labels import TODAY, prints_today
 from .models import DATE
 from .progress import tell
 
@@ -140,6 +142,8 @@ def add_tokenizer(
 ) -> None:
     "Add tokens, merges, special ids and the chat template to a GGUF file."
     import gguf
+    if prints_today(tokenizer): tell(TODAY)
+    if not tokenizer.chat_template: tell(NO_TEMPLATE.format(tokenizer.name_or_path))
     tokens, types = vocabulary(tokenizer, size)
     logging.getLogger("gguf.vocab").setLevel(logging.ERROR)
     special = gguf.SpecialVocab(folder, load_merges=True)

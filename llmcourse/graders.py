@@ -16,14 +16,15 @@ from .choices import names_choice, offered, right_letter
 from .core import Generate, UserError, choose
 from .letters import chosen
 from .questions import problem_rows, reply_text
+from .requested import schema_of
 from .rows import Row, reference
 from .tutor import TASKS, is_right
 
 # %% auto #0
 __all__ = ['LONGEST_MATCH', 'CORRECT', 'GRADERS', 'grade_number', 'grade_tutor', 'grade_choice', 'grade_exact', 'grade_contains',
-           'grade_regex', 'grade_json', 'mark_of', 'grade_judge', 'judged_by_server', 'guess', 'grade_tool',
-           'grade_mixed', 'mean_share', 'verdict_of', 'grader_for', 'guessed_numbers', 'as_graded', 'reward',
-           'rewarded_rows']
+           'grade_regex', 'grade_json', 'mark_of', 'grade_judge', 'judged_by_server', 'reach_judge', 'guess',
+           'grade_tool', 'grade_mixed', 'mean_share', 'verdict_of', 'by_judge', 'grader_for', 'guessed_numbers',
+           'as_graded', 'reward', 'rewarded_rows']
 
 # %% ../nbs/workshop/graders.ipynb #dbaa42ac
 def _wanted(row: dict) -> list:
@@ -109,19 +110,11 @@ def _matches(pattern: str, text: str) -> bool:
         raise UserError(f"{pattern[:60]!r}: no regular expression ({e})") from None
 
 # %% ../nbs/workshop/graders.ipynb #ddfe1f4b
-def _schema(row: dict) -> dict | None:
-    "The JSON schema of a row: its `schema`, or the one in OpenAI's `response_format`."
-    given = row.get("schema")
-    if isinstance(form := row.get("response_format"), dict) and isinstance(form.get("json_schema"), dict):
-        given = given or form["json_schema"].get("schema")
-    if isinstance(given, str): given = json_of(given)
-    return given if isinstance(given, dict) else None
-
 CORRECT = "Correct the row, or take another grader"
 
 def grade_json(row: dict, reply: str) -> float:
     "The share of right fields; with a schema, no more than the share of valid ones. No JSON in the reply: 0."
-    schema, value, shares = _schema(row), json_of(reply), []
+    schema, value, shares = schema_of(row), json_of(reply), []
     if schema is not None: shares.append(valid_share(value, schema))
     if schema is None or reference(row) is not None:
         wanted = [json_of(one) if isinstance(one, str) else one for one in _alternatives(row)]
@@ -147,7 +140,9 @@ def mark_of(
 
 def _judge_url() -> str:
     url = os.environ.get("LLMCOURSE_JUDGE_URL")
-    if not url: raise UserError("a judge needs the address of a server: --judge, or LLMCOURSE_JUDGE_URL=http://…/v1")
+    if not url:
+        raise UserError("a judge needs the address of a server: LLMCOURSE_JUDGE_URL=http://…/v1, "
+                        "or llmcourse eval --judge URL")
     return url
 
 @functools.cache
@@ -185,6 +180,12 @@ def judged_by_server(
             if value is None: os.environ.pop(name, None)
             else: os.environ[name] = value
 
+# %% ../nbs/workshop/graders.ipynb #bbe4dd29
+def reach_judge() -> None:
+    "Ask the judge at `$LLMCOURSE_JUDGE_URL` once. Raises `UserError` if nothing answers there, or it refuses."
+    judge = _judge(_judge_url(), os.environ.get("LLMCOURSE_JUDGE_MODEL", ""))
+    judge([{"role": "user", "content": "Are you there? Reply with one line: Score: 10"}])
+
 # %% ../nbs/workshop/graders.ipynb #4ad2cc4f
 def _lettered_question(row: dict) -> bool:
     "Are the choices in the text of the question, and one letter the answer?"
@@ -203,7 +204,7 @@ def guess(
     last = (row.get("messages") or [{}])[-1]
     if row.get("task") in TASKS and len(ones) == 1 and ones[0].isdigit(): return "tutor", "it is a task of the tutor"
     if last.get("tool_calls"): return "tool", "the answer is a call of a tool"
-    if _schema(row): return "json", "there is a schema"
+    if schema_of(row): return "json", "there is a schema"
     for column, name in (("regex", "regex"), ("contains", "contains"), ("rubric", "judge")):
         texts = (str, list) if column != "regex" else object   # what is no pattern is refused, not passed over
         if row.get(column) and isinstance(row[column], texts): return name, f"there is a column {column!r}"
@@ -258,6 +259,13 @@ def _try(name: str, row: dict) -> None:
     else:
         grade_judge(row, "", lambda messages: "")    # nobody is asked yet
         _judge_url()
+
+def by_judge(
+    rows: list[dict],
+    name: str | None,   # of `GRADERS`; None: the one that fits
+) -> bool:
+    "Is a judge needed to grade these rows?"
+    return name == "judge" or name in (None, "mixed") and any(guess(row)[0] == "judge" for row in rows)
 
 def grader_for(
     rows: list[tuple[str, dict]],   # (place, row)

@@ -6,10 +6,10 @@
 from __future__ import annotations
 from dataclasses import dataclass, replace
 from .core import UserError
-from .rows import Row, check_leaks, leave_out, read, say_what_is_left
+from .rows import Row, check_leaks, leave_out, read, say_what_fits
 
 # %% auto #0
-__all__ = ['FEW', 'Intake', 'take_rows', 'held_back', 'encode_rows', 'for_few']
+__all__ = ['FEW', 'Intake', 'take_rows', 'held_back', 'looked_up', 'encode_rows', 'for_few']
 
 # %% ../nbs/workshop/intake.ipynb #47535822
 @dataclass
@@ -30,7 +30,7 @@ def take_rows(
 ) -> list[Row]:
     "The rows of one side that a method can use. Raises `UserError` for bad rows."
     def accept(row): method.take([row], dict(ours))   # a copy: one row does not settle what is open
-    return read(source, side, method.name.upper(), accept, skip_bad, system)
+    return read(source, side, method.name.upper(), accept, skip_bad, system, f"--purpose {method.name}")
 
 # %% ../nbs/workshop/intake.ipynb #fed94bd1
 def held_back(
@@ -47,6 +47,12 @@ def held_back(
     return Intake([row.place for row in held], method.take(held, ours))
 
 # %% ../nbs/workshop/intake.ipynb #3976a420
+def looked_up(method, work) -> str:
+    "The options with which `llmcourse data check` finds what this training refuses."
+    room = work.hyper.get("max_length") or work.hyper.get("max_completion_length")
+    scale = "" if work.dial["scale"] == "cpu" else f" --scale {work.dial['scale']}"
+    return f"--purpose {method.name} --model {work.run.model}{scale}" + (f" --max-length {room}" if room else "")
+
 def encode_rows(
     method,           # a `training.Method`
     work,             # a `training.Work`, with model and tokenizer
@@ -60,9 +66,10 @@ def encode_rows(
         except UserError as e:
             data.append(None)
             bad.append((place, str(e).removeprefix(f"{place}:").strip()))
-    places = part.places
-    part.data, part.rows, part.places = (leave_out(x, places, bad, n, skip_bad) for x in (data, part.rows, places))
-    say_what_is_left(method.name.upper(), n, len(part.rows), {}, bad)
+    places, look = part.places, looked_up(method, work) if bad else ""
+    kept = [leave_out(each, places, bad, n, skip_bad, look) for each in (data, part.rows, places)]
+    part.data, part.rows, part.places = kept
+    say_what_fits(method.name.upper(), n, len(part.rows), bad)
 
 # %% ../nbs/workshop/intake.ipynb #d11ecbb4
 FEW = ("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps")

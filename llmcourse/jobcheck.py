@@ -25,7 +25,7 @@ def check_precision(
     asks = "bf16=True" if hyper.get("bf16") else "dtype = bfloat16" if dial["dtype"] == "bfloat16" else ""
     if old and asks:
         raise UserError(f"scale {dial['scale']}: {asks}, and this card has no bfloat16. Set dtype = float16 in "
-                        "settings.ini, and bf16=False, fp16=True")
+                        "settings.ini; in Python bf16=False and fp16=True, too")
     if hyper.get("bf16") and hyper.get("fp16"): raise UserError("bf16=True and fp16=True: choose one of them")
     used = next((kind for kind in ("bf16", "fp16") if hyper.get(kind)), "float32")
     return f"weights in {dial['dtype']}, steps in {used}"

@@ -9,7 +9,7 @@ from .core import Message, UserError
 from .models import DATE, stop_ids
 
 # %% auto #0
-__all__ = ['draw', 'check_calls', 'drawable', 'left_out', 'spans', 'end_ids']
+__all__ = ['TODAY', 'draw', 'prints_today', 'check_calls', 'drawable', 'left_out', 'spans', 'end_ids']
 
 # %% ../nbs/workshop/labels.ipynb #1785bb27
 def draw(
@@ -22,6 +22,15 @@ def draw(
         raise UserError(f"{tokenizer.name_or_path}: the tokenizer has no chat template. "
                         "Use an instruct model, or set tokenizer.chat_template")
     return tokenizer.apply_chat_template(open_calls(messages), date_string=DATE, **options)
+
+# %% ../nbs/workshop/labels.ipynb #5f5a2f32
+def prints_today(tokenizer) -> bool:
+    "Does the chat template print today's date, and take no other?"
+    template = str(tokenizer.chat_template or "")
+    return "strftime_now" in template and "date_string" not in template
+
+TODAY = ("the model's chat template prints today's date (strftime_now): prompts change from day to day, and so does "
+         "what is trained. To fix the day, write one into the template in the place of strftime_now(…)")
 
 # %% ../nbs/workshop/labels.ipynb #b28c8bf1
 def check_calls(

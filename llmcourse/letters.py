@@ -48,14 +48,25 @@ def _called_right(text: str, letters: str) -> list[str]:
     return [letter for start, letter in found if not _DENIED.search(text[max(0, start - 40):start])]
 
 # %% ../nbs/workshop/letters.ipynb #7cf2e3a9
+_ASIDE = re.compile(r"(?:correct|right|true|false|yes|no|final|definitely|clearly|obviously|because|since|this|that|it|"
+                    r"the|my|i|as|answer|all|none|both)\b", re.I)
+
+def _foreign(line: str, known: dict[str, str]) -> bool:
+    "Does a letter stand beside a name, or a number, that none of the choices has anything of? `A: London`"
+    found = re.fullmatch(r"\W*[A-Z][).:*\]]{1,4}\s+(?P<text>[A-Z][A-Za-z]*(?:\s[A-Za-z]+){0,2}|-?[\d.,]*\d)[.*]*", line)
+    if not found or _ASIDE.match(found["text"]): return False
+    if found["text"][-1].isdigit(): return all(re.fullmatch(r"-?[\d.,]*\d", one) for one in known)
+    words = [word[:4] for word in normal(found["text"]).split()]
+    return not any(word in one for word in words for one in known)
+
 def _beside(line: str, known: dict[str, str]) -> str | None:
-    "The letter beside its own choice's text; empty if the text is another's, None if a line has not both."
+    "The letter beside its own choice's text; empty if the text is none of that choice, None if a line has not both."
     if len(line) > 300 or not known: return None
     for pattern in (r"\W*(?P<letter>[A-Z])\W{1,4}(?P<text>\S.*)",
                     r"(?P<text>.*\S)\s*[(\[,:–-]\s*(?P<letter>[A-Z])[\W_]*"):
         if not (found := re.fullmatch(pattern, line)): continue
         if meant := known.get(normal(found["text"].strip(")]}* ."))): return meant * (meant == found["letter"])
-    return None
+    return "" if _foreign(line, known) else None
 
 _DENIES = re.compile(r"\b(?:not?|never|cannot|neither|nor|none|wrong|incorrect|false|except|unless|if|whether|or|but|"
                      r"could|might|may|than|instead|unlike|rather|without|maybe|"

@@ -60,7 +60,7 @@ def check_size(
     full = max(map(min, sides), default=math.inf)
     if r and r > full:
         raise UserError(f"r={r}: no matrix of the model has a rank above {full}. "
-                        f"Give an r up to {full}, often 8 to 64, or train all weights")
+                        f"Give --r {full} or less, often 8 to 64, or train all weights")
     own = sum(p.numel() for p in net.parameters() if p.requires_grad)
     learns = sum(r * (a + b) for a, b in sides) if config else own
     need, free = TRAINED * learns, free_memory(net.device)

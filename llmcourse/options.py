@@ -66,5 +66,5 @@ def parse(
     for name, value in vars(found).items():
         if name == "n" and value is not None and value < 1: raise UserError(f"--n {value}: give at least 1")
         if isinstance(value, (int, float)) and not 0 <= value < MOST:
-            raise UserError(f"{option(name)} {value}: has to be a number from 0 up")
+            raise UserError(f"{option(name)} {value}: has to be a number from 0 up, below {MOST:,}")
     return vars(found)

@@ -15,9 +15,10 @@ from .methods import steps_of
 from .models import kv_cache_bytes, load_tokenizer, parameter_parts, weight_bytes
 from .plan import BASE, MFU, precision_of, state_bytes, training_hours
 from .prices import Price
-from .rows import Row, conversations, prompt, read
+from .rows import Row, conversations, prompt, read, say_what_fits
 from .saves import HOW
 from .shapes import known_shape, widths
+from .tally import refusal
 
 # %% auto #0
 __all__ = ['JOBS', 'FULL', 'SAMPLES', 'SERVED', 'CONTEXT', 'HOLES', 'CHARACTERS', 'Job', 'check_job', 'memory_of', 'needed',
@@ -143,10 +144,17 @@ def lengths_of(
     model: str,          # whose tokenizer counts
     task: str = "sft",   # one of `JOBS`
 ) -> tuple[list[int], bool]:   # tokens of each row; are they counted, or estimated from letters?
-    "How long rows are. Raises `UserError` for rows that the task or the model's template does not take."
-    rows = read(data, "train", task.upper(), _accept(task))
+    "How long rows are; those that the task does not take are left out, and said. `UserError` if none is left."
+    look = "--purpose preferences" if task == "dpo" else f"--purpose {task}" if task in ("sft", "grpo") else ""
+    rows = read(data, "train", task.upper(), _accept(task), skip_bad=True, look=look)
     tokenizer = None if known_shape(model) else load_tokenizer(model)
-    return [_tokens(row, task, tokenizer) for row in rows], tokenizer is not None
+    lengths, bad = [], []
+    for row in rows:
+        try: lengths.append(_tokens(row, task, tokenizer))
+        except UserError as e: bad.append((row.place, str(e).removeprefix(f"{row.place}:").strip()))
+    if not lengths: raise refusal(bad, len(rows), f"{look} --model {model}")
+    say_what_fits(task.upper(), len(rows), len(lengths), bad, "the model's template")
+    return lengths, tokenizer is not None
 
 # %% ../nbs/workshop/planner.ipynb #d6ef0433
 def padded_tokens(

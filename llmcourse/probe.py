@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools, math, statistics
 from collections.abc import Callable
 from .core import UserError
+from .labels import TODAY, prints_today
 from .models import generate
 from .questions import check_prompt
 from .progress import tell
@@ -97,7 +98,8 @@ def _total_rewards(reward_funcs: list[Callable], rows: list[dict], replies: list
 # %% ../nbs/workshop/probe.ipynb #290053ca
 def _silent_error(groups: int, size: int, mean: float) -> UserError:
     way = ("harder problems or a stricter reward" if mean > 0 else
-           "easier problems, a better start (SFT), more num_generations, or a reward with steps in between")
+           "easier problems, a better start (SFT), more replies a prompt (num_generations, in Python), "
+           "or a reward with steps in between")
     return UserError(f"all {groups} groups of {size} replies are silent: each reply to a prompt got the same reward "
                      f"({mean:.2f} on average), so nothing can be learned. Give {way}")
 
@@ -126,13 +128,15 @@ def probe(
 # %% ../nbs/workshop/probe.ipynb #697b1716
 def prompt_as_taken(work: Work, row: dict, place: str) -> dict:
     "A row as TRL takes it: as it is, if its prompt fits. Raises `UserError`."
-    check_prompt(work.net, work.tokenizer, row, place, work.hyper["max_completion_length"])
+    room, way = work.hyper["max_completion_length"], ", or give a smaller --max-length"
+    check_prompt(work.net, work.tokenizer, row, place, room, way)
     return row
 
 # %% ../nbs/workshop/probe.ipynb #7e1eebc6
 def look_at_prompts(work: Work) -> dict:    # {"rows": …, "probe": …}
     "Look before the first step: enough rows, prompts that fit, and groups that are not all silent."
     args, hyper = work.args, work.hyper
+    if prints_today(work.tokenizer): tell(TODAY)
     prompts = args.generation_batch_size // args.num_generations
     if len(work.rows) < prompts:
         fits = len(work.rows) * args.num_generations

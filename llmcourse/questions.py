@@ -47,7 +47,8 @@ def _with_answer(row: Row, needed: set[str]) -> dict:
     refuse_faults(row.place, chat_faults(data["prompt"], answered=False))
     calls = any(m.get("tool_calls") or m["role"] == "tool" for m in data["prompt"])
     if calls or row.data.get("tools"):
-        raise UserError(f"{row.place}: has tools, and TRL would ask the model without them. Give rows without tools")
+        raise UserError(f"{row.place}: has tools, and TRL would ask the model without them. "
+                        "Leave the tools out, or train the calls: llmcourse sft")
     answer = _right_answer(row)
     if answer is not None: data["answer"] = answer
     if "graded_against" in needed:    # the whole row, for a reward that is a grader
@@ -80,14 +81,15 @@ def check_prompt(
     row: dict,                    # {"prompt": messages, …}
     place: str,                   # where it came from, for the error
     max_completion_length: int,   # tokens kept free for the reply
+    way: str = "",                # another way out than a shorter prompt
 ) -> int:                         # tokens
     "Raise `UserError` for a prompt that the model cannot read, or that leaves no room for a reply."
     try: ids = encode(tokenizer, row["prompt"])
     except UserError as e: raise UserError(f"{place}: {e}") from None
     room = model.config.max_position_embeddings - max_completion_length
     if len(ids) > room:
-        raise UserError(f"{place}: a prompt of {len(ids)} tokens, and the model has room for {room} "
-                        f"beside a reply of {max_completion_length}. Shorten it, or lower max_completion_length")
+        raise UserError(f"{place}: a prompt of {len(ids)} tokens, and the model has room for {max(room, 0)} "
+                        f"beside a reply of {max_completion_length}. Shorten it{way}")
     have = model.get_input_embeddings().num_embeddings
     if ids and max(ids) >= have:
         raise UserError(f"{place}: token {max(ids)} of its prompt, and the model has {have} embeddings. "

@@ -19,8 +19,10 @@ def _how_many(n: int, what: str) -> str: return f"{n:,} {what}{'s' * (n != 1)}"
 def _listed(counter: Counter) -> str: return ", ".join(f"{k} {v:,}" for k, v in counter.most_common())
 
 ADVICE = [   # the beginning of a fault → what to do, where the fault does not say it itself
+    ("no chat template prints", "what the model should know of it belongs in the system prompt"),
     ("the model's chat template leaves out", "write it where the template prints it, or take another model"),
     (r"turn .* is empty", "write its text"),
+    (r"tools\[.*second time", "keep one of them, or give the other another name"),
     (r"turn .* calls .* do not fit|tools\[", "correct the arguments, or the tool's schema"),
     (r"turn .* calls .* not among", "correct the name, or add the tool to the row's tools"),
     (r"turn .* calls .* that (are|were)", "write the arguments as one JSON object"),
@@ -96,7 +98,8 @@ class Report:
         self.rows = self.refused = 0
         self.count, self.kinds, self.forms, self.sides = (Counter() for _ in range(4))
         self.fit = Counter()   # rows that can be used, by side
-        self.findings, self.first, self.run = {}, {}, {}
+        self.findings, self.texts, self.first, self.run = {}, {}, {}, {}
+        self.notes = []   # about the model, not the rows: one line each
         self.split = []   # rows whose calls the template takes one after the other only
 
     def say(self, level: str, code: int, what: str) -> None:
@@ -105,7 +108,10 @@ class Report:
         kind = kind if kind in self.kinds or len(self.kinds) < 500 else (level, "other")
         self.count[level] += 1
         self.kinds[kind] += 1
-        if self.kinds[kind] <= max(self.limit, 1): self.findings.setdefault(kind, []).append((code, what))
+        most = max(self.limit, 1)
+        if self.kinds[kind] <= most: self.findings.setdefault(kind, []).append((code, what))
+        texts = self.texts.setdefault(kind, {})   # those that differ in more than numbers
+        if len(texts) < most: texts.setdefault(re.sub(r"\{\d+\}|\([^)]*\)|\S*…\S*|\d[\d.,%]*", "", what), (code, what))
 
     def where(self, code: int) -> str:
         "The place that a number stands for: a line of the file, or of the one that it is compared with."
@@ -133,22 +139,24 @@ def _kinds(report: Report) -> list[dict]:
     "Each kind of finding: errors before warnings, leaks first, then the most frequent."
     worst = lambda item: (item[0][0] != "error", "leak" not in item[0][1], -item[1])
     ranked = sorted(report.kinds.items(), key=worst)
+    differ = lambda kind: [f"{report.where(code)}: {_said(report, what)}" for code, what in report.texts[kind].values()]
     return [{"level": level, "count": n, "first": _said(report, report.findings[level, kind][0][1]),
              "places": [report.where(code) for code, _ in report.findings[level, kind]],
-             "examples": [_said(report, what) for _, what in report.findings[level, kind]],
+             "examples": differ((level, kind)),
              "advice": _advice(report.findings[level, kind][0][1])} for (level, kind), n in ranked]
 
 # %% ../nbs/workshop/report.ipynb #16a3325d
 def _line(kind: dict) -> str:
-    "One kind of finding as one line: the first one word for word, where the others are, and what to do."
+    "One kind of finding: the first one word for word, where the others are, what to do; below it how others differ."
     mark = "✗" if kind["level"] == "error" else "!"
     others = [place.removeprefix("line ") for place in kind["places"][1:]]
     rest = "…" if kind["count"] > len(kind["places"]) else ""
     also = ", ".join([*others, rest] if rest else others)
-    alike = "such rows" if len(set(kind["examples"])) < 2 else "rows of this kind"
+    alike = "such rows" if len(kind["examples"]) < 2 else "rows of this kind"
     more = f" · {kind['count']:,} {alike}" + (f", also {also}" if others else "")
     advice = f" → {kind['advice']}" if kind["advice"] else ""
-    return f"{mark} {kind['places'][0]}: {kind['first']}{more * (kind['count'] > 1)}{advice}"
+    top = f"{mark} {kind['places'][0]}: {kind['first']}{more * (kind['count'] > 1)}{advice}"
+    return "\n  ".join([top, *kind["examples"][1:]])
 
 def _written(report: Report) -> str:
     "The whole report as text."
@@ -158,10 +166,12 @@ def _written(report: Report) -> str:
         fine = report.rows - report.refused
         top.append(f"for {report.purpose}{' (guessed; --purpose names another)' * report.guessed}: "
                    f"{_how_many(fine, 'row')} can be used, {report.refused:,} cannot"
-                   + ": correct them, or leave them out with --skip-bad" * bool(report.refused))
+                   + ": correct them" * bool(report.refused)
+                   + ", or leave them out with --skip-bad" * bool(report.refused and report.purpose != "preferences"))
     totals = [_how_many(report.count[level], level) for level in ("error", "warning")]
     split = [split_line(len(report.split), report.where(report.split[0]))] if report.split else []
-    return "\n".join([*top, *map(_line, _kinds(report)), *split, *_numbers(report.run), ", ".join(totals)])
+    found = [*map(_line, _kinds(report)), *split, *report.notes]
+    return "\n".join([*top, *found, *_numbers(report.run), ", ".join(totals)])
 
 def _as_dict(report: Report) -> dict:
     "The report for a program; the lengths are a histogram of their own, so only their sum is here."
@@ -170,7 +180,7 @@ def _as_dict(report: Report) -> dict:
     return {"source": report.source, "purpose": report.purpose, "rows": report.rows, "refused": report.refused,
             "usable": report.rows - report.refused, "forms": dict(report.forms), "splits": dict(report.sides),
             "errors": report.count["error"], "warnings": report.count["warning"], "code": report.code,
-            "split_calls": len(report.split), "findings": _kinds(report), "run": run}
+            "split_calls": len(report.split), "findings": _kinds(report), "notes": report.notes, "run": run}
 
 # %% ../nbs/workshop/report.ipynb #d037a11b
 def plot_lengths(

@@ -101,8 +101,8 @@ def _on_sigterm(do):
     finally: signal.signal(signal.SIGTERM, old)
 
 # %% ../nbs/workshop/resume.ipynb #08024df4
-OUT_OF_MEMORY = ("out of memory: halve per_device_train_batch_size and double gradient_accumulation_steps, "
-                 "shorten max_length, train a LoRA instead of all weights, or choose a smaller model")
+OUT_OF_MEMORY = ("out of memory: halve --batch-size and double --grad-accum, "
+                 "give a smaller --max-length, train a LoRA instead of all weights, or choose a smaller model")
 
 def _train(trainer, keeper, last: Path | None, checkpoints: Path) -> None:
     "Call the trainer. Out of memory becomes a `UserError`; an interruption says what is kept."

@@ -19,7 +19,8 @@ from .tally import counted, refusal
 
 # %% auto #0
 __all__ = ['SIDES', 'TAKE', 'Row', 'Fault', 'walk', 'prompt', 'reference', 'conversations', 'same_text', 'question',
-           'check_leaks', 'with_system', 'why_not', 'leave_out', 'say_what_is_left', 'read', 'opening', 'side']
+           'check_leaks', 'with_system', 'why_not', 'leave_out', 'say_what_is_left', 'say_what_fits', 'read', 'opening',
+           'side']
 
 # %% ../nbs/workshop/rows.ipynb #b17a2289
 @dataclass(frozen=True)
@@ -178,11 +179,12 @@ def leave_out(
     bad: list[tuple[str, str]],   # (place, what) of those that cannot be used
     read: int,                    # how many rows there were
     skip_bad: bool,               # leave them out; False: refuse
+    look: str = "",               # as for `tally.refusal`
 ) -> list:                        # the rows that can be used
     "Refuse bad rows, or leave them out. Raises `UserError`, also if nothing is left."
     gone = {place for place, _ in bad}
     kept = [row for row, place in zip(rows, places, strict=True) if place not in gone]
-    if bad and not (skip_bad and kept): raise refusal(bad, read)
+    if bad and not (skip_bad and kept): raise refusal(bad, read, look)
     return kept
 
 def say_what_is_left(who, read: int, kept: int, others: dict[str, int], bad: list[tuple[str, str]]) -> None:
@@ -192,6 +194,12 @@ def say_what_is_left(who, read: int, kept: int, others: dict[str, int], bad: lis
     if bad: left.append(f"{len(bad):,} rows cannot be used and are left out: {counted(bad)}")
     tell(f"{who}: {read:,} rows read, {kept:,} taken; " + "; ".join(left))
 
+def say_what_fits(who, taken: int, kept: int, bad: list[tuple[str, str]], model: str = "the model") -> None:
+    "One line about taken rows that a model cannot take; it goes on where `say_what_is_left` ended."
+    if not bad: return
+    tell(f"{who}: of these {taken:,} rows {kept:,} fit {model}; "
+         f"{taken - kept:,} do not and are left out, too: {counted(bad)}")
+
 # %% ../nbs/workshop/rows.ipynb #4afbae6f
 def read(
     source,               # as for `walk`
@@ -200,6 +208,7 @@ def read(
     accept: Callable | None = None,   # (row) raises `UserError` for one of that side which cannot be used
     skip_bad: bool = False,           # leave out rows that cannot be used, and say so
     system: str = "",                 # a system prompt for conversations that have none
+    look: str = "",                   # as for `tally.refusal`
     **options,            # for `files.lines`
 ) -> list[Row]:
     "Read the rows of one side; a row without a `split` is on every side. Raises `UserError` for bad rows or a leak."
@@ -211,7 +220,7 @@ def read(
     kept, others = _of_sides([with_system(row, system) for row in found if isinstance(row, Row)], take, place)
     if accept: bad |= {row.place: why for row in kept if (why := why_not(row, accept))}
     bad = [(row.place, bad[row.place]) for row in found if row.place in bad]   # in the file's order
-    kept = leave_out(kept, [row.place for row in kept], bad, len(found), skip_bad)
+    kept = leave_out(kept, [row.place for row in kept], bad, len(found), skip_bad, look)
     if take != "all":
         check_leaks(row for row in found if isinstance(row, Row))
         _say_if_mixed(kept, who or place)

@@ -7,6 +7,8 @@ from __future__ import annotations
 import contextlib, os, sys
 from pathlib import Path
 from .core import Scratch, UserError, begins, check_free, choose
+from .gguf_file import NO_TEMPLATE, has_template
+from .progress import tell
 
 # %% auto #0
 __all__ = ['PLAIN', 'gguf_name_of', 'export_folder', 'served']
@@ -74,6 +76,7 @@ def served(
     found = list(Path(model).glob("*.gguf"))
     if len(found) == 1: model = found[0]      # the folder that `export_folder` made
     if len(found) > 1: raise UserError(f"{model}: holds {len(found)} GGUF files. Name one, such as {min(found)}")
+    if Path(model).is_file() and not has_template(model): tell(NO_TEMPLATE.format(model))
     with Scratch() as folder:
         if engine == "llama.cpp" and not Path(model).is_file() and not str(model).endswith(".gguf"):
             name, dtype = gguf_name_of(model, quant)

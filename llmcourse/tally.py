@@ -4,7 +4,7 @@
 
 # %% ../nbs/workshop/tally.ipynb #e53be82c
 from __future__ import annotations
-import re
+import re, shlex
 from .core import UserError
 
 # %% auto #0
@@ -37,10 +37,13 @@ def counted(
 def refusal(
     found: list[tuple[str, str]],   # (place, what) of every row that cannot be used, at least one
     rows: int,                      # how many were read
+    look: str = "",                 # options with which `llmcourse data check` finds the same: "--purpose sft"
 ) -> UserError:                     # one line
     "The error for rows that cannot be used."
     place, what = found[0]
-    more = "llmcourse data check lists all of them"
+    file, line, _ = place.rpartition(":")   # rows in memory have none
+    more = f"llmcourse data check {shlex.quote(file)} {look} --limit {len(found)}" if line else "check_data(rows)"
+    more = " ".join(more.split()) + " lists all of them"
     if rows == 1: return UserError(f"{place}: {what}" + ("" if ". " in what else ". Correct the row"))
     way = "Correct them" if len(found) == rows else "Correct them, or leave them out with --skip-bad"
     return UserError(f"{place}: {what.rstrip('.')}. {len(found):,} of {rows:,} rows cannot be used"

@@ -17,6 +17,7 @@ from .progress import quiet, tell
 from .rehearsal import rehearse
 from .resume import fit
 from .runs import base_name, check_output, finish, open_run, room_for_run, rows_hash, run_folder
+from .spelling import both_names, in_options
 
 # %% auto #0
 __all__ = ['POSITIVE', 'HELD', 'RANK', 'Method', 'Work', 'upstream', 'check_fields', 'positive', 'hyperparameters', 'to_card',
@@ -100,10 +101,11 @@ def positive(
         value = hyper.get(name)
         if isinstance(value, str):
             raise UserError(f"{name}={value!r}: a text, not a number. YAML reads 4e-3 as text: write 0.004")
-        if value is not None and not 0 < value < math.inf: raise UserError(f"{name}={value}: has to be more than 0")
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"{both_names(name, value)}: has to be more than 0")
     steps = hyper.get("max_steps", -1)
     if steps == 0 or steps < -1:
-        raise UserError(f"max_steps={steps}: has to be more than 0, or -1 for as many as the epochs take")
+        raise UserError(f"{both_names('max_steps', steps)}: has to be more than 0, or left to --epochs")
     return hyper
 
 # %% ../nbs/workshop/training.ipynb #f0723a55
@@ -201,7 +203,7 @@ def trl_args(method: Method, work: Work):
         usual |= dict(eval_strategy="steps", eval_steps=0.2,
                       per_device_eval_batch_size=work.hyper.get("num_generations") or 8)
     try: return config(**usual | work.hyper | method.fixed)
-    except (TypeError, ValueError) as e: raise UserError(f"{config.__name__}: {e}") from e
+    except (TypeError, ValueError) as e: raise UserError(f"{config.__name__}: {in_options(str(e))}") from e
 
 def _prepare(method: Method, work: Work, theirs: dict, skip_bad: bool) -> Work:
     "Load the model, settle the hyperparameters, encode the rows, and look at them."

@@ -511,7 +511,7 @@ def test_it_names_what_to_change_when_memory_is_short(small, tmp_path, monkeypat
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr(t.model, "forward", full)
-    with pytest.raises(UserError, match="out of memory: halve per_device_train_batch_size.* 8 rows of up to"):
+    with pytest.raises(UserError, match="out of memory: halve --batch-size.* 8 rows of up to"):
         rehearse(t)
 
 

@@ -577,7 +577,7 @@ def test_unsloth_needs_a_gpu_and_says_so(tmp_path):
     [("learning_rate", -1), ("num_train_epochs", 0), ("num_train_epochs", -1), ("save_steps", -3), ("max_length", 0)],
 )
 def test_a_number_that_has_to_be_positive(name, value, tmp_path):
-    with pytest.raises(UserError, match=f"{name}={value}: has to be more than 0"):
+    with pytest.raises(UserError, match=rf"{name}={value} \(.*\): has to be more than 0"):
         sft(ROWS, tmp_path / "run", **{name: value})
     assert not list(tmp_path.iterdir())
 
