@@ -70,7 +70,7 @@ def _stop(ax, name: str, here: bool):
 # %% ../nbs/workshop/figures.ipynb #d5c8a5aa
 def _legend(ax, part: str | None):
     "What the colours mean, and the names of the course's parts."
-    for name, x, y in (("use", 6, 14), ("train", 219, 14), ("ship", 178, 108), ("scale", 152, 80)):
+    for name, x, y in (("use", 6, 14), ("train", 219, 14), ("ship", 362, 77), ("scale", 152, 80)):
         write(ax, x, y, name, 9, DEEP[name], weight="bold")
     box(ax, 6, 90, 14, 10, DEEP[part] if part else TINT["use"])
     write(ax, 26, 95, "you are here" if part else "written", 8)

@@ -10,11 +10,12 @@ from .core import UserError, choose, write_aside
 from .prompts import FORMS, Prompt
 
 # %% auto #0
-__all__ = ['FIELD_KINDS', 'read_prompt', 'read_prompts', 'write_score']
+__all__ = ['FIELD_KINDS', 'WORDS_FOR', 'read_prompt', 'read_prompts', 'write_score']
 
 # %% ../nbs/workshop/promptfiles.ipynb #e29b0072
 FIELD_KINDS = {"name": str, "template": str, "version": int, "system": str, "examples": list, "form": str, "about": str,
          "score": dict}
+WORDS_FOR = {str: "a text", int: "a whole number", list: "a list", dict: "a mapping"}
 
 def _mapping(path: Path) -> dict:
     "The fields of a file. Raises `UserError` if it is not YAML, or no mapping."
@@ -49,7 +50,7 @@ def read_prompt(
         if not data.get(name): raise UserError(f"{path}: no {name}. Every prompt has one")
     for name, value in data.items():
         if not isinstance(value, FIELD_KINDS[name]) or isinstance(value, bool):
-            raise UserError(f"{path}: {name} is a {type(value).__name__}. Write a {FIELD_KINDS[name].__name__}")
+            raise UserError(f"{path}: {name} is {value!r}. Give {WORDS_FOR[FIELD_KINDS[name]]}")
     if data.get("version", 1) < 1: raise UserError(f"{path}: version {data['version']}. Count from 1")
     choose(data.get("form", "chat"), FORMS, f"form in {path}:")
     prompt = Prompt(**data | {"examples": tuple(data.get("examples", ()))})

@@ -82,7 +82,7 @@ def asked(
         values = {**row, "question": turns[-1]["content"]}
         try: chat = prompt.messages(**{k: v for k, v in values.items() if k in names})
         except UserError as e: raise UserError(f"{place}: {e}") from None
-        reply = [turn for turn in (row.get("messages") or [])[-1:] if turn["role"] == "assistant"]   # what it should say
+        reply = [turn for turn in (row.get("messages") or [])[-1:] if turn["role"] == "assistant"]   # the reference
         return row | {"messages": chat[:-1] + turns[:-1] + chat[-1:] + reply}
     return [one(row, place_of(row, i)) for i, row in enumerate(rows, 1)]
 

@@ -1,9 +1,12 @@
-"""Prompts: templates that refuse, files that are read before anything is asked, votes, and the gate with its exit codes."""
+"""Prompts: templates that refuse, files that are read before anything is asked, votes, the gate and its exit codes."""
 
 import itertools
 import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import notebooks
 import pytest
 import yaml
 
@@ -147,7 +150,7 @@ GOOD = "name: a\ntemplate: '{{ question }}'\n"
         ("- a", "not a prompt"),
         ("name: a: b", "p.yaml:1: not YAML"),
         (GOOD + "sytem: x", "did you mean 'system'"),
-        (GOOD + "version: two", "version is a str"),
+        (GOOD + "version: two", "version is 'two'. Give a whole number"),
         (GOOD + "version: 0", "Count from 1"),
         (GOOD + "form: chatt", "did you mean 'chat'"),
         (GOOD + "examples: [hello]", "example 1: no reply"),
@@ -243,7 +246,8 @@ def test_tried_asks_a_text_as_a_text():
         heard.append(prompt)
         return "so 0"
 
-    tried(Prompt("{{ question }}\nA:", form="text", examples=({"question": "x", "reply": "y"},)), continues, numbered(1))
+    shown = ({"question": "x", "reply": "y"},)
+    tried(Prompt("{{ question }}\nA:", form="text", examples=shown), continues, numbered(1))
     assert heard == ["x\nA: y\nq 0\nA:"]
 
 
@@ -272,10 +276,10 @@ def rows_file(tmp_path):
 def test_the_shipped_prompts_on_the_tutor(rows_file, capsys):
     "Two examples are measurably worse for tutor/sft: exit code 1. Alone, version 1 passes."
     words = ["--data", rows_file, "--price-in", "1", "--price-out", "4"]
-    assert main(["prompts", "test", str(SHIPPED), *words]) == 1
+    assert main(["prompts", "test", str(SHIPPED / "tutor"), *words]) == 1
     out, _ = lines_of(capsys)
     assert "tutor 2: measurably worse than tutor 1" in out and "USD for 1,000" in out and "tokens in" in out
-    assert main(["prompts", "test", str(SHIPPED / "tutor-1.yaml"), *words, "--json"]) == 0
+    assert main(["prompts", "test", str(SHIPPED / "tutor/1.yaml"), *words, "--json"]) == 0
     (row,) = json.loads(lines_of(capsys)[0])
     assert row["n"] == 40 and row["low"] > 0.5 and row["record"]["tokens_in"] > 40 * 30
 
@@ -289,7 +293,7 @@ def test_the_shipped_text_on_the_base_tutor(rows_file, capsys):
 
 def test_an_edit_in_place_is_caught_by_the_recorded_score(rows_file, tmp_path, capsys):
     file = tmp_path / "mine.yaml"
-    file.write_text((SHIPPED / "tutor-1.yaml").read_text())
+    file.write_text((SHIPPED / "tutor/1.yaml").read_text())
     words = ["prompts", "test", str(file), "--data", rows_file, "--record"]
     assert main(words) == 0
     score = read_prompt(file).score
@@ -341,7 +345,7 @@ def test_a_server_by_one_argument(rows_file, tmp_path, capsys):
 
     gguf = to_gguf("tutor/sft", tmp_path / "tutor.gguf", dtype="f16")
     with serve(gguf, n_parallel=8) as server:
-        words = ["prompts", "test", str(SHIPPED / "tutor-1.yaml"), "--data", rows_file, "--json"]
+        words = ["prompts", "test", str(SHIPPED / "tutor/1.yaml"), "--data", rows_file, "--json"]
         assert main([*words, "--url", server.url]) == 0
         (there,) = json.loads(lines_of(capsys)[0])
         assert main(words) == 0
@@ -361,3 +365,49 @@ def test_an_interrupt_leaves_the_files_as_they_were(rows_file, tmp_path, monkeyp
     monkeypatch.setattr(promptgate, "tried", interrupted)
     assert main(["prompts", "test", str(file), "--data", rows_file, "--record"]) == 130
     assert file.read_text() == GOOD and sorted(p.name for p in tmp_path.iterdir()) == ["mine.yaml", "rows.jsonl"]
+
+
+class StandIn(BaseHTTPRequestHandler):
+    "An OpenAI-compatible server that gives everybody the same answer, and counts as it likes."
+
+    protocol_version = "HTTP/1.1"
+    asked = 0
+
+    def answer(self, body):
+        text = json.dumps(body).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def do_GET(self):
+        self.answer({"object": "list", "data": [{"id": "stand-in", "object": "model"}]})
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        assert self.path == "/v1/chat/completions", self.path  # most servers today have no other
+        StandIn.asked += 1
+        message = {"role": "assistant", "content": "Answer: 85"}
+        usage = {"prompt_tokens": 11, "completion_tokens": 3, "total_tokens": 14}
+        self.answer({"id": "1", "object": "chat.completion", "created": 1, "model": "stand-in", "usage": usage,
+                     "choices": [{"index": 0, "message": message, "finish_reason": "stop"}]})  # fmt: skip
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.mark.slow
+def test_the_chapter_asks_any_url(tmp_path):
+    "One argument, the same cells: every question goes to the server, and its own count of tokens is on the board."
+    server = ThreadingHTTPServer(("127.0.0.1", 0), StandIn)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    (tmp_path / "nbs").mkdir()
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    try:
+        url = f"http://127.0.0.1:{server.server_port}/v1"
+        nb = notebooks.run(ROOT / "nbs/03_prompts.ipynb", tmp_path / "out.ipynb", cwd=tmp_path / "nbs", url=url)
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert StandIn.asked > 1500 and "✓ 03.3 done" in notebooks.text_outputs(nb)

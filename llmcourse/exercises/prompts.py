@@ -53,7 +53,7 @@ def _test_honest(honest):
         best = _chosen(right, 10)
         wanted = sum(right[best][10:]) / 50
         got = honest([list(row) for row in right], 10)
-        assert isinstance(got, tuple) and len(got) == 2, f"{got!r} is not (number of the prompt, share of the other rows)"
+        assert isinstance(got, tuple) and len(got) == 2, f"{got!r} is no pair of a prompt's number and a share"
         assert got[0] == best, f"prompt {best} solves most of the first 10 rows (the first of equals), not {got[0]}"
         assert abs(got[1] - wanted) < 1e-9, f"it solves {wanted:.2f} of the other rows, you say {got[1]:.2f}"
 
