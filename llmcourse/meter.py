@@ -16,13 +16,13 @@ class Meter:
     def __init__(self, generate):
         self.generate = generate
         self.options = getattr(generate, "options", {})
-        self.tokenizer = getattr(generate, "tokenizer", None)
+        self.tokenizer = None if hasattr(generate, "used") else getattr(generate, "tokenizer", None)
         self.used = getattr(generate, "used", [])    # (tokens in, tokens out) of each reply
         self.before = len(self.used)
         if hasattr(generate, "batch"): self.batch = self._batch
 
     def _count(self, prompts: list, replies: list[str]) -> None:
-        if self.tokenizer is None: return    # a server counts for itself
+        if self.tokenizer is None: return    # a server counts for itself, and so does a meter inside this one
         said = self.tokenizer([reply.removesuffix("…") for reply in replies], add_special_tokens=False)["input_ids"]
         self.used += [(len(encode(self.tokenizer, prompt)), len(ids) + 1)     # 1: the end token
                       for prompt, ids in zip(prompts, said)]

@@ -134,6 +134,9 @@ def test_a_meter_counts_what_the_model_reads_and_writes():
     assert written == len(tutor.tokenizer(reply, add_special_tokens=False)["input_ids"]) + 1
     meter.batch([chat, chat])
     assert meter.total() == (3 * read, 3 * written)
+    outer = Meter(Voting(Meter(tutor), 2, number))
+    outer.batch([chat])
+    assert outer.total() == (2 * read, 2 * written) and Meter(meter)(chat) and meter.total() == (4 * read, 4 * written)
     assert usd((2_000_000, 1_000_000), 1, 4) == 6 and Meter(lambda m: "x").total() is None
 
 
