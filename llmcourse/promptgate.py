@@ -4,6 +4,7 @@
 
 # %% ../nbs/workshop/promptgate.ipynb #56d9dd3d
 from __future__ import annotations
+import sys
 from json import dumps
 from .asking import Completion, conversation, place_of
 from .core import Generate, UserError, choose
@@ -160,7 +161,7 @@ def prompts(
     """
     choose(action, ["test"], "action")
     prices = prices_of(price_in, price_out)
-    files, table = tested_files(file, data, url, model, n, seed, scale, grade, not json)
+    files, table = tested_files(file, data, url, model, n, seed, scale, grade, sys.stderr.isatty() and not json)
     worse = [row.get("verdict") == "worse" for row in table]
     for (path, _), row, bad in zip(files, table, worse):
         if record and not bad: write_score(path, row["record"])
