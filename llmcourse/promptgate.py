@@ -103,8 +103,9 @@ def sentence(
     if "p" not in row: return f"{row['prompt']}: nothing to compare with yet. --record writes its score into its file"
     low, high, gain = (round(100 * row[k]) for k in ("gain_low", "gain_high", "gain"))
     said = f"measurably {row['verdict']} than" if row["verdict"] in ("better", "worse") else "no difference seen from"
-    return (f"{row['prompt']}: {said} {row['against']}: {gain:+d} points, 95 % interval {low} to {high}, "
-            f"p = {row['p']:.2g}, n = {row['n']}")
+    p = f"p = {row['p']:.2g}" if row["p"] >= 1e-4 else "p < 0.0001"
+    found = f"{gain:+d} points, 95 % interval {low} to {high}, {p}, n = {row['n']}"
+    return f"{row['prompt']}: {said} {row['against']}: {found}"
 
 def prices_of(price_in: float | None, price_out: float | None) -> tuple | None:
     "Both prices, or none. Raises `UserError` for one without the other."

@@ -80,7 +80,9 @@ def asked(
         if not turns or turns[-1]["role"] != "user": raise UserError(f"{place}: no user's turn before the reply")
         if turns[1:] and prompt.form == "text": raise UserError(f"{place}: a text has no place for earlier turns")
         values = {**row, "question": turns[-1]["content"]}
-        try: chat = prompt.messages(**{k: v for k, v in values.items() if k in names})
+        try:
+            for name in names: choose(name, values, f"variable of {prompt.title()}:")
+            chat = prompt.messages(**{name: values[name] for name in names})
         except UserError as e: raise UserError(f"{place}: {e}") from None
         reply = [turn for turn in (row.get("messages") or [])[-1:] if turn["role"] == "assistant"]   # the reference
         return row | {"messages": chat[:-1] + turns[:-1] + chat[-1:] + reply}

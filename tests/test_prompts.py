@@ -79,7 +79,7 @@ def test_asked_keeps_earlier_turns_and_takes_columns_of_the_row():
     (one,) = asked(prompt, [row])
     assert [m["content"] for m in one["messages"]] == ["Be brief.", "Hi", "Hello", "It rains. Why?"]
     assert one["answer"] == "wet" and row["messages"][0]["content"] == "old"
-    with pytest.raises(UserError, match="row 2: prompt 1: nothing given for {{ context }}"):
+    with pytest.raises(UserError, match="row 2: unknown variable of prompt 1: 'context'"):
         asked(prompt, [row, {"question": "Why?"}])
     with pytest.raises(UserError, match="row 1: a text has no place for earlier turns"):
         asked(Prompt("{{ question }}", form="text"), [row])
@@ -277,7 +277,7 @@ def rows_file(tmp_path):
 
 
 def test_the_shipped_prompts_on_the_tutor(rows_file, capsys):
-    "Two examples are measurably worse for tutor/sft: exit code 1. Alone, version 1 passes."
+    "The famous sentence is measurably worse for tutor/sft: exit code 1. Alone, version 1 passes."
     words = ["--data", rows_file, "--price-in", "1", "--price-out", "4"]
     assert main(["prompts", "test", str(SHIPPED / "tutor"), *words]) == 1
     out, _ = lines_of(capsys)
@@ -317,7 +317,7 @@ def test_an_edit_in_place_is_caught_by_the_recorded_score(rows_file, tmp_path, c
         (["prompts", "test", "empty"], "no prompt there"),
         (["prompts", "test", "good.yaml", "--price-in", "1"], "--price-out: missing"),
         (["prompts", "test", "good.yaml", "--data", "bare.jsonl"], "bare.jsonl:1"),
-        (["prompts", "test", "context.yaml", "--data", "rows.jsonl"], "rows.jsonl:1: c 1: nothing given for"),
+        (["prompts", "test", "context.yaml", "--data", "rows.jsonl"], "rows.jsonl:1: unknown variable of c 1"),
         (["prompts", "test", "good.yaml", "--data", "rows.jsonl", "--url", "http://127.0.0.1:9/v1"], "nothing answers"),
         (["prompts", "test", "good.yaml", "--data", "rows.jsonl", "--model", "tutor/sfd"], "did you mean"),
         (["prompts", "test", "twice"], "a 1 again"),
