@@ -51,16 +51,17 @@ def normal(
 class Completion:
     "A base model as a `Generate`: the last question goes into a plain prompt, and the model goes on with it."
     def __init__(self,
-        local,                                   # a `Local`, or anything whose `.batch` takes plain texts
+        local,                                   # a `Local`, a `Remote`, or anything that takes a plain text
         prompt: str = "{question}\nWorking:",    # what the model continues; `{question}` is filled in
     ):
         self.local = local
         self.prompt = prompt
         self.options = getattr(local, "options", {})
+        if hasattr(local, "batch"): self.batch = lambda chats: local.batch([self.text(chat) for chat in chats])
 
-    def batch(self, chats: list) -> list[str]:
-        return self.local.batch([self.prompt.replace("{question}", c[-1]["content"]) for c in chats])
-    def __call__(self, messages: list[Message]) -> str: return self.batch([messages])[0]
+    def text(self, messages: list[Message]) -> str: return self.prompt.replace("{question}", messages[-1]["content"])
+    def __call__(self, messages: list[Message]) -> str:
+        return self.batch([messages])[0] if hasattr(self, "batch") else self.local(self.text(messages))
 
 # %% ../nbs/workshop/asking.ipynb #42c2d242
 def ask(

@@ -14,6 +14,7 @@ from .exits import in_one_line
 from .judging import agree
 from .methods import METHODS, method
 from .planreport import plan
+from .promptgate import prompts
 from .options import parse
 
 # %% auto #0
@@ -247,7 +248,8 @@ def checkpoints(
 # %% ../nbs/workshop/cli.ipynb #29427043
 COMMANDS = {f.__name__: f for f in (demo, doctor, scores, course, data, xray, plan)}
 COMMANDS |= {name: training for name in METHODS}
-COMMANDS |= {f.__name__: f for f in (train, rehearse, eval, agree, export, push, serve, contract, chat, checkpoints)}
+COMMANDS |= {f.__name__: f for f in (train, rehearse, eval, prompts, agree)}
+COMMANDS |= {f.__name__: f for f in (export, push, serve, contract, chat, checkpoints)}
 
 def command(name: str):
     "One command as a function of its options; the methods share `training`. `UserError` for an unknown name."

@@ -49,10 +49,11 @@ def arrow(ax, start: tuple, end: tuple, color: str = FAINT, **style):
 
 # %% ../nbs/workshop/figures.ipynb #33f0b98a
 STOPS = {"model": ("01", "use", 0, 0), "serve": ("02", "use", 1, 0), "evals": ("04", "use", 2, 0),
+         "prompts": ("03", "use", 1.15, 1),
          "data": ("05", "train", 3, 0), "sft": ("06", "train", 4, 0), "lora": ("07", "train", 5, 0),
          "preference": ("08", "train", 6, 0), "rl": ("09", "train", 6, 1),
          "export": ("10", "ship", 4.5, 1), "chat": ("11", "ship", 3, 1),
-         "plan": ("14", "scale", 1.3, 1)}   # name → chapter, part, column, row
+         "plan": ("14", "scale", 2.06, 1)}   # name → chapter, part, column, row
 
 def _stop(ax, name: str, here: bool):
     "One chapter of the pipeline: its number and its name, in a box that shows whether it is written and read now."
@@ -69,7 +70,7 @@ def _stop(ax, name: str, here: bool):
 # %% ../nbs/workshop/figures.ipynb #d5c8a5aa
 def _legend(ax, part: str | None):
     "What the colours mean, and the names of the course's parts."
-    for name, x, y in (("use", 6, 14), ("train", 219, 14), ("ship", 178, 108), ("scale", 98, 80)):
+    for name, x, y in (("use", 6, 14), ("train", 219, 14), ("ship", 362, 77), ("scale", 152, 80)):
         write(ax, x, y, name, 9, DEEP[name], weight="bold")
     box(ax, 6, 90, 14, 10, DEEP[part] if part else TINT["use"])
     write(ax, 26, 95, "you are here" if part else "written", 8)
@@ -86,6 +87,7 @@ def pipeline(
     fig, ax = canvas(132)
     for name in STOPS: _stop(ax, name, name == here)
     for column in range(6): arrow(ax, (66 + 71 * column, 46), (77 + 71 * column, 46))
+    arrow(ax, (112, 64), (112, 90))
     arrow(ax, (462, 64), (462, 90))
     arrow(ax, (432, 108), (385.5, 108))
     arrow(ax, (325.5, 108), (279, 108))

@@ -41,14 +41,17 @@ class Remote:
         self.client = connect(url, key)
         with _explained(url): self.model = model or self.client.models.list().data[0].id
         self.options = {"model": self.model, "temperature": 0, "max_tokens": 512} | options
+        self.used = []    # (tokens in, tokens out) of each reply, as the server counts them
 
     def __call__(self, prompt: list[Message] | str, tools: list | None = None) -> str:
         plain = isinstance(prompt, str)
         with _explained(self.url):
-            if plain: choice = self.client.completions.create(prompt=prompt, **self.options).choices[0]
+            if plain: answer = self.client.completions.create(prompt=prompt, **self.options)
             else:
                 options = self.options | ({"tools": tools} if tools else {})
-                choice = self.client.chat.completions.create(messages=prompt, **options).choices[0]
+                answer = self.client.chat.completions.create(messages=prompt, **options)
+        choice = answer.choices[0]
+        if answer.usage: self.used.append((answer.usage.prompt_tokens, answer.usage.completion_tokens))
         if not plain and choice.message.tool_calls: return call_text(choice.message.model_dump()["tool_calls"])
         text = choice.text if plain else choice.message.content
         return (text or "") + ("…" if choice.finish_reason == "length" else "")

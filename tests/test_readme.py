@@ -46,6 +46,7 @@ SHOWS = {
     "train": ["runs/mine-again"],
     "grpo": ["runs/reinforced"],
     "rloo": ["runs/rloo"],
+    "prompts test": ["tutor 2: measurably worse than tutor 1", "tokens in"],
     "push": ["adapter_model.safetensors", "the rows; --with-rows sends them", "nothing was sent: --dry-run"],
     "export": ["runs/gguf/reinforced-Q4_K_M.gguf", "Modelfile"],
     "doctor": ["checkpoints"],
