@@ -1268,6 +1268,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'llmcourse.promptgate': { 'llmcourse.promptgate._compared': ('workshop/promptgate.html#_compared', 'llmcourse/promptgate.py'),
                                       'llmcourse.promptgate._for_people': ( 'workshop/promptgate.html#_for_people',
                                                                             'llmcourse/promptgate.py'),
+                                      'llmcourse.promptgate._named': ('workshop/promptgate.html#_named', 'llmcourse/promptgate.py'),
                                       'llmcourse.promptgate.prices_of': ('workshop/promptgate.html#prices_of', 'llmcourse/promptgate.py'),
                                       'llmcourse.promptgate.prompt_report': ( 'workshop/promptgate.html#prompt_report',
                                                                               'llmcourse/promptgate.py'),

@@ -11,6 +11,7 @@ from .core import Generate, UserError, choose
 from .evals import compare, evaluate, score
 from .exam import exam_grader, exam_rows, examinee, fitting
 from .meter import Meter, usd
+from .progress import tell
 from .promptfiles import read_prompts, write_score
 from .prompts import Prompt, asked, holm
 from .runs import rows_hash
@@ -36,36 +37,40 @@ def tried(
     questions = [conversation(row, place_of(row, i))[-1]["content"] for i, row in enumerate(rows, 1)]
     return [result | {"question": question} for result, question in zip(results, questions)], meter.total()
 
-# %% ../nbs/workshop/promptgate.ipynb #56c05c59
+# %% ../nbs/workshop/promptgate.ipynb #f2763523
 def rows_of(
     results: list[dict],   # from `tried`
 ) -> str:                  # 16 hex digits
     "What was asked, and what was right, as one short hash."
     return rows_hash([{"question": r["question"], "answer": r["answer"]} for r in results])
 
-def to_record(results: list[dict], tokens: tuple | None, model: str) -> dict:
+def _named(grade) -> str: return grade if isinstance(grade, str) else "what fits"
+
+def to_record(results: list[dict], tokens: tuple | None, model: str, grade=None) -> dict:
     "The score as it is written into a prompt file."
     wrong = [i for i, r in enumerate(results, 1) if not r["right"]]
     found = score(len(results) - len(wrong), len(results))
     share = {k: round(found[k], 4) for k in ("accuracy", "low", "high")}
     spent = dict(zip(("tokens_in", "tokens_out"), tokens or ()))
-    return {"model": model, "rows": rows_of(results), "n": found["n"], "correct": found["correct"], **share, **spent,
-            "wrong": wrong}
+    return {"model": model, "grade": _named(grade), "rows": rows_of(results), "n": found["n"],
+            "correct": found["correct"], **share, **spent, "wrong": wrong}
 
 def recorded(
     prompt: Prompt,
     results: list[dict],   # of today, from `tried`
     model: str,
+    grade=None,            # as for `evaluate`
 ) -> list[dict] | None:    # verdicts to compare today's with
-    "The verdicts in the prompt's file, if they are of this model and of these rows."
-    kept = prompt.score
-    if (kept.get("model"), kept.get("rows")) != (model, rows_of(results)): return None
+    "The verdicts in the prompt's file, if they are of this model, of these rows and by this grader."
+    kept, today = prompt.score, {"model": model, "grade": _named(grade), "rows": rows_of(results)}
+    if any(kept.get(name) != value for name, value in today.items()): return None
     return [{"question": r["question"], "right": i not in kept.get("wrong", [])} for i, r in enumerate(results, 1)]
 
 # %% ../nbs/workshop/promptgate.ipynb #0073d90e
-def _compared(prompt: Prompt, results: list[dict], model: str, before: dict) -> dict:
+def _compared(prompt: Prompt, results: list[dict], record: dict, before: dict) -> dict:
     "A prompt against the score in its file or, without one, against the version before it. Empty without either."
-    first, against = recorded(prompt, results, model), "the score in its file"
+    first = recorded(prompt, results, record["model"], record["grade"])
+    against = "the score in its file"
     if first is None and prompt.name in before: first, against = before[prompt.name][1], before[prompt.name][0].title()
     if first is None: return {}
     found = compare(first, results)
@@ -85,9 +90,9 @@ def prompt_report(
     table, before = [], {}
     for prompt in prompts:
         results, tokens = tried(prompt, generate, rows, grade, workers, progress)
-        record = to_record(results, tokens, model)
+        record = to_record(results, tokens, model, grade)
         table.append({"prompt": prompt.title(), **score(record["correct"], record["n"]),
-                      **_compared(prompt, results, model, before), "record": record})
+                      **_compared(prompt, results, record, before), "record": record})
         before[prompt.name] = (prompt, results)
     compared = [row for row in table if "p" in row]
     for row, p in zip(compared, holm([row["p"] for row in compared])):
@@ -100,7 +105,7 @@ def sentence(
     row: dict,   # of `prompt_report`
 ) -> str:
     "What the comparison says, for people."
-    if "p" not in row: return f"{row['prompt']}: nothing to compare with yet. --record writes its score into its file"
+    if "p" not in row: return f"{row['prompt']}: nothing to compare with, no score in its file and no version before it"
     low, high, gain = (round(100 * row[k]) for k in ("gain_low", "gain_high", "gain"))
     said = f"measurably {row['verdict']} than" if row["verdict"] in ("better", "worse") else "no difference seen from"
     p = f"p = {row['p']:.2g}" if row["p"] >= 1e-4 else "p < 0.0001"
@@ -166,6 +171,7 @@ def prompts(
     worse = [row.get("verdict") == "worse" for row in table]
     for (path, _), row, bad in zip(files, table, worse):
         if record and not bad: write_score(path, row["record"])
+        if record: tell(f"{path}: {'worse, so its score is not written' if bad else 'score written'}")
     print(dumps(table) if json else show([_for_people(row, prices) for row in table]).to_string(index=False))
     if not json: print(*map(sentence, table), sep="\n")
     return int(any(worse))

@@ -231,6 +231,7 @@ def test_the_gate_compares_with_the_file_if_it_is_of_the_same_model_and_rows():
     assert found["against"] == "the score in its file" and found["verdict"] == "worse"
     for model, rows in (("another", numbered(40)), ("skill", numbered(39))):
         assert "p" not in prompt_report([edited], Skill(5), model, rows)[0]
+    assert "p" not in prompt_report([edited], Skill(5), "skill", numbered(40), "contains")[0]
 
 
 def test_many_prompts_raise_the_bar():
