@@ -1,6 +1,6 @@
 """Completions per CPU-second of GRPO on the tutor, in one run on one machine: ours, TRL's trainer with its defaults
 (bfloat16 autocast and gradient checkpointing), and TRL's trainer with our settings (float32, no checkpointing). Each in
-a fresh process, in turn, several rounds. With `--curve`, the rewards of the same steps, ours and TRL's with our settings.
+a fresh process, in turn, several rounds. With `--curve`, the rewards step by step, ours and TRL's with our settings.
 
     python benchmarks/grpo.py [rounds] [--small]
     python benchmarks/grpo.py --curve 7 123 2024
