@@ -161,7 +161,7 @@ def test_the_block_leaves_the_model_as_it_was():
     with pytest.raises(ZeroDivisionError):
         with decoding(net), decoding(net):
             assert "generate" in vars(net)
-            1 / 0
+            raise ZeroDivisionError
     assert "generate" not in vars(net)
 
 
@@ -391,5 +391,5 @@ def test_a_training_with_other_settings_is_trls(name, value, tmp_path, monkeypat
     rows = [{"prompt": p["question"]} for p in problems(4, 3, ["add"])]
     args = dict(bf16=False, gradient_checkpointing=False) | {name: value}
     args = GRPOConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none", num_generations=4, max_steps=1,
-                      disable_tqdm=True, per_device_train_batch_size=4, max_completion_length=4, save_strategy="no", **args)
+                      per_device_train_batch_size=4, max_completion_length=4, save_strategy="no", **args)
     without_waste(GRPOTrainer)(model, vowels, args, Dataset.from_list(rows), processing_class=TOKENIZER).train()
