@@ -5,6 +5,7 @@
 # %% ../nbs/workshop/batches.ipynb #a018d850
 from __future__ import annotations
 from .core import UserError
+from .decoder import decoding
 
 # %% auto #0
 __all__ = ['pad_rows', 'check_room', 'cut', 'sampling', 'complete']
@@ -76,6 +77,6 @@ def complete(
     replies = []
     for i in range(0, len(rows), batch_size):
         ids, mask = pad_rows(rows[i:i + batch_size], tokenizer.pad_token_id, model.device)
-        with torch.inference_mode(): out = model.generate(input_ids=ids, attention_mask=mask, **how)
+        with decoding(model), torch.inference_mode(): out = model.generate(input_ids=ids, attention_mask=mask, **how)
         replies += [cut(tokenizer, new, ends, stop) for new in out[:, ids.shape[1]:].tolist()]
     return replies

@@ -15,6 +15,7 @@ from .kl import saved_start
 from .models import DATE, stop_ids
 from .probe import look_at_prompts, places_of, prompt_as_taken, watched
 from .questions import final_answer, reply_text
+from .scoring import without_waste
 from .training import Method, Work, measured_on, train, upstream
 
 # %% auto #0
@@ -109,9 +110,10 @@ def _trainer(name: str) -> Callable:
         work.net.generation_config.eos_token_id = stop_ids(work.tokenizer)
         rewards = [watched(f, places_of(work)) for f in work.ours["reward_funcs"]]
         adapter = copy.deepcopy(work.ours["peft_config"])
+        trainer = without_waste(upstream(name))
         with saved_start(work):
-            return upstream(name)(work.net, rewards, work.args, Dataset.from_list(work.data), measured_on(work),
-                                  processing_class=work.tokenizer, peft_config=adapter)
+            return trainer(work.net, rewards, work.args, Dataset.from_list(work.data), measured_on(work),
+                           processing_class=work.tokenizer, peft_config=adapter)
     return build
 
 # %% ../nbs/09_rl.ipynb #53b5a34e

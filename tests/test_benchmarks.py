@@ -29,6 +29,6 @@ def test_a_benchmark_runs(name, more, tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    said = {"sft": "ours / trl: median", "grpo": "trl / ours: median", "seeds": "seed 7, T=1:", "sweep": "1/1  method",
+    said = {"sft": "ours / trl: median", "grpo": "trl / ours: ", "seeds": "seed 7, T=1:", "sweep": "1/1  method",
             "export": "small Q8_0    ours / stock:"}
     assert said[name] in done.stdout
