@@ -71,13 +71,14 @@ def chat(
     temperature: float = 0.0,  # 0: always the likeliest token; up to 2
     max_tokens: int = 512,     # longest reply, in tokens
     port: int = 7860,          # port of the page; 0: any free one
-    db: str = "runs/chat.db",  # SQLite file for turns and thumbs
+    database: str = None,      # for turns and thumbs: a file, or a PostgreSQL URL; else $DATABASE_URL or runs/chat.db
 ):
-    """Chat in the browser; turns and thumbs go to SQLite.
+    """Chat in the browser; turns and thumbs go to SQLite or PostgreSQL.
 
     llmcourse chat --model runs/sft
     llmcourse chat --url http://127.0.0.1:8080/v1 --system "You are a patient teacher."
     """
+    from llmcourse.database import which_db
     from llmcourse.page import check_options, launch
     from llmcourse.shipping import served
     from llmcourse.serve import free_port
@@ -86,4 +87,5 @@ def chat(
     key = key or os.environ.get("LLMCOURSE_API_KEY")
     with contextlib.ExitStack() as stack:
         if url is None: url = stack.enter_context(served(model, key=key)).url
-        launch(url, db, port, key=key, system=system, temperature=temperature, max_tokens=max_tokens)
+        launch(url, which_db(database, "runs/chat.db"), port, key=key, system=system, temperature=temperature,
+               max_tokens=max_tokens)

@@ -102,7 +102,7 @@ class Desk:
     def __init__(
         self,
         url: str,                    # an OpenAI-compatible server; ends in /v1
-        db: str | Path,              # the SQLite file for turns and votes
+        db: str | Path,              # where turns and votes go: a file, or the URL of a PostgreSQL
         model: str | None = None,    # by default the first that the server lists
         key: str | None = None,      # the server's API key
         system: str | None = None,   # the system prompt; by default the tutor's for the tutor, none for others
@@ -185,6 +185,7 @@ class Desk:
         for turn in turns: turn.stop.set()
         for turn in turns:
             with turn.news: turn.news.wait_for(lambda: turn.done, seconds)
+        self.keeper.close()
 
 # %% ../nbs/workshop/desk.ipynb #a5e3a831
 FLAG = "⚑"

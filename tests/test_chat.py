@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from llmcourse.chat import feel, thumbs
-from llmcourse.chatdb import MIGRATIONS, export_votes, newest, open_db, path_to, as_text, save_turn, save_vote, votes
+from llmcourse.chatdb import as_text, export_votes, newest, open_db, path_to, save_vote, votes, writing
 from llmcourse.cli import main
 from llmcourse.core import UserError, read_jsonl, weights
 from llmcourse.desk import FLAG, TUTOR_QUESTIONS, Desk, view, welcome
@@ -137,169 +137,9 @@ def ask(fake, db, messages=CHAT, stop=None, **options):
 def sql(db, text):
     con = open_db(db)
     try:
-        return [tuple(row) for row in con.execute(text)]
+        return [tuple(row) for row in con.exec_driver_sql(text)]
     finally:
         con.close()
-
-
-# the database
-
-
-@pytest.mark.parametrize("version", range(1, len(MIGRATIONS)))
-def test_an_old_database_is_upgraded_and_keeps_its_rows(db, version):
-    con = sqlite3.connect(db)
-    for step in MIGRATIONS[:version]:
-        con.executescript(step)
-    con.executescript(
-        f"PRAGMA user_version = {version}; INSERT INTO conversations (id, token) VALUES (1, 't');"
-        "INSERT INTO messages (conversation, role, content) VALUES (1, 'user', 'q'), (1, 'assistant', 'a'); INSERT "
-        "INTO votes (message, vote) VALUES (2, 1)"
-    )
-    con.close()
-    assert sql(db, "PRAGMA user_version") == [(len(MIGRATIONS),)]
-    assert sql(db, "PRAGMA journal_mode") == [("wal",)]
-    assert votes(db)[0]["reply"] == "a"
-
-
-def test_a_failed_upgrade_changes_nothing(db, monkeypatch):
-    open_db(db).close()
-    monkeypatch.setattr(
-        "llmcourse.chatdb.MIGRATIONS",
-        MIGRATIONS + ["ALTER TABLE messages ADD COLUMN mood TEXT; ALTER TABLE nowhere ADD COLUMN x"],
-    )
-    with pytest.raises(UserError, match="nowhere"):
-        open_db(db)
-    monkeypatch.undo()
-    assert "mood" not in str(sql(db, "SELECT sql FROM sqlite_master"))
-
-
-def test_files_that_are_not_ours_are_refused_and_left_alone(tmp_path):
-    text, other, newer = tmp_path / "notes.txt", tmp_path / "other.db", tmp_path / "newer.db"
-    text.write_text("these are my notes, not a database at all, and they are long enough " * 20)
-    for path, script in ((other, "CREATE TABLE mine (x)"), (newer, "PRAGMA user_version = 99")):
-        con = sqlite3.connect(path)
-        con.executescript(script)
-        con.close()
-    for path, say in (
-        (text, "not a database"),
-        (other, "another program"),
-        (newer, "newer"),
-        (tmp_path, "Give another file"),
-        (text / "chat.db", "Give another file"),
-    ):
-        before = path.read_bytes() if path.is_file() else None
-        with pytest.raises(UserError, match=say):
-            open_db(path)
-        assert not path.is_file() or path.read_bytes() == before
-    with pytest.raises(UserError):
-        build_page("http://127.0.0.1:9/v1", other)
-
-
-def test_twelve_threads_make_one_database(tmp_path):
-    for i in range(3):
-        with ThreadPoolExecutor(12) as pool:
-            list(pool.map(lambda k: save_turn(tmp_path / f"{i}.db", CHAT), range(12)))
-        assert sql(
-            tmp_path / f"{i}.db", "SELECT count(*), count(DISTINCT conversation), count(DISTINCT id) FROM messages"
-        ) == [(24, 12, 24)]
-
-
-def test_eight_threads_write_and_nothing_is_lost_or_mixed(db):
-    def talk(who):
-        path = []
-        for i in range(6):
-            path = save_turn(
-                db, path + [{"role": "user", "content": f"{who}?{i}"}, {"role": "assistant", "content": f"{who}!{i}"}]
-            )
-            save_vote(db, path[-1]["id"], vote=1 if i % 2 else -1)
-        return path
-
-    with ThreadPoolExecutor(8) as pool:
-        paths = list(pool.map(talk, range(8)))
-    for who, path in enumerate(paths):
-        found = path_to(db, path[-1]["id"])
-        assert [m["content"] for m in found] == [f"{who}{mark}{i}" for i in range(6) for mark in "?!"]
-        assert [m["vote"] for m in found] == [None, -1, None, 1] * 3
-    assert sql(db, "PRAGMA integrity_check") == [("ok",)]
-
-
-def test_a_turn_that_cannot_be_saved_leaves_nothing(db):
-    with pytest.raises(sqlite3.IntegrityError):
-        save_turn(db, CHAT + [{"role": "robot", "content": "beep"}])
-    assert sql(db, "SELECT count(*) FROM messages") == sql(db, "SELECT count(*) FROM conversations") == [(0,)]
-
-
-def test_a_conversation_is_a_tree(db):
-    first = save_turn(db, CHAT + [{"role": "assistant", "content": "one"}])
-    second = save_turn(db, first[:2] + [{"role": "assistant", "content": "two"}])
-    edited = save_turn(
-        db, first[:1] + [{"role": "user", "content": "other"}, {"role": "assistant", "content": "three"}]
-    )
-    for path in (first, second, edited):
-        assert as_text(path_to(db, path[-1]["id"])) == as_text(path)
-    assert sql(db, "SELECT count(*), count(DISTINCT conversation) FROM messages") == [(6, 1)]
-    assert save_turn(db, first) == first
-    assert path_to(db, None) == path_to(db, 99) == []
-
-
-# votes
-
-
-def test_a_vote_changes_and_is_taken_back_and_the_correction_stays(db):
-    reply = save_turn(db, CHAT + [{"role": "assistant", "content": "Answer: 75"}])[-1]["id"]
-    for vote in (1, -1, 1, -1):
-        save_vote(db, reply, vote=vote)
-        assert [r["vote"] for r in votes(db)] == [vote]
-    save_vote(db, reply, correction="Answer: 85")
-    save_vote(db, reply, vote=None)
-    assert [(r["vote"], r["correction"]) for r in votes(db)] == [(None, "Answer: 85")]
-    save_vote(db, reply, correction=None)
-    assert votes(db) == [] and sql(db, "SELECT count(*) FROM votes") == [(1,)]
-
-
-def test_a_thumb_up_withdraws_the_correction(db):
-    reply = save_turn(db, CHAT + [{"role": "assistant", "content": "Answer: 75"}])[-1]["id"]
-    save_vote(db, reply, vote=-1, correction="Answer: 85")
-    assert save_vote(db, reply, vote=1) == {"vote": 1, "correction": None}
-    assert sql(db, "SELECT vote, correction FROM votes") == [(1, None)]
-    assert save_vote(db, reply, vote=-1) == {"vote": -1, "correction": None}, "it does not come back by itself"
-    save_vote(db, reply, vote=1)
-    assert save_vote(db, reply, correction="Answer: 85") == {"vote": None, "correction": "Answer: 85"}, (
-        "the later one counts"
-    )
-    assert sql(db, "SELECT count(*) FROM votes WHERE vote = 1 AND correction IS NOT NULL") == [(0,)]
-
-
-def test_an_old_thumb_up_loses_its_correction_in_the_upgrade(db):
-    con = sqlite3.connect(db)
-    for step in MIGRATIONS[:2]:
-        con.executescript(step)
-    con.executescript(
-        "PRAGMA user_version = 2; INSERT INTO conversations (id, token) VALUES (1, 't');"
-        "INSERT INTO messages (conversation, role, content) VALUES (1, 'assistant', 'a'), (1, 'assistant', 'b');"
-        "INSERT INTO votes (message, vote, correction) VALUES (1, 1, 'x'), (2, -1, 'y')"
-    )
-    con.close()
-    assert [(r["vote"], r["correction"]) for r in votes(db)] == [(1, None), (-1, "y")]
-
-
-@pytest.mark.parametrize(
-    "message, change",
-    [
-        (2, {"vote": 1}),
-        (99, {"vote": 1}),
-        (None, {"vote": 1}),
-        (3, {"vote": 2}),
-        (3, {"vote": ""}),
-        (3, {"mood": 1}),
-        (3, {"vote": 1, "correction": "x"}),
-    ],
-)
-def test_votes_that_mean_nothing_are_refused(db, message, change):
-    save_turn(db, CHAT + [{"role": "assistant", "content": "85"}])
-    with pytest.raises(UserError):
-        save_vote(db, message, **change)
-    assert sql(db, "SELECT count(*) FROM votes") == [(0,)]
 
 
 def test_exported_prompt_is_what_the_model_saw(fake, db, tmp_path):
@@ -611,16 +451,16 @@ def chat(*words):
 
 
 def test_the_command_says_which_system_prompt_is_sent(fake, db):
-    assert "system prompt: none" in chat("--url", fake.url, "--db", db)
-    said = chat("--url", fake.url, "--db", db, "--system", "Be brief.", "--temperature", "0.5", "--max-tokens", "9")
+    assert "system prompt: none" in chat("--url", fake.url, "--database", db)
+    said = chat("--url", fake.url, "--database", db, "--system", "Be brief.", "--temperature", "0.5", "--max-tokens", "9")
     assert "system prompt: 'Be brief.' (yours)" in said and said.count("system prompt") == 1
 
 
 def test_the_command_hands_its_options_on(fake, db, monkeypatch):
     seen = {}
-    monkeypatch.setattr("llmcourse.page.launch", lambda url, db, port, **options: seen.update(options, url=url))
+    monkeypatch.setattr("llmcourse.page.launch", lambda url, db, port, **options: seen.update(options, url=url, db=db))
     monkeypatch.setenv("LLMCOURSE_API_KEY", "from-the-environment")
-    words = ["chat", "--port", "0", "--url", fake.url, "--db", str(db)]
+    words = ["chat", "--port", "0", "--url", fake.url, "--database", str(db)]
     assert main(words) == 0 and seen["key"] == "from-the-environment" and seen["system"] is None
     assert main([*words, "--key", "mine", "--system", "", "--temperature", "0.5", "--max-tokens", "9"]) == 0
     assert (seen["key"], seen["system"], seen["temperature"], seen["max_tokens"]) == ("mine", "", 0.5, 9)
@@ -636,7 +476,7 @@ def test_the_command_hands_its_options_on(fake, db, monkeypatch):
         (["--max-tokens", "many"], "max-tokens"),
         (["--key", "two words"], "key"),
         (["--port", "70000"], "port"),
-        (["--db", "/dev/null/chat.db"], "database"),
+        (["--database", "/dev/null/chat.db"], "database"),
         (["--url", "http://127.0.0.1:9/v1"], "nothing answers"),
         (["--url", "nonsense"], "not the URL"),
         (["--url", ""], "not the URL"),
@@ -912,9 +752,8 @@ def test_browser_finds_an_answer_that_came_while_it_was_away(page, fake, db):
 def test_browser_shows_a_question_that_lost_its_answer(page, fake, db):
     say(page, "What is 47 + 38?")
     settled(page, "Answer: 85")
-    con = open_db(db)
-    con.execute("DELETE FROM messages WHERE role = 'assistant'")  # as if the power had failed
-    con.close()
+    with writing(db) as con:
+        con.exec_driver_sql("DELETE FROM messages WHERE role = 'assistant'")  # as if the power had failed
     page.reload()
     page.get_by_text("no answer was saved").wait_for(timeout=30_000)
     page.get_by_label("Retry", exact=True).click()
