@@ -11,7 +11,7 @@ from pathlib import Path
 import sqlalchemy as sa
 from .chatdb import MESSAGES, reading, votes
 from .core import UserError
-from .database import shown
+from .database import db_name
 from .evals import score
 # `X as X`: others may import it from here too
 from .page import launch as launch
@@ -22,9 +22,9 @@ def feel(
 ) -> dict:            # replies, conversations, first_ms and whole_ms (medians, milliseconds), unfinished (share)
     "How a chat felt to the people who used it, from what was saved. Raises `UserError` if nobody has chatted yet."
     m = MESSAGES.c
-    replies = sa.select(m.conversation, m.status, m.ttft, m.seconds).where(m.role == "assistant", m.seconds.is_not(None))
-    with reading(db) as con: rows = con.execute(replies).mappings().all()
-    if not rows: raise UserError(f"{shown(db)}: no replies yet. Chat first: llmcourse chat")
+    replies = sa.select(m.conversation, m.status, m.ttft, m.seconds).where(m.role == "assistant")
+    with reading(db) as con: rows = con.execute(replies.where(m.seconds.is_not(None))).mappings().all()
+    if not rows: raise UserError(f"{db_name(db)}: no replies yet. Chat first: llmcourse chat")
     spoken = [r for r in rows if r["ttft"] is not None]     # a reply without any text was no wait for a word
     median = lambda key: round(1000 * statistics.median([r[key] for r in spoken] or [0]))
     return {"replies": len(rows), "conversations": len({r["conversation"] for r in rows}), "first_ms": median("ttft"),

@@ -11,8 +11,8 @@ import sqlalchemy as sa
 from .core import UserError
 
 # %% auto #0
-__all__ = ['EXAMPLE', 'BUSY', 'FULL', 'READ_ONLY', 'GONE', 'ERRORS', 'WAIT', 'WORDS', 'LOCK', 'address', 'shown', 'which_db',
-           'one_line', 'connect_db', 'steps_taken', 'upgrade', 'writer', 'use_wal']
+__all__ = ['EXAMPLE', 'BUSY', 'NO_SPACE', 'UNWRITABLE', 'GONE', 'ERRORS', 'WAIT', 'DIALECTS', 'LOCK', 'address', 'db_name',
+           'which_db', 'one_line', 'connect_db', 'steps_taken', 'writer', 'upgrade', 'use_wal']
 
 # %% ../nbs/workshop/database.ipynb #a92b1411
 EXAMPLE = "postgresql://name:password@host/database"
@@ -38,8 +38,8 @@ def address(
         raise UserError(f"{kind} in the database's URL: there are SQLite and PostgreSQL. Give a file, or {EXAMPLE}")
     return url.set(drivername="postgresql")
 
-# %% ../nbs/workshop/database.ipynb #30438bdd
-def shown(
+# %% ../nbs/workshop/database.ipynb #ead52333
+def db_name(
     db: str | Path,   # a file, or a URL
 ) -> str:
     "A database's name for people: a URL without its passwords."
@@ -54,14 +54,14 @@ def which_db(
     "The database that was asked for, else the one in `$DATABASE_URL`, else a file."
     return db or os.environ.get("DATABASE_URL") or otherwise
 
-# %% ../nbs/workshop/database.ipynb #5713d102
+# %% ../nbs/workshop/database.ipynb #9dc1ed50
 BUSY = "locked by somebody else for too long. Try again"
-FULL = "no space left on its disk. Free some and try again; nothing was half written"
-READ_ONLY = "it can be read but not written. Change its permissions, or give another database"
+NO_SPACE = "no space left on its disk. Free some and try again; nothing was half written"
+UNWRITABLE = "it can be read but not written. Change its permissions, or give another database"
 GONE = "the database does not answer. Start it again, then try again"
 ERRORS = {"SQLITE_BUSY": BUSY, "SQLITE_LOCKED": BUSY, "55P03": BUSY,
-          "SQLITE_FULL": FULL, "53100": FULL,
-          "SQLITE_READONLY": READ_ONLY, "25006": READ_ONLY, "42501": READ_ONLY,
+          "SQLITE_FULL": NO_SPACE, "53100": NO_SPACE,
+          "SQLITE_READONLY": UNWRITABLE, "25006": UNWRITABLE, "42501": UNWRITABLE,
           "57P": GONE, "08": GONE,
           "SQLITE_CORRUPT": "the file is damaged. Restore a copy, or give another file",
           "SQLITE_NOTADB": "not a database. Give another file"}
@@ -77,24 +77,26 @@ def _why(error: Exception) -> str:
     if hasattr(error, "sqlstate") and not code: return GONE
     return f"not a chat database that can be written ({words[:200]}). Give another file or database"
 
+# %% ../nbs/workshop/database.ipynb #2c6fc826
 @contextlib.contextmanager
 def one_line(
     db: str | Path,   # a file, or a URL
 ) -> Iterator[None]:
     "Turn what a database refuses into a `UserError`. What only a fault of ours could cause stays as it is."
     try: yield
-    except sa.exc.TimeoutError: raise UserError(f"{shown(db)}: {BUSY}") from None
+    except sa.exc.TimeoutError: raise UserError(f"{db_name(db)}: {BUSY}") from None
     except sa.exc.IntegrityError: raise
-    except sa.exc.DBAPIError as e: raise UserError(f"{shown(db)}: {_why(e.orig)}") from None
+    except sa.exc.DBAPIError as e: raise UserError(f"{db_name(db)}: {_why(e.orig)}") from None
 
-# %% ../nbs/workshop/database.ipynb #035e1dde
+# %% ../nbs/workshop/database.ipynb #fd849028
 WAIT = 30   # seconds for a lock that somebody else holds
 
 def _our_rules(driver, record) -> None:
-    "SQLite: begin no transaction by yourself, check foreign keys, and be on the disk when you say so."
+    "SQLite: begin no transaction by yourself, check foreign keys, be on the disk when you say so, delete for good."
     driver.isolation_level = None
     driver.execute("PRAGMA foreign_keys = ON")
     driver.execute("PRAGMA synchronous = FULL")
+    driver.execute("PRAGMA secure_delete = ON")
 
 def _begin(con: sa.Connection) -> None:
     con.exec_driver_sql(con.get_execution_options().get("begin", "BEGIN"))
@@ -110,6 +112,7 @@ def _engine(url: sa.URL, wait: float) -> sa.Engine:
     return sa.create_engine(url.set(drivername="postgresql+psycopg"), pool_pre_ping=True, hide_parameters=True,
                             connect_args={"connect_timeout": 10, "options": options})
 
+# %% ../nbs/workshop/database.ipynb #7c0b0c87
 def connect_db(
     db: str | Path,   # a file, made if it is not there; or a URL
 ) -> sa.Connection:
@@ -119,14 +122,15 @@ def connect_db(
         if url.get_backend_name() == "sqlite": Path(url.database).parent.mkdir(parents=True, exist_ok=True)
         return _engine(url, WAIT).connect()
     except OSError as e:
-        raise UserError(f"{shown(db)}: not a chat database that can be written ({e.strerror}). Give another file") from None
+        why = f"not a chat database that can be written ({e.strerror}). Give another file"
+        raise UserError(f"{db_name(db)}: {why}") from None
     except ImportError:
-        raise UserError(f"{shown(db)}: PostgreSQL needs a driver. Run: pip install llmcourse[postgres]") from None
+        raise UserError(f"{db_name(db)}: PostgreSQL needs a driver. Run: pip install llmcourse[postgres]") from None
 
-# %% ../nbs/workshop/database.ipynb #a26a1f52
-WORDS = {"sqlite": {"key": "INTEGER PRIMARY KEY", "real": "REAL", "now": "CURRENT_TIMESTAMP"},
-         "postgresql": {"key": "INTEGER GENERATED BY DEFAULT AS IDENTITY PRIMARY KEY", "real": "DOUBLE PRECISION",
-                        "now": "(to_char(now() AT TIME ZONE 'utc', 'YYYY-MM-DD HH24:MI:SS'))"}}
+# %% ../nbs/workshop/database.ipynb #8a7f8549
+DIALECTS = {"sqlite": {"key": "INTEGER PRIMARY KEY", "real": "REAL", "now": "CURRENT_TIMESTAMP"},
+            "postgresql": {"key": "INTEGER GENERATED BY DEFAULT AS IDENTITY PRIMARY KEY", "real": "DOUBLE PRECISION",
+                           "now": "(to_char(now() AT TIME ZONE 'utc', 'YYYY-MM-DD HH24:MI:SS'))"}}
 
 def steps_taken(
     con: sa.Connection,
@@ -143,7 +147,7 @@ def _remember(con: sa.Connection, version: int) -> None:
     con.exec_driver_sql("DELETE FROM llmcourse_schema")
     con.exec_driver_sql(f"INSERT INTO llmcourse_schema VALUES ({version})")
 
-# %% ../nbs/workshop/database.ipynb #4a0baab9
+# %% ../nbs/workshop/database.ipynb #dfb30bce
 LOCK = 7_316_020   # any number that no other program locks
 
 def _take_steps(con: sa.Connection, steps: list[str], name: str) -> None:
@@ -155,9 +159,18 @@ def _take_steps(con: sa.Connection, steps: list[str], name: str) -> None:
     if seen == 0 and sa.inspect(con).get_table_names():
         raise UserError(f"{name}: the database of another program. Give another one")
     for step in steps[seen:]:
-        for statement in step.split(";"): con.exec_driver_sql(statement.format(**WORDS[con.dialect.name]))
+        for statement in step.split(";"): con.exec_driver_sql(statement.format(**DIALECTS[con.dialect.name]))
     _remember(con, len(steps))
 
+@contextlib.contextmanager
+def writer(
+    con: sa.Connection,
+) -> Iterator[sa.Connection]:
+    "A transaction that may write: all of it is kept, or nothing. In SQLite there is one such at a time."
+    with con.execution_options(begin="BEGIN IMMEDIATE").begin(): yield con
+    con.execution_options(begin="BEGIN")
+
+# %% ../nbs/workshop/database.ipynb #81708a7e
 def upgrade(
     con: sa.Connection,
     steps: list[str],     # of the schema: SQL with the words {key}, {real} and {now}, statements separated by ;
@@ -170,14 +183,6 @@ def upgrade(
     if seen != len(steps):
         with writer(con): _take_steps(con, steps, name)
     con.info["steps"] = len(steps)
-
-@contextlib.contextmanager
-def writer(
-    con: sa.Connection,
-) -> Iterator[sa.Connection]:
-    "A transaction that may write: all of it is kept, or nothing. In SQLite there is one such at a time."
-    with con.execution_options(begin="BEGIN IMMEDIATE").begin(): yield con
-    con.execution_options(begin="BEGIN")
 
 # %% ../nbs/workshop/database.ipynb #ac8d1df4
 def use_wal(

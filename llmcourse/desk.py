@@ -4,11 +4,12 @@
 
 # %% ../nbs/workshop/desk.ipynb #bcb3499b
 from __future__ import annotations
-import json, threading, time
+import contextlib, json, threading, time
 from collections.abc import Iterator
 from pathlib import Path
 from .chatdb import newest, open_db, path_to
 from .core import UserError, weights
+from .keeping import expire, forget
 from .replies import take_turn
 from .serve import Remote
 from .tutor import SYSTEM
@@ -106,6 +107,7 @@ class Desk:
         model: str | None = None,    # by default the first that the server lists
         key: str | None = None,      # the server's API key
         system: str | None = None,   # the system prompt; by default the tutor's for the tutor, none for others
+        keep_days: float | None = None,   # delete conversations that nobody used for so many days; None: never
         **options,                   # for each turn: remember, max_tokens, temperature, …
     ):
         self.server = reach(url, model, key)
@@ -118,6 +120,8 @@ class Desk:
         self.tabs = set()              # those in which something was asked
         self.lock = threading.Lock()
         self.keeper = open_db(db)      # while one connection is open, SQLite need not tidy its log after each other one
+        self.closed = threading.Event()
+        if keep_days is not None: threading.Thread(target=self.tidy, args=[keep_days], daemon=True).start()
 
     def prompt_line(self) -> str:
         "One line that says which system prompt is sent."
@@ -179,13 +183,29 @@ class Desk:
         if turn: yield from turn.watch()
         else: yield path_to(self.db, newest(self.db, token))     # look again: a turn may just have been saved
 
-    def close(self, seconds: float = 2) -> None:
+    def forget(self, token: str) -> int:
+        "Delete a conversation. A reply that still streams is stopped first. Returns how many were deleted: 1 or 0."
+        turn = self.running.get(newest(self.db, token))
+        if turn: self.finish([turn])
+        return forget(self.db, [token])
+
+    def tidy(self, keep_days: float, pause: float = 3600) -> None:
+        "Delete what is too old, now and every `pause` seconds, until the desk is closed."
+        while True:
+            with contextlib.suppress(UserError): expire(self.db, keep_days)     # a database that is away: next time
+            if self.closed.wait(pause): return
+
+    def close(self) -> None:
         "Stop all turns, and wait until what they have so far is saved."
-        turns = list(self.running.values())
+        self.closed.set()
+        self.finish(list(self.running.values()))
+        self.keeper.close()
+
+    def finish(self, turns: list[Turn], seconds: float = 2) -> None:
+        "Stop turns, and wait until what they have so far is saved."
         for turn in turns: turn.stop.set()
         for turn in turns:
             with turn.news: turn.news.wait_for(lambda: turn.done, seconds)
-        self.keeper.close()
 
 # %% ../nbs/workshop/desk.ipynb #a5e3a831
 FLAG = "⚑"

@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from .chatdb import path_to, save_vote
 from .core import UserError, home
-from .database import shown, which_db
+from .database import db_name, which_db
 from .desk import FLAG, Desk, view, welcome
 from .serve import free_port, is_loopback
+from .yourdata import data_buttons, wire_data
 
 # %% ../nbs/workshop/page.ipynb #4b072ba3
 LOST = {"role": "assistant", "content": f"*{FLAG} no answer was saved. Press retry*", "metadata": {}}
@@ -48,7 +49,8 @@ def unsaved(
     last = path[-1]
     if "id" not in last: path = path[:-1] + [last | {"status": "failed", "note": "this answer is not saved"}]
     leaf = next((m["id"] for m in reversed(path) if "id" in m), None)
-    return [leaf, gr.Chatbot(value=view(path)), gr.Textbox(submit_btn=True, stop_btn=False), gr.skip(), f"{FLAG} {error}"]
+    box = gr.Textbox(submit_btn=True, stop_btn=False)
+    return [leaf, gr.Chatbot(value=view(path)), box, gr.skip(), f"{FLAG} {error}"]
 
 def or_say_why(
     act: Callable,   # what a button does; returns what changes, the line of status last
@@ -136,7 +138,7 @@ def layout(
     p = types.SimpleNamespace()
     greeting, questions = welcome(desk.tutor, desk.server.model)
     gr.Markdown(f"**{desk.server.model}** at `{desk.server.url}`. "
-                f"Everything that is said is kept in `{shown(desk.db)}` and nowhere else.")
+                f"Everything that is said is kept in `{db_name(desk.db)}` and nowhere else.")
     p.leaf = gr.State(None)
     p.target = gr.State(None)
     p.memory = gr.BrowserState(None, storage_key="llmcourse-chat")
@@ -153,6 +155,7 @@ def layout(
         p.fresh = gr.Button("New chat", size="sm")
     with gr.Accordion("System prompt of the next new chat", open=False):
         p.system = gr.Textbox(desk.system, label="System prompt", show_label=False, lines=2)
+    data_buttons(p)
     return p
 
 # %% ../nbs/workshop/page.ipynb #dc16afd9
@@ -208,6 +211,7 @@ def wire_rest(app, p: types.SimpleNamespace, desk: Desk) -> None:
     p.fresh.click(new, None, out + [p.form], **quick)
     p.shown.clear(new, None, out + [p.form], **quick)
     p.read.click(None, [p.shown], [p.said], js=READ_ALOUD)
+    wire_data(p, desk, lambda: [gr.Group(visible=False)] + changes(desk, []), [p.form] + out)
     app.load(opened, [p.memory], out, concurrency_limit=None, show_progress="hidden", api_visibility="private")
 
 # %% ../nbs/workshop/page.ipynb #26addfd9
@@ -224,13 +228,16 @@ class Private:
 
 # %% ../nbs/workshop/page.ipynb #474c7843
 def check_options(
-    users: int = 1, temperature: float = 0, max_tokens: int = 1, remember: int | None = None, **more,
+    users: int = 1, temperature: float = 0, max_tokens: int = 1, remember: int | None = None,
+    keep_days: float | None = None, **more,
 ) -> None:
-    "Raise `UserError` for a number that makes no sense: users, temperature, max_tokens, remember."
+    "Raise `UserError` for a number that makes no sense: users, temperature, max_tokens, remember, keep_days."
     if not 0 <= temperature <= 2: raise UserError(f"temperature {temperature}: give a number from 0 to 2")
     if max_tokens < 1: raise UserError(f"max_tokens {max_tokens}: a reply needs at least 1")
     if users < 1: raise UserError(f"users {users}: at least 1 conversation has to stream")
     if remember is not None and remember < 0: raise UserError(f"remember {remember}: give 0 or more turns")
+    if keep_days is not None and not 0 < keep_days < 100_000:
+        raise UserError(f"keep_days {keep_days}: give a number of days above 0")
 
 def check_auth(
     auth,        # (name, password), a list of them, or None
@@ -254,7 +261,7 @@ def build_page(
     system: str | None = None,           # the system prompt; by default the tutor's for the tutor, none for others
     users: int = 8,                      # conversations that may stream at once; more wait in line
     examples: list[str] | None = None,   # questions to offer on the empty page
-    **options,                           # for each turn: remember (all that fit), max_tokens (512), temperature (0), …
+    **options,                           # keep_days; and for each turn: remember (all that fit), max_tokens, …
 ):                                       # a `gr.Blocks`; its `.desk` is the `Desk`
     "The chat page. Raises `UserError` for a missing server, an unusable database, or a number that makes no sense."
     check_options(users=users, **options)

@@ -14,7 +14,6 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -24,7 +23,7 @@ from llmcourse.chatdb import as_text, export_votes, newest, open_db, path_to, sa
 from llmcourse.cli import main
 from llmcourse.core import UserError, read_jsonl, weights
 from llmcourse.desk import FLAG, TUTOR_QUESTIONS, Desk, view, welcome
-from llmcourse.page import READ_ALOUD, build_page, launch
+from llmcourse.page import READ_ALOUD, launch
 from llmcourse.replies import shorten, stream_reply, take_turn
 from llmcourse.serve import connect
 from llmcourse.tutor import SYSTEM
@@ -452,7 +451,8 @@ def chat(*words):
 
 def test_the_command_says_which_system_prompt_is_sent(fake, db):
     assert "system prompt: none" in chat("--url", fake.url, "--database", db)
-    said = chat("--url", fake.url, "--database", db, "--system", "Be brief.", "--temperature", "0.5", "--max-tokens", "9")
+    own = ("--system", "Be brief.", "--temperature", "0.5", "--max-tokens", "9")
+    said = chat("--url", fake.url, "--database", db, *own)
     assert "system prompt: 'Be brief.' (yours)" in said and said.count("system prompt") == 1
 
 

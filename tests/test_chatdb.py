@@ -2,7 +2,6 @@
 
 import contextlib
 import sqlite3
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from llmcourse.chatdb import (
     writing,
 )
 from llmcourse.core import UserError, read_jsonl
-from llmcourse.database import address, shown, steps_taken, which_db
+from llmcourse.database import address, db_name, steps_taken, which_db
 
 CHAT = [{"role": "system", "content": "You are a tutor."}, {"role": "user", "content": "What is 47 + 38?"}]
 ANSWER = {"role": "assistant", "content": "Answer: 75"}
@@ -86,9 +85,12 @@ def test_a_postgresql_at_an_older_version_is_upgraded(postgres, monkeypatch):
             assert version(url) == n
             if n == 1:
                 with writing(url) as con:
-                    con.exec_driver_sql("INSERT INTO conversations (token) VALUES ('t')")
-                    con.exec_driver_sql("INSERT INTO messages (conversation, role, content) VALUES (1, 'assistant', 'a')")
-                    con.exec_driver_sql("INSERT INTO votes (message, vote, correction) VALUES (1, 1, 'x')")
+                    for row in (
+                        "conversations (token) VALUES ('t')",
+                        "messages (conversation, role, content) VALUES (1, 'assistant', 'a')",
+                        "votes (message, vote, correction) VALUES (1, 1, 'x')",
+                    ):
+                        con.exec_driver_sql(f"INSERT INTO {row}")
     assert [(r["vote"], r["correction"], r["reply"]) for r in votes(url)] == [(1, None, "a")]
 
 
