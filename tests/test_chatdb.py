@@ -1,12 +1,17 @@
 """The chat's database: turns, votes, upgrades and faults, each on SQLite and on a real PostgreSQL."""
 
 import contextlib
+import logging
 import sqlite3
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.parse import quote
 
+import psycopg
 import pytest
 import sqlalchemy as sa
+from postgres import PASSWORD, free_port
 
 from llmcourse.chatdb import (
     CONVERSATIONS,
@@ -24,8 +29,10 @@ from llmcourse.chatdb import (
     votes,
     writing,
 )
+from llmcourse.cli import main
 from llmcourse.core import UserError, read_jsonl
-from llmcourse.database import address, db_name, steps_taken, which_db
+from llmcourse.database import address, db_name, one_line, steps_taken, which_db
+from llmcourse.keeping import everything_said, expire, export_conversations, forget
 
 CHAT = [{"role": "system", "content": "You are a tutor."}, {"role": "user", "content": "What is 47 + 38?"}]
 ANSWER = {"role": "assistant", "content": "Answer: 75"}
@@ -279,3 +286,280 @@ def test_votes_are_exported(db, tmp_path):
     save_vote(db, reply, vote=-1, correction="Answer: 85")
     (row,) = read_jsonl(export_votes(db, tmp_path / "votes.jsonl"))
     assert row["prompt"] == CHAT and (row["reply"], row["vote"]) == ("Answer: 75", -1)
+
+
+# faults, each in one line
+
+
+def refused(db, act, *say):
+    "What `act` says when the database refuses it: one line, without the password."
+    with pytest.raises(UserError) as error:
+        act()
+    said = str(error.value)
+    assert "\n" not in said and all(word in said for word in say), said
+    assert not any(secret in said for secret in ("s3cret", "%2F", "pass@word", "pass%40word")), said
+    assert said.startswith(db_name(db)), said
+    return said
+
+
+@contextlib.contextmanager
+def locked(db):
+    "Somebody else writes, and takes their time."
+    if isinstance(db, Path):
+        other = sqlite3.connect(db, isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")
+    else:
+        other = psycopg.connect(db)
+        other.execute("LOCK TABLE conversations, messages, votes")
+    yield
+    other.close()
+
+
+def test_a_database_that_is_locked_for_too_long(db, monkeypatch):
+    path = save_turn(db, [*CHAT, ANSWER])
+    monkeypatch.setattr("llmcourse.database.WAIT", 0.3)
+    with locked(db):
+        refused(db, lambda: save_vote(db, 3, vote=1), "locked by somebody else", "Try again")
+        refused(db, lambda: save_turn(db, path + CHAT[1:]), "locked by somebody else")
+    assert len(save_turn(db, path + CHAT[1:])) == 4 and sql(db, "SELECT count(*) FROM votes") == [(0,)]
+
+
+def test_a_lock_that_ends_in_time_is_waited_for(db):
+    save_turn(db, [*CHAT, ANSWER])
+    with ThreadPoolExecutor(1) as pool:
+        with locked(db):
+            vote = pool.submit(save_vote, db, 3, vote=1)
+            with pytest.raises(TimeoutError):
+                vote.result(0.5)
+        assert vote.result(10) == {"vote": 1, "correction": None}
+
+
+def test_a_disk_that_is_full(db, request):
+    path = save_turn(db, [*CHAT, ANSWER])
+    if isinstance(db, Path):  # SQLite says the same of a file that may not grow
+
+        def no_room(driver, record):
+            driver.execute("PRAGMA max_page_count = 8")
+
+        sa.event.listen(sa.engine.Engine, "connect", no_room)
+        request.addfinalizer(lambda: sa.event.remove(sa.engine.Engine, "connect", no_room))
+    else:  # the server's own words and code
+        with writing(db) as con:
+            con.exec_driver_sql("""CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION
+                'could not extend file "base/5/16384": No space left on device' USING ERRCODE = 'disk_full'; END $$""")
+            con.exec_driver_sql("CREATE TRIGGER fail AFTER INSERT ON messages EXECUTE FUNCTION fail()")
+    more = [{"role": "user", "content": "long " * 50_000}]
+    refused(db, lambda: save_turn(db, path + more), "no space left", "Free some")
+    assert sql(db, "SELECT count(*) FROM messages") == [(3,)], "half written"
+
+
+def test_a_file_that_may_only_be_read(tmp_path):
+    db = tmp_path / "chat.db"
+    save_turn(db, CHAT)
+    with contextlib.closing(sqlite3.connect(f"file:{db}?mode=ro", uri=True)) as con:
+        with pytest.raises(sqlite3.OperationalError) as error:
+            con.execute("DELETE FROM messages")
+    with pytest.raises(UserError, match="can be read but not written"), one_line(db):
+        raise sa.exc.OperationalError("", {}, error.value)
+
+
+def test_a_damaged_file(tmp_path):
+    db = tmp_path / "chat.db"
+    save_turn(db, CHAT * 300)
+    whole = db.read_bytes()
+    db.write_bytes(whole[:8192] + b"\0" * (len(whole) - 8192))
+    refused(db, lambda: path_to(db, 600), "damaged", "Restore")
+
+
+def test_a_server_that_is_away_and_comes_back(postgres):
+    url = postgres.fresh()
+    path = save_turn(url, [*CHAT, ANSWER])
+    try:
+        with pytest.raises(UserError, match="does not answer") as error, writing(url) as con:
+            con.execute(sa.insert(CONVERSATIONS).values(token="half"))
+            postgres.stop("immediate")  # in the middle of a transaction
+            con.execute(sa.insert(CONVERSATIONS).values(token="half"))
+        assert "s3cret" not in str(error.value)
+        refused(url, lambda: save_vote(url, 3, vote=1), "does not answer", "Start it again")
+    finally:
+        postgres.start()
+    assert save_vote(url, 3, vote=1)["vote"] == 1, "the next request reconnects"
+    assert len(save_turn(url, path + CHAT[1:])) == 4
+    assert sql(url, "SELECT count(*) FROM conversations WHERE token = 'half'") == [(0,)]
+
+
+def test_a_server_that_refuses_us(postgres):
+    for url, say in (
+        (postgres.url(password="s3cret-but-wrong"), "password authentication failed"),
+        (postgres.url(user="nobody"), "password authentication failed"),
+        (postgres.url("nowhere"), 'database "nowhere" does not exist'),
+        (f"postgresql://teacher:s3cret@127.0.0.1:{free_port()}/chat", "does not answer"),
+        ("postgresql://teacher:s3cret@no.such.host.invalid/chat", "does not answer"),
+    ):
+        refused(url, lambda: open_db(url), say)
+
+
+def test_somebody_who_may_not_make_tables(postgres):
+    url = postgres.fresh()
+    postgres.execute("DROP ROLE IF EXISTS guest")
+    postgres.execute("CREATE ROLE guest LOGIN PASSWORD 's3cret'")
+    guest = url.replace("teacher:" + quote(PASSWORD, safe=""), "guest:s3cret")
+    refused(guest, lambda: save_turn(guest, CHAT), "can be read but not written", "permissions")
+
+
+def test_a_driver_that_is_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    url = "postgresql://teacher:s3cret@127.0.0.1:1/chat"
+    refused(url, lambda: open_db(url), "pip install llmcourse[postgres]")
+
+
+@pytest.mark.parametrize(
+    "url, say",
+    [
+        ("postgresql://teacher:s3cret@host:port/chat", "cannot be read"),
+        ("postgresql://teacher:s3@cret@host/chat", "%40"),
+        ("postgresql:/teacher:s3cret@host/chat", "cannot be read"),
+        ("mysql://teacher:s3cret@host/chat", "SQLite and PostgreSQL"),
+        ("sqlite://", "SQLite and PostgreSQL"),
+    ],
+)
+def test_urls_that_are_none_are_not_repeated(url, say, monkeypatch):
+    with pytest.raises(UserError, match=say) as error:
+        open_db(url)
+    assert "cret" not in str(error.value) and "teacher" not in str(error.value) and "\n" not in str(error.value)
+
+
+def test_passwords_are_in_no_name_and_no_log(postgres, caplog):
+    url = postgres.fresh()
+    with caplog.at_level(logging.DEBUG):
+        save_turn(url, CHAT)
+        repr(open_db(url).engine)
+    assert "s3cret" not in caplog.text and "s3cret" not in repr(open_db(url).engine)
+    assert db_name(url).startswith("postgresql://teacher:***@127.0.0.1:")
+    secret = quote(PASSWORD, safe="")
+    in_query = url.replace(f"teacher:{secret}@", "") + f"?user=teacher&password={secret}"
+    assert path_to(in_query, 1) and "s3cret" not in db_name(in_query)
+
+
+def test_the_option_wins_over_the_environment(monkeypatch):
+    assert which_db(None, "runs/chat.db") == "runs/chat.db"
+    monkeypatch.setenv("DATABASE_URL", "postgresql://host/chat")
+    assert which_db(None, "runs/chat.db") == "postgresql://host/chat" and which_db("a.db", "runs/chat.db") == "a.db"
+    assert address("sqlite:///a.db") == address("a.db") and db_name("sqlite:///a.db").endswith("a.db")
+
+
+# what is kept, and for how long
+
+
+def token_of(db, path):
+    return path_to(db, path[-1]["id"])[0]["token"]
+
+
+def test_everyone_can_take_along_what_they_said_and_no_more(db, tmp_path):
+    mine, yours = save_turn(db, [*CHAT, ANSWER]), save_turn(db, [*CHAT, ANSWER])
+    save_turn(db, mine[:2] + [ANSWER | {"content": "another branch", "model": "m"}])
+    save_vote(db, 3, vote=-1, correction="Answer: 85")
+    save_vote(db, 6, vote=1)
+    rows = read_jsonl(export_conversations(db, [token_of(db, mine)], tmp_path / "mine.jsonl"))
+    found = [(r["message"], r["parent"], r["vote"]) for r in rows]
+    assert found == [(1, None, None), (2, 1, None), (3, 2, -1), (7, 2, None)]
+    assert rows[2]["correction"] == "Answer: 85" and rows[3]["model"] == "m" and "token" not in rows[0]
+    assert len(everything_said(db, [token_of(db, mine), token_of(db, yours)])) == 7
+    assert everything_said(db, [None]) == everything_said(db, []) == everything_said(db, ["' OR 1=1 --"]) == []
+    with pytest.raises(UserError, match="nothing is kept"):
+        export_conversations(db, ["guess"], tmp_path / "none.jsonl")
+
+
+def test_what_is_deleted_is_gone_and_the_rest_stays(db):
+    mine, yours = save_turn(db, [*CHAT, ANSWER]), save_turn(db, [*CHAT, ANSWER | {"content": "theirs"}])
+    for reply in (3, 6):
+        save_vote(db, reply, vote=1, correction=None)
+    token = token_of(db, mine)
+    assert forget(db, [token]) == 1 and forget(db, [token]) == forget(db, []) == 0
+    assert path_to(db, 3) == [] and newest(db, token) is None and [r["reply"] for r in votes(db)] == ["theirs"]
+    assert sql(db, "SELECT count(*) FROM conversations") == [(1,)] and path_to(db, yours[-1]["id"])
+    refused_vote = pytest.raises(UserError, match="it was deleted, so there is nothing to vote on")
+    with refused_vote:
+        save_vote(db, 3, vote=-1)
+    with pytest.raises(UserError, match="deleted, so nothing can follow it"):
+        save_turn(db, mine + CHAT[1:])
+    assert sql(db, "SELECT count(*) FROM messages") == [(3,)]
+
+
+def test_sqlite_overwrites_what_it_deletes(tmp_path):
+    db = tmp_path / "chat.db"
+    path = save_turn(db, [{"role": "user", "content": "my secret wish " * 9}])
+    save_turn(db, CHAT)
+    forget(db, [token_of(db, path)])
+    assert [p.name for p in tmp_path.iterdir()] == ["chat.db"] and b"secret wish" not in db.read_bytes()
+
+
+def test_a_reply_that_comes_after_its_conversation_was_deleted_leaves_nothing(db):
+    "However the two meet, no row is left that points nowhere, and nobody sees more than one line."
+    for _ in range(10):
+        path = save_turn(db, CHAT)
+        token = token_of(db, path)
+
+        def late():
+            with contextlib.suppress(UserError):
+                save_turn(db, path + [ANSWER])
+
+        with ThreadPoolExecutor(2) as pool:
+            turns = [pool.submit(late), pool.submit(forget, db, [token])]
+            assert [t.result() for t in turns][1] == 1
+    assert sql(db, "SELECT count(*) FROM messages") == sql(db, "SELECT count(*) FROM conversations") == [(0,)]
+
+
+def test_old_conversations_expire(db):
+    old, used, new = (save_turn(db, [*CHAT, ANSWER]) for _ in range(3))
+    save_vote(db, old[-1]["id"], vote=1)
+    with writing(db) as con:
+        for table, column, ids in (
+            (CONVERSATIONS, CONVERSATIONS.c.id, (1, 2)),
+            (MESSAGES, MESSAGES.c.conversation, (1, 2)),
+        ):
+            con.execute(sa.update(table).where(column.in_(ids)).values(created="2020-02-03 04:05:06"))
+    save_turn(db, used + CHAT[1:])  # somebody came back to the second one
+    assert expire(db, days=90) == 1 and expire(db, days=90) == 0
+    assert path_to(db, old[-1]["id"]) == [] == votes(db) and path_to(db, used[-1]["id"]) and path_to(db, new[-1]["id"])
+
+
+def test_many_old_conversations_expire_a_few_at_a_time(db):
+    for _ in range(7):
+        save_turn(db, CHAT)
+    with writing(db) as con:
+        for table in (CONVERSATIONS, MESSAGES):
+            con.execute(sa.update(table).values(created="2020-02-03 04:05:06"))
+    assert expire(db, days=1, at_once=3) == 7 and sql(db, "SELECT count(*) FROM messages") == [(0,)]
+
+
+def test_the_command_works_on_both(db, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DATABASE_URL", str(db))
+    path = save_turn(db, [*CHAT, ANSWER])
+    save_vote(db, 3, vote=-1)
+    token = token_of(db, path)
+    said = {}
+    for words in (
+        ["votes", "--output", "v.jsonl"],
+        ["export", "--token", token, "--output", "mine.jsonl"],
+        ["expire", "--keep-days", "1"],
+        ["delete", "--token", token],
+    ):
+        assert main(["chatlog", *words]) == 0
+        said[words[0]] = capsys.readouterr().out.strip()
+    assert said == {"votes": "v.jsonl", "export": "mine.jsonl", "expire": "0 conversations deleted",
+                    "delete": "1 conversations deleted"}
+    assert len(read_jsonl("v.jsonl")) == 1 and len(read_jsonl("mine.jsonl")) == 3
+    for words, say in (
+        (["votes"], "no votes yet"),
+        (["export", "--token", token], "nothing is kept"),
+        (["delete"], "--token"),
+        (["expire"], "--keep-days"),
+        (["expire", "--keep-days", "0"], "above 0"),
+        (["votes", "--database", "postgresql://me:s3cret@127.0.0.1:1/x"], "does not answer"),
+        (["forget"], "unknown action"),
+    ):
+        assert main(["chatlog", *words]) == 2
+        err = capsys.readouterr().err
+        assert say in err and err.count("\n") == 1 and "s3cret" not in err
