@@ -76,7 +76,7 @@ def writing(
     "A connection for one transaction: all of it is written, or nothing."
     with reading(db) as con, writer(con): yield con
 
-# %% ../nbs/workshop/chatdb.ipynb #e9307aef
+# %% ../nbs/workshop/chatdb.ipynb #5f6c6dda
 DETAILS = ("model", "status", "ttft", "seconds", "prompt_tokens", "completion_tokens", "dropped", "note")
 
 def _text(said: str) -> str:
@@ -87,7 +87,7 @@ def _conversation(con: sa.Connection, path: list[dict]) -> int:
     "The conversation that saved messages belong to, or a new one."
     saved = [m["id"] for m in path if "id" in m]
     if not saved:
-        row = sa.insert(CONVERSATIONS).values(token=secrets.token_urlsafe(16))
+        row = sa.insert(CONVERSATIONS).values(token=secrets.token_hex(16))
         return con.scalar(row.returning(CONVERSATIONS.c.id))
     of_it = sa.select(MESSAGES.c.conversation).where(MESSAGES.c.id == saved[-1]).scalar_subquery()
     found = con.scalar(sa.select(CONVERSATIONS.c.id).where(CONVERSATIONS.c.id == of_it).with_for_update())

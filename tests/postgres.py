@@ -38,7 +38,8 @@ def free_port() -> int:
 class Postgres:
     "A server with a user `teacher`. `.url(name)` is the address of one of its databases."
 
-    def __init__(self):
+    def __init__(self, fsync="off"):
+        self.fsync = fsync
         self.room = Path(tempfile.mkdtemp(prefix="llmcourse-pg-", dir="/tmp" if os.path.isdir("/tmp") else None))
         self.bin, self.data, self.port = programs(self.room), self.room / "data", free_port()
         (self.room / "password").write_text(PASSWORD)
@@ -56,7 +57,7 @@ class Postgres:
         assert done.returncode == 0, (self.room / "said").read_text()[-2000:]
 
     def start(self):
-        own = f"-p {self.port} -c listen_addresses=127.0.0.1 -c unix_socket_directories='' -c fsync=off"
+        own = f"-p {self.port} -c listen_addresses=127.0.0.1 -c unix_socket_directories='' -c fsync={self.fsync}"
         self.run("pg_ctl", "-D", self.data, "-w", "-l", self.room / "log", "-o", own, "start")
 
     def stop(self, mode="fast"):
@@ -77,6 +78,14 @@ class Postgres:
         name = f"chat_{secrets.token_hex(6)}"
         self.execute(f"CREATE DATABASE {name}")
         return self.url(name)
+
+    def emptied(self) -> str:
+        "The URL of one database, emptied: quicker than a new one."
+        self.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = 'postgres' AND pid != "
+                     "pg_backend_pid()")
+        self.execute("DROP SCHEMA public CASCADE")
+        self.execute("CREATE SCHEMA public")
+        return self.url()
 
     def close(self):
         self.stop("immediate")

@@ -42,13 +42,7 @@ OLD = sorted((Path(__file__).parent / "data").glob("chat_v*.sql"))
 @pytest.fixture(params=["sqlite", "postgresql"])
 def db(request, tmp_path):
     "A new database of each kind."
-    if request.param == "sqlite":
-        yield tmp_path / "chat.db"
-        return
-    server = request.getfixturevalue("postgres")
-    url = server.fresh()
-    yield url
-    server.execute(f"DROP DATABASE {address(url).database} WITH (FORCE)")
+    return tmp_path / "chat.db" if request.param == "sqlite" else request.getfixturevalue("postgres").emptied()
 
 
 def sql(db, text):
