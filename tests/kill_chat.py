@@ -175,8 +175,8 @@ def wait_for(port: int) -> None:
     raise TimeoutError(port)
 
 
-def drill(db, kills: int, n_users: int, seed: int, longest: float = 1.5) -> dict:
-    "Let them chat; kill the server `kills` times, each time after 0.2 to `longest` seconds. Returns `count`."
+def drill(db, kills: int, n_users: int, seed: int, longest: float = 1.5) -> tuple[dict, list[User]]:
+    "Let them chat; kill the server `kills` times, each time after 0.2 to `longest` seconds. Returns `count` and users."
     rng, start = random.Random(seed), time.monotonic()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["kill_chat"])
@@ -198,15 +198,16 @@ def drill(db, kills: int, n_users: int, seed: int, longest: float = 1.5) -> dict
         server.kill()
         server.join()
     model.shutdown()
-    return {"kills": kills, "users": n_users} | count(db, users) | {"seconds": round(time.monotonic() - start)}
+    found = {"kills": kills, "users": n_users} | count(db, users) | {"seconds": round(time.monotonic() - start)}
+    return found, users
 
 
 if __name__ == "__main__":
     kills, n_users, seed = (*map(int, sys.argv[1:]), *(20, 32, 7)[len(sys.argv) - 1 :])
     with tempfile.TemporaryDirectory() as folder:
-        print("sqlite    ", drill(Path(folder) / "chat.db", kills, n_users, seed), flush=True)
+        print("sqlite    ", drill(Path(folder) / "chat.db", kills, n_users, seed)[0], flush=True)
     postgres = Postgres(fsync="on")
     try:
-        print("postgresql", drill(postgres.fresh(), kills, n_users, seed), flush=True)
+        print("postgresql", drill(postgres.fresh(), kills, n_users, seed)[0], flush=True)
     finally:
         postgres.close()

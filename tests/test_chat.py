@@ -385,6 +385,45 @@ def test_an_error_while_saving_reaches_the_page(fake, db, monkeypatch):
     assert desk.running == {}
 
 
+def test_a_desk_on_postgresql(fake, postgres):
+    "Ask, retry, edit, reload in the middle: as on SQLite."
+    url, fake.delay = postgres.fresh(), 0.02
+    desk = Desk(fake.url, url)
+    *_, path = desk.ask("first", None, "sys", "tab")
+    *_, again = desk.retry(path[-1]["id"], "tab")
+    *_, other = desk.edit("second", path[1]["id"], again[-1]["id"], "tab")
+    assert [m["content"] for m in path_to(url, other[-1]["id"])] == ["sys", "second", REPLY]
+    asked = desk.ask("third", other[-1]["id"], "sys", "tab")
+    question = next(asked)[-1]["id"]
+    asked.close()
+    token = path_to(url, question)[0]["token"]
+    *_, restored = desk.restore(token)
+    assert [m["content"] for m in restored[-2:]] == ["third", REPLY] and newest(url, token) == restored[-1]["id"]
+    desk.close()
+
+
+def test_a_conversation_is_deleted_while_its_reply_streams(fake, db):
+    fake.delay, desk = 0.2, Desk(fake.url, db)
+    turn = desk.ask("a", None, "", "tab")
+    question = next(turn)[-1]["id"]
+    assert desk.forget(path_to(db, question)[0]["token"]) == 1
+    assert list(turn)[-1][-1]["status"] == "stopped" and desk.running == {}
+    assert sql(db, "SELECT count(*) FROM messages") == [(0,)]
+
+
+def test_a_desk_deletes_what_is_too_old_when_it_opens_and_later(fake, db):
+    path = ask(fake, db)
+    with writing(db) as con:
+        for table in ("conversations", "messages"):
+            con.exec_driver_sql(f"UPDATE {table} SET created = '2020-01-01 00:00:00'")
+    Desk(fake.url, db).close()
+    assert path_to(db, path[-1]["id"]), "without the setting, nothing is deleted"
+    desk = Desk(fake.url, db, keep_days=30)
+    until(lambda: sql(db, "SELECT count(*) FROM messages") == [(0,)])
+    desk.close()
+    assert "keep_days" not in str(fake.requests)
+
+
 def test_only_the_tutor_gets_the_tutors_system_prompt(fake, db):
     config = json.loads((weights() / "base/config.json").read_text())
     assert Desk(fake.url, db).system == "" and not Desk(fake.url, db).tutor, "a name proves nothing"
@@ -462,8 +501,12 @@ def test_the_command_hands_its_options_on(fake, db, monkeypatch):
     monkeypatch.setenv("LLMCOURSE_API_KEY", "from-the-environment")
     words = ["chat", "--port", "0", "--url", fake.url, "--database", str(db)]
     assert main(words) == 0 and seen["key"] == "from-the-environment" and seen["system"] is None
+    assert (seen["db"], seen["keep_days"]) == (str(db), None)
     assert main([*words, "--key", "mine", "--system", "", "--temperature", "0.5", "--max-tokens", "9"]) == 0
     assert (seen["key"], seen["system"], seen["temperature"], seen["max_tokens"]) == ("mine", "", 0.5, 9)
+    monkeypatch.setenv("DATABASE_URL", "postgresql://host/chat")
+    assert main([*words, "--keep-days", "90"]) == 0 and (seen["db"], seen["keep_days"]) == (str(db), 90)
+    assert main(words[:-2]) == 0 and seen["db"] == "postgresql://host/chat"
 
 
 @pytest.mark.parametrize(
@@ -473,6 +516,9 @@ def test_the_command_hands_its_options_on(fake, db, monkeypatch):
         (["--temperature", "hot"], "temperature"),
         (["--temperature", "nan"], "from 0 up"),
         (["--max-tokens", "0"], "at least 1"),
+        (["--keep-days", "0"], "above 0"),
+        (["--database", "postgresql://me:secret@127.0.0.1:1/chat"], "postgresql://me:***@127.0.0.1:1/chat"),
+        (["--database", "mysql://me:secret@127.0.0.1:1/chat"], "PostgreSQL"),
         (["--max-tokens", "many"], "max-tokens"),
         (["--key", "two words"], "key"),
         (["--port", "70000"], "port"),
@@ -489,7 +535,7 @@ def test_the_command_with_bad_input(fake, capsys, monkeypatch, tmp_path, words, 
     port = [] if "--port" in words else ["--port", "0"]
     assert main(["chat", *url, *port, *words]) == 2
     err = capsys.readouterr().err
-    assert say in err and err.count("\n") == 1
+    assert say in err and err.count("\n") == 1 and "secret" not in err
 
 
 def test_view_shows_what_happened_and_carries_ids():
@@ -543,6 +589,19 @@ def test_the_page_is_private(fake, db):
         app.close()
 
 
+def test_the_page_names_its_database_without_the_password(fake, postgres, capsys):
+    from postgres import PASSWORD
+
+    app = launch(fake.url, postgres.fresh(), port=0, block=False)
+    try:
+        headers, text = get(app.local_url + "config")
+        assert "postgresql://teacher:***@127.0.0.1" in text and PASSWORD not in text and "s3cret" not in text
+        assert "s3cret" not in str(capsys.readouterr())
+    finally:
+        app.close()
+        app.desk.close()
+
+
 def chromium(playwright) -> str:
     "The browser's path. Where there is none: CI installs one, anywhere else the test is skipped."
     names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -564,15 +623,15 @@ FLAGS = (
 ).split()
 
 
-@pytest.fixture
-def page(fake, db, monkeypatch):
+@contextlib.contextmanager
+def opened(url, db):
+    "The page in a browser."
     api = (
         pytest.importorskip("playwright.sync_api")
         if not os.environ.get("CI")
         else importlib.import_module("playwright.sync_api")
     )
-    monkeypatch.chdir(db.parent)
-    app = launch(fake.url, db.name, port=0, block=False)
+    app = launch(url, db, port=0, block=False)
     with api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium(playwright), args=FLAGS)
         page = browser.new_page(viewport={"width": 900, "height": 900})
@@ -583,6 +642,13 @@ def page(fake, db, monkeypatch):
         yield page
         browser.close()
     app.close()
+
+
+@pytest.fixture
+def page(fake, db, monkeypatch):
+    monkeypatch.chdir(db.parent)
+    with opened(fake.url, db.name) as page:
+        yield page
 
 
 def say(page, text):
@@ -849,3 +915,64 @@ def test_browser_loads_nothing_from_elsewhere_and_speaks_with_a_local_voice(page
         page.get_by_role("button", name="Read aloud").click()
     until(lambda: page.evaluate("window.spoken.length === 1 && !window.speechSynthesis.speaking"))
     assert page.evaluate("window.spoken") == [[fake.reply, "here"]]
+
+
+def test_browser_downloads_and_deletes_a_conversation(page, fake, db, tmp_path):
+    say(page, "What is 47 + 38?")
+    settled(page, "Answer: 85")
+    page.get_by_label("Like", exact=True).click()
+    until(lambda: votes(db))
+    page.get_by_text("Your data").click()
+    with page.expect_download(timeout=30_000) as download:
+        page.get_by_role("button", name="Download this conversation").click()
+    download.value.save_as(tmp_path / "mine.jsonl")
+    rows = read_jsonl(tmp_path / "mine.jsonl")
+    assert [(r["role"], r["content"], r["vote"]) for r in rows] == [
+        ("user", "What is 47 + 38?", None),
+        ("assistant", REPLY, 1),
+    ]
+    page.get_by_text("Downloaded: 2 messages.").wait_for(timeout=10_000)
+    answers = iter(["dismiss", "accept"])
+    page.on("dialog", lambda dialog: getattr(dialog, next(answers))())
+    delete = page.get_by_role("button", name="Delete this conversation")
+    delete.click()
+    page.wait_for_timeout(1000)
+    assert sql(db, "SELECT count(*) FROM messages") == [(2,)] and page.get_by_text("Answer: 85").is_visible()
+    delete.click()
+    page.get_by_text("Deleted.").wait_for(timeout=10_000)
+    page.get_by_text("Answer: 85").wait_for(state="hidden")
+    assert sql(db, "SELECT count(*) FROM messages") == sql(db, "SELECT count(*) FROM votes") == [(0,)]
+    say(page, "And 30 + 41?")
+    until(lambda: sql(db, "SELECT count(*) FROM messages") == [(2,)])
+
+
+def test_browser_votes_for_a_turn_that_was_deleted_elsewhere(page, fake, db):
+    say(page, "What is 47 + 38?")
+    settled(page, "Answer: 85")
+    with writing(db) as con:
+        for table in ("votes", "messages", "conversations"):
+            con.exec_driver_sql(f"DELETE FROM {table}")
+    page.get_by_label("Like", exact=True).click()
+    page.get_by_text("This answer was deleted.").wait_for(timeout=10_000)
+
+
+def test_browser_says_so_when_the_database_goes_away_and_goes_on_when_it_is_back(fake, postgres):
+    fake.delay, url = 0.3, postgres.fresh()
+    with opened(fake.url, url) as page:
+        say(page, "What is 47 + 38?")
+        page.get_by_text("47+38: ones").wait_for(timeout=30_000)
+        postgres.stop("immediate")
+        try:
+            page.get_by_text("the database does not answer").wait_for(timeout=30_000)
+            assert page.get_by_text("Answer: 85").is_visible() and page.get_by_text("not saved").is_visible()
+            assert "s3cret" not in page.content()
+            say(page, "Still there?")
+            page.get_by_text("the database does not answer").wait_for(timeout=30_000)
+            assert page.get_by_text("Answer: 85").is_visible()
+        finally:
+            postgres.start()
+        fake.delay, fake.reply = 0, "Answer: 71"
+        say(page, "What is 30 + 41?")
+        settled(page, "Answer: 71")
+        texts = "SELECT content FROM messages ORDER BY id"
+        until(lambda: sql(url, texts) == [("What is 47 + 38?",), ("What is 30 + 41?",), ("Answer: 71",)])

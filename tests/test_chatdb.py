@@ -11,6 +11,7 @@ from urllib.parse import quote
 import psycopg
 import pytest
 import sqlalchemy as sa
+from kill_chat import count, drill
 from postgres import PASSWORD, free_port
 
 from llmcourse.chatdb import (
@@ -557,3 +558,22 @@ def test_the_command_works_on_both(db, tmp_path, capsys, monkeypatch):
         assert main(["chatlog", *words]) == 2
         err = capsys.readouterr().err
         assert say in err and err.count("\n") == 1 and "s3cret" not in err
+
+
+# killed
+
+
+def test_a_server_that_is_killed_loses_and_doubles_nothing(db):
+    "The long form: python tests/kill_chat.py 20 32"
+    found, users = drill(db, kills=4, n_users=32, seed=7, longest=0.6)
+    assert found["turns"] > 20 and found["votes"] > 10, found
+    assert found["cut_off"] > 4, "the kills hit nobody"
+    assert {found[k] for k in ("turns_lost", "votes_lost", "doubled", "refused")} == {0}, found
+    turn = next(reply for user in users for reply in user.turns.values() if reply)
+    vote = next(reply for user in users for reply, given in user.votes.items() if given[-1][1])
+    with writing(db) as con:  # the count must be able to fail
+        row = con.execute(sa.select(MESSAGES).where(MESSAGES.c.id == turn)).mappings().one()
+        con.execute(sa.insert(MESSAGES).values({k: v for k, v in row.items() if k != "id"}))
+        con.execute(sa.delete(VOTES).where(VOTES.c.message == vote))
+    worse = count(db, users)
+    assert (worse["doubled"], worse["turns_lost"], worse["votes_lost"]) == (1, 1, 1)
