@@ -184,7 +184,7 @@ def upgrade(
         with writer(con): _take_steps(con, steps, name)
     con.info["steps"] = len(steps)
 
-# %% ../nbs/workshop/database.ipynb #ac8d1df4
+# %% ../nbs/workshop/database.ipynb #07801537
 def use_wal(
     con: sa.Connection,
     name: str,   # of the database, for errors
@@ -198,3 +198,4 @@ def use_wal(
         except driver.OperationalError:
             if time.monotonic() > end: raise UserError(f"{name}: {BUSY}") from None
             time.sleep(0.02)
+    driver.execute("PRAGMA user_version").fetchone()     # whoever has read holds the log open until it is closed

@@ -114,6 +114,15 @@ def test_a_failed_upgrade_changes_nothing(db, monkeypatch):
         assert "mood" not in str(sa.inspect(con).get_columns("messages"))
 
 
+def test_an_open_connection_spares_the_others_the_tidying(tmp_path):
+    "Closing the last connection writes the log into the file, which takes as long as saving a turn."
+    db = tmp_path / "chat.db"
+    with contextlib.closing(open_db(db)):
+        save_turn(db, CHAT)
+        assert (tmp_path / "chat.db-wal").stat().st_size > 0
+    assert not (tmp_path / "chat.db-wal").exists()
+
+
 def test_twelve_programs_start_at_once_and_make_one_database(db):
     with ThreadPoolExecutor(12) as pool:
         list(pool.map(lambda k: save_turn(db, CHAT), range(12)))
