@@ -13,7 +13,7 @@ from .database import connect_db, one_line, db_name, upgrade, use_wal, writer
 
 # %% auto #0
 __all__ = ['MIGRATIONS', 'CONVERSATIONS', 'MESSAGES', 'VOTES', 'DETAILS', 'PATH', 'open_db', 'reading', 'writing', 'save_turn',
-           'path_to', 'newest', 'save_vote', 'as_text', 'votes', 'export_votes']
+           'saved_reply', 'path_to', 'newest', 'save_vote', 'as_text', 'votes', 'export_votes']
 
 # %% ../nbs/workshop/chatdb.ipynb #e52351dd
 MIGRATIONS = ["""
@@ -114,6 +114,17 @@ def save_turn(
             parent = saved[-1]["id"] if saved else None
             saved.append(m if "id" in m else m | {"id": _insert(con, m, conversation, parent)})
     return saved
+
+# %% ../nbs/workshop/chatdb.ipynb #52cc8e07
+def saved_reply(
+    db: str | Path,    # a file, or a URL
+    question: int,     # the id of the message that it answers
+    reply: dict,       # with the `seconds` that it took
+) -> int | None:       # its id; None if it is not there
+    "Was this reply saved, although nobody heard of it?"
+    m = MESSAGES.c
+    same = sa.select(m.id).where(m.parent == question, m.seconds == reply["seconds"])
+    with reading(db) as con: return con.scalar(same)
 
 # %% ../nbs/workshop/chatdb.ipynb #e9c54db5
 PATH = """

@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib, json, threading, time
 from collections.abc import Iterator
 from pathlib import Path
-from .chatdb import newest, open_db, path_to
+from .chatdb import newest, open_db, path_to, save_turn, saved_reply
 from .core import UserError, weights
 from .keeping import expire, forget
 from .replies import take_turn
@@ -117,6 +117,7 @@ class Desk:
         self.db = db
         self.options = {"temperature": 0} | options
         self.running = {}              # the id of a question → its turn
+        self.unsaved = {}              # the id of a question → its path, with a reply that the database refused
         self.tabs = set()              # those in which something was asked
         self.lock = threading.Lock()
         self.keeper = open_db(db)      # while one connection is open, SQLite need not tidy its log after each other one
@@ -146,6 +147,7 @@ class Desk:
             self.tabs.add(tab)
         def run():
             turn.run()
+            if isinstance(turn.error, UserError) and "seconds" in turn.path[-1]: self.unsaved[turn.question] = turn.path
             self.running.pop(turn.question)
             turn.finish()
         threading.Thread(target=run, daemon=True).start()
@@ -153,13 +155,13 @@ class Desk:
 
     def ask(self, text: str, leaf: int | None, system: str, tab: str) -> Iterator[list[dict]]:
         "A new question. `system` is used if it is the first one."
-        path = answered(path_to(self.db, leaf))
+        path = answered(path_to(self.db, self.save_late(leaf)))
         if not path and system.strip(): path = [{"role": "system", "content": system}]
         if text.strip(): yield from self.start(path + [{"role": "user", "content": text}], leaf, tab)
 
     def retry(self, leaf: int | None, tab: str) -> Iterator[list[dict]]:
         "Another answer to the last question: a second branch."
-        path = path_to(self.db, leaf)
+        path = path_to(self.db, self.save_late(leaf))
         while path and path[-1]["role"] == "assistant": path = path[:-1]
         if path: yield from self.start(path, leaf, tab, temperature=RETRY)
 
@@ -181,7 +183,17 @@ class Desk:
         "What a browser had open: a running turn to watch, or the saved path. Empty for a token that nobody was given."
         turn = self.running.get(newest(self.db, token))
         if turn: yield from turn.watch()
-        else: yield path_to(self.db, newest(self.db, token))     # look again: a turn may just have been saved
+        else: yield path_to(self.db, self.save_late(newest(self.db, token)))     # look again: one may just be saved
+
+    def save_late(self, leaf: int | None) -> int | None:
+        "Save the reply to `leaf` that the database refused when it came. Returns the leaf that the page has now."
+        with self.lock:
+            path = self.unsaved.get(leaf)
+            if not path: return leaf
+            if "id" not in path[-1]:
+                id = saved_reply(self.db, leaf, path[-1]) or save_turn(self.db, path)[-1]["id"]
+                path = self.unsaved[leaf] = path[:-1] + [path[-1] | {"id": id}]
+        return path[-1]["id"]
 
     def forget(self, token: str) -> int:
         "Delete a conversation. A reply that still streams is stopped first. Returns how many were deleted: 1 or 0."

@@ -47,7 +47,7 @@ def unsaved(
     import gradio as gr
     if not path: return [gr.skip()] * 4 + [f"{FLAG} {error}"]
     last = path[-1]
-    if "id" not in last: path = path[:-1] + [last | {"status": "failed", "note": "this answer is not saved"}]
+    if "id" not in last: path = path[:-1] + [last | {"status": "failed", "note": "this answer is not saved yet"}]
     leaf = next((m["id"] for m in reversed(path) if "id" in m), None)
     box = gr.Textbox(submit_btn=True, stop_btn=False)
     return [leaf, gr.Chatbot(value=view(path)), box, gr.skip(), f"{FLAG} {error}"]

@@ -14,12 +14,13 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from llmcourse.chat import feel, thumbs
-from llmcourse.chatdb import as_text, export_votes, newest, open_db, path_to, save_vote, votes, writing
+from llmcourse.chatdb import as_text, export_votes, newest, open_db, path_to, save_turn, save_vote, votes, writing
 from llmcourse.cli import main
 from llmcourse.core import UserError, read_jsonl, weights
 from llmcourse.desk import FLAG, TUTOR_QUESTIONS, Desk, view, welcome
@@ -400,6 +401,30 @@ def test_a_desk_on_postgresql(fake, postgres):
     *_, restored = desk.restore(token)
     assert [m["content"] for m in restored[-2:]] == ["third", REPLY] and newest(url, token) == restored[-1]["id"]
     desk.close()
+
+
+@pytest.mark.parametrize("heard", [True, False])
+def test_a_reply_that_the_database_refused_is_saved_later_and_once(fake, db, monkeypatch, heard):
+    "Also if it was saved, but the database went away before it could say so."
+    desk = Desk(fake.url, db)
+    turn = desk.ask("a", None, "", "tab")
+    question = next(turn)[-1]["id"]
+
+    def away(*args):
+        if not heard:
+            save_turn(*args)
+        raise UserError("chat.db: the database does not answer")
+
+    monkeypatch.setattr("llmcourse.replies.save_turn", away)
+    fake.delay = 0.01
+    with pytest.raises(UserError, match="does not answer"):
+        list(turn)
+    monkeypatch.undo()
+    with ThreadPoolExecutor(4) as pool:  # and whatever comes first brings it
+        restored = list(pool.map(lambda _: [*desk.restore(path_to(db, question)[0]["token"])][-1], range(4)))
+    assert [[m["content"] for m in path] for path in restored] == [["a", REPLY]] * 4
+    *_, path = desk.ask("b", question, "", "tab")
+    assert sql(db, "SELECT count(*) FROM messages") == [(4,)]
 
 
 def test_a_conversation_is_deleted_while_its_reply_streams(fake, db):
@@ -975,4 +1000,6 @@ def test_browser_says_so_when_the_database_goes_away_and_goes_on_when_it_is_back
         say(page, "What is 30 + 41?")
         settled(page, "Answer: 71")
         texts = "SELECT content FROM messages ORDER BY id"
-        until(lambda: sql(url, texts) == [("What is 47 + 38?",), ("What is 30 + 41?",), ("Answer: 71",)])
+        talk = [("What is 47 + 38?",), (REPLY,), ("What is 30 + 41?",), ("Answer: 71",)]
+        until(lambda: sql(url, texts) == talk)
+        assert page.get_by_text("Answer: 85").is_visible(), "the reply that came meanwhile is saved now"
