@@ -8,20 +8,23 @@ __all__ = ['feel', 'thumbs']
 # %% ../nbs/11_chat.ipynb #6a5becf1
 import statistics
 from pathlib import Path
-from .chatdb import reading, votes
+import sqlalchemy as sa
+from .chatdb import MESSAGES, reading, votes
 from .core import UserError
+from .database import db_name
 from .evals import score
 # `X as X`: others may import it from here too
 from .page import launch as launch
 
 # %% ../nbs/11_chat.ipynb #752dafce
 def feel(
-    db: str | Path,   # a chat's SQLite file
+    db: str | Path,   # a chat's database
 ) -> dict:            # replies, conversations, first_ms and whole_ms (medians, milliseconds), unfinished (share)
     "How a chat felt to the people who used it, from what was saved. Raises `UserError` if nobody has chatted yet."
-    sql = "SELECT conversation, status, ttft, seconds FROM messages WHERE role = 'assistant' AND seconds IS NOT NULL"
-    with reading(db) as con: rows = [dict(row) for row in con.execute(sql)]
-    if not rows: raise UserError(f"{db}: no replies yet. Chat first: llmcourse chat --db {db}")
+    m = MESSAGES.c
+    replies = sa.select(m.conversation, m.status, m.ttft, m.seconds).where(m.role == "assistant")
+    with reading(db) as con: rows = con.execute(replies.where(m.seconds.is_not(None))).mappings().all()
+    if not rows: raise UserError(f"{db_name(db)}: no replies yet. Chat first: llmcourse chat")
     spoken = [r for r in rows if r["ttft"] is not None]     # a reply without any text was no wait for a word
     median = lambda key: round(1000 * statistics.median([r[key] for r in spoken] or [0]))
     return {"replies": len(rows), "conversations": len({r["conversation"] for r in rows}), "first_ms": median("ttft"),
@@ -29,7 +32,7 @@ def feel(
 
 # %% ../nbs/11_chat.ipynb #5d9c0301
 def thumbs(
-    db: str | Path,   # a chat's SQLite file
+    db: str | Path,   # a chat's database
 ) -> dict:            # n (votes), correct (thumbs up), accuracy (their share), low, high (95 % interval)
     "The share of thumbs up among the votes. It is not an accuracy: it depends on who cares to vote."
     given = [row["vote"] for row in votes(db) if row["vote"]]

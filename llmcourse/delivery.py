@@ -6,9 +6,10 @@
 from __future__ import annotations
 import contextlib, os
 from pathlib import Path
+from .core import UserError, choose
 
 # %% auto #0
-__all__ = ['export', 'push', 'serve', 'contract', 'chat']
+__all__ = ['ACTIONS', 'export', 'push', 'serve', 'contract', 'chat', 'chatlog']
 
 # %% ../nbs/workshop/delivery.ipynb #704f897c
 def export(
@@ -101,19 +102,51 @@ def chat(
     temperature: float = 0.0,  # 0: always the likeliest token; up to 2
     max_tokens: int = 512,     # longest reply, in tokens
     port: int = 7860,          # port of the page; 0: any free one
-    db: str = "runs/chat.db",  # SQLite file for turns and thumbs
+    database: str = None,      # for turns and thumbs: a file, or a PostgreSQL URL; else $DATABASE_URL or runs/chat.db
+    keep_days: float = None,   # delete conversations that nobody has used for so many days; by default none
 ):
-    """Chat in the browser; turns and thumbs go to SQLite.
+    """Chat in the browser; turns and thumbs go to SQLite or PostgreSQL.
 
     llmcourse chat --model runs/sft
     llmcourse chat --url http://127.0.0.1:8080/v1 --system "You are a patient teacher."
     """
+    from llmcourse.database import which_db
     from llmcourse.page import check_options, launch
     from llmcourse.shipping import served
     from llmcourse.serve import free_port
-    check_options(temperature=temperature, max_tokens=max_tokens)
+    check_options(temperature=temperature, max_tokens=max_tokens, keep_days=keep_days)
     port = free_port("127.0.0.1", port)     # before the model is loaded
     key = key or os.environ.get("LLMCOURSE_API_KEY")
     with contextlib.ExitStack() as stack:
         if url is None: url = stack.enter_context(served(model, key=key)).url
-        launch(url, db, port, key=key, system=system, temperature=temperature, max_tokens=max_tokens)
+        launch(url, which_db(database, "runs/chat.db"), port, key=key, system=system, temperature=temperature,
+               max_tokens=max_tokens, keep_days=keep_days)
+
+# %% ../nbs/workshop/delivery.ipynb #85df9454
+ACTIONS = ("votes", "export", "delete", "expire")
+
+def chatlog(
+    action: str,             # votes: what was voted on; export, delete: those of --token; expire: the old ones
+    database: str = None,    # a file, or a PostgreSQL URL; else $DATABASE_URL or runs/chat.db
+    token: str = None,       # whose: the text that the browser keeps; several with commas
+    keep_days: float = None, # for expire: delete those that nobody has used for so many days
+    output: str = None,      # JSONL file to write; by default runs/votes.jsonl or runs/conversations.jsonl
+):
+    """Export what people said and voted in the chat, or delete it.
+
+    llmcourse chatlog votes --output runs/votes.jsonl
+    llmcourse chatlog expire --keep-days 90
+    """
+    from llmcourse.chatdb import export_votes
+    from llmcourse.database import which_db
+    from llmcourse.keeping import expire, export_conversations, forget
+    from llmcourse.page import check_options
+    db = which_db(database, "runs/chat.db")
+    choose(action, ACTIONS, "action")
+    if action in ("export", "delete") and not token: raise UserError(f"{action}: whose? Give --token")
+    if action == "expire" and keep_days is None: raise UserError("expire: how old may they be? Give --keep-days 90")
+    check_options(keep_days=keep_days)
+    tokens = (token or "").split(",")
+    if action == "votes": return print(export_votes(db, output or "runs/votes.jsonl"))
+    if action == "export": return print(export_conversations(db, tokens, output or "runs/conversations.jsonl"))
+    print(f"{forget(db, tokens) if action == 'delete' else expire(db, keep_days)} conversations deleted")

@@ -4,11 +4,12 @@
 
 # %% ../nbs/workshop/desk.ipynb #bcb3499b
 from __future__ import annotations
-import json, threading, time
+import contextlib, json, threading, time
 from collections.abc import Iterator
 from pathlib import Path
-from .chatdb import newest, open_db, path_to
+from .chatdb import newest, open_db, path_to, save_turn, saved_reply
 from .core import UserError, weights
+from .keeping import expire, forget
 from .replies import take_turn
 from .serve import Remote
 from .tutor import SYSTEM
@@ -102,10 +103,11 @@ class Desk:
     def __init__(
         self,
         url: str,                    # an OpenAI-compatible server; ends in /v1
-        db: str | Path,              # the SQLite file for turns and votes
+        db: str | Path,              # where turns and votes go: a file, or the URL of a PostgreSQL
         model: str | None = None,    # by default the first that the server lists
         key: str | None = None,      # the server's API key
         system: str | None = None,   # the system prompt; by default the tutor's for the tutor, none for others
+        keep_days: float | None = None,   # delete conversations that nobody used for so many days; None: never
         **options,                   # for each turn: remember, max_tokens, temperature, …
     ):
         self.server = reach(url, model, key)
@@ -115,9 +117,12 @@ class Desk:
         self.db = db
         self.options = {"temperature": 0} | options
         self.running = {}              # the id of a question → its turn
+        self.unsaved = {}              # the id of a question → its path, with a reply that the database refused
         self.tabs = set()              # those in which something was asked
         self.lock = threading.Lock()
         self.keeper = open_db(db)      # while one connection is open, SQLite need not tidy its log after each other one
+        self.closed = threading.Event()
+        if keep_days is not None: threading.Thread(target=self.tidy, args=[keep_days], daemon=True).start()
 
     def prompt_line(self) -> str:
         "One line that says which system prompt is sent."
@@ -142,6 +147,7 @@ class Desk:
             self.tabs.add(tab)
         def run():
             turn.run()
+            if isinstance(turn.error, UserError) and "seconds" in turn.path[-1]: self.unsaved[turn.question] = turn.path
             self.running.pop(turn.question)
             turn.finish()
         threading.Thread(target=run, daemon=True).start()
@@ -149,13 +155,13 @@ class Desk:
 
     def ask(self, text: str, leaf: int | None, system: str, tab: str) -> Iterator[list[dict]]:
         "A new question. `system` is used if it is the first one."
-        path = answered(path_to(self.db, leaf))
+        path = answered(path_to(self.db, self.save_late(leaf)))
         if not path and system.strip(): path = [{"role": "system", "content": system}]
         if text.strip(): yield from self.start(path + [{"role": "user", "content": text}], leaf, tab)
 
     def retry(self, leaf: int | None, tab: str) -> Iterator[list[dict]]:
         "Another answer to the last question: a second branch."
-        path = path_to(self.db, leaf)
+        path = path_to(self.db, self.save_late(leaf))
         while path and path[-1]["role"] == "assistant": path = path[:-1]
         if path: yield from self.start(path, leaf, tab, temperature=RETRY)
 
@@ -177,11 +183,38 @@ class Desk:
         "What a browser had open: a running turn to watch, or the saved path. Empty for a token that nobody was given."
         turn = self.running.get(newest(self.db, token))
         if turn: yield from turn.watch()
-        else: yield path_to(self.db, newest(self.db, token))     # look again: a turn may just have been saved
+        else: yield path_to(self.db, self.save_late(newest(self.db, token)))     # look again: one may just be saved
 
-    def close(self, seconds: float = 2) -> None:
+    def save_late(self, leaf: int | None) -> int | None:
+        "Save the reply to `leaf` that the database refused when it came. Returns the leaf that the page has now."
+        with self.lock:
+            path = self.unsaved.get(leaf)
+            if not path: return leaf
+            if "id" not in path[-1]:
+                id = saved_reply(self.db, leaf, path[-1]) or save_turn(self.db, path)[-1]["id"]
+                path = self.unsaved[leaf] = path[:-1] + [path[-1] | {"id": id}]
+        return path[-1]["id"]
+
+    def forget(self, token: str) -> int:
+        "Delete a conversation. A reply that still streams is stopped first. Returns how many were deleted: 1 or 0."
+        turn = self.running.get(newest(self.db, token))
+        if turn: self.finish([turn])
+        return forget(self.db, [token])
+
+    def tidy(self, keep_days: float, pause: float = 3600) -> None:
+        "Delete what is too old, now and every `pause` seconds, until the desk is closed."
+        while True:
+            with contextlib.suppress(UserError): expire(self.db, keep_days)     # a database that is away: next time
+            if self.closed.wait(pause): return
+
+    def close(self) -> None:
         "Stop all turns, and wait until what they have so far is saved."
-        turns = list(self.running.values())
+        self.closed.set()
+        self.finish(list(self.running.values()))
+        self.keeper.close()
+
+    def finish(self, turns: list[Turn], seconds: float = 2) -> None:
+        "Stop turns, and wait until what they have so far is saved."
         for turn in turns: turn.stop.set()
         for turn in turns:
             with turn.news: turn.news.wait_for(lambda: turn.done, seconds)

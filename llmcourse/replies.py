@@ -123,7 +123,7 @@ def answer(
 
 # %% ../nbs/workshop/replies.ipynb #99ba8459
 def take_turn(
-    db: str | Path,                        # the SQLite file
+    db: str | Path,                        # a file, or the URL of a PostgreSQL
     client,                                # an `openai.OpenAI`
     model: str,                            # the server's name for its model
     messages: list[dict],                  # a path that ends in a question; its new messages have no id yet

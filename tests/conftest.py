@@ -37,6 +37,16 @@ def hub(tmp_path, monkeypatch):
         yield hub
 
 
+@pytest.fixture(scope="session")
+def postgres():
+    "A PostgreSQL of our own, started when the first test asks for it."
+    from postgres import Postgres
+
+    server = Postgres()
+    yield server
+    server.close()
+
+
 def pytest_collection_modifyitems(items):
     "Fast tests first, whole notebooks last."
     late = ("test_notebooks", "test_demo", "test_checkpoints")

@@ -20,11 +20,11 @@ from pathlib import Path
 import pytest
 
 from llmcourse.chat import feel, thumbs
-from llmcourse.chatdb import MIGRATIONS, export_votes, newest, open_db, path_to, as_text, save_turn, save_vote, votes
+from llmcourse.chatdb import as_text, export_votes, newest, open_db, path_to, save_turn, save_vote, votes, writing
 from llmcourse.cli import main
 from llmcourse.core import UserError, read_jsonl, weights
 from llmcourse.desk import FLAG, TUTOR_QUESTIONS, Desk, view, welcome
-from llmcourse.page import READ_ALOUD, build_page, launch
+from llmcourse.page import READ_ALOUD, launch
 from llmcourse.replies import shorten, stream_reply, take_turn
 from llmcourse.serve import connect
 from llmcourse.tutor import SYSTEM
@@ -137,169 +137,9 @@ def ask(fake, db, messages=CHAT, stop=None, **options):
 def sql(db, text):
     con = open_db(db)
     try:
-        return [tuple(row) for row in con.execute(text)]
+        return [tuple(row) for row in con.exec_driver_sql(text)]
     finally:
         con.close()
-
-
-# the database
-
-
-@pytest.mark.parametrize("version", range(1, len(MIGRATIONS)))
-def test_an_old_database_is_upgraded_and_keeps_its_rows(db, version):
-    con = sqlite3.connect(db)
-    for step in MIGRATIONS[:version]:
-        con.executescript(step)
-    con.executescript(
-        f"PRAGMA user_version = {version}; INSERT INTO conversations (id, token) VALUES (1, 't');"
-        "INSERT INTO messages (conversation, role, content) VALUES (1, 'user', 'q'), (1, 'assistant', 'a'); INSERT "
-        "INTO votes (message, vote) VALUES (2, 1)"
-    )
-    con.close()
-    assert sql(db, "PRAGMA user_version") == [(len(MIGRATIONS),)]
-    assert sql(db, "PRAGMA journal_mode") == [("wal",)]
-    assert votes(db)[0]["reply"] == "a"
-
-
-def test_a_failed_upgrade_changes_nothing(db, monkeypatch):
-    open_db(db).close()
-    monkeypatch.setattr(
-        "llmcourse.chatdb.MIGRATIONS",
-        MIGRATIONS + ["ALTER TABLE messages ADD COLUMN mood TEXT; ALTER TABLE nowhere ADD COLUMN x"],
-    )
-    with pytest.raises(UserError, match="nowhere"):
-        open_db(db)
-    monkeypatch.undo()
-    assert "mood" not in str(sql(db, "SELECT sql FROM sqlite_master"))
-
-
-def test_files_that_are_not_ours_are_refused_and_left_alone(tmp_path):
-    text, other, newer = tmp_path / "notes.txt", tmp_path / "other.db", tmp_path / "newer.db"
-    text.write_text("these are my notes, not a database at all, and they are long enough " * 20)
-    for path, script in ((other, "CREATE TABLE mine (x)"), (newer, "PRAGMA user_version = 99")):
-        con = sqlite3.connect(path)
-        con.executescript(script)
-        con.close()
-    for path, say in (
-        (text, "not a database"),
-        (other, "another program"),
-        (newer, "newer"),
-        (tmp_path, "Give another file"),
-        (text / "chat.db", "Give another file"),
-    ):
-        before = path.read_bytes() if path.is_file() else None
-        with pytest.raises(UserError, match=say):
-            open_db(path)
-        assert not path.is_file() or path.read_bytes() == before
-    with pytest.raises(UserError):
-        build_page("http://127.0.0.1:9/v1", other)
-
-
-def test_twelve_threads_make_one_database(tmp_path):
-    for i in range(3):
-        with ThreadPoolExecutor(12) as pool:
-            list(pool.map(lambda k: save_turn(tmp_path / f"{i}.db", CHAT), range(12)))
-        assert sql(
-            tmp_path / f"{i}.db", "SELECT count(*), count(DISTINCT conversation), count(DISTINCT id) FROM messages"
-        ) == [(24, 12, 24)]
-
-
-def test_eight_threads_write_and_nothing_is_lost_or_mixed(db):
-    def talk(who):
-        path = []
-        for i in range(6):
-            path = save_turn(
-                db, path + [{"role": "user", "content": f"{who}?{i}"}, {"role": "assistant", "content": f"{who}!{i}"}]
-            )
-            save_vote(db, path[-1]["id"], vote=1 if i % 2 else -1)
-        return path
-
-    with ThreadPoolExecutor(8) as pool:
-        paths = list(pool.map(talk, range(8)))
-    for who, path in enumerate(paths):
-        found = path_to(db, path[-1]["id"])
-        assert [m["content"] for m in found] == [f"{who}{mark}{i}" for i in range(6) for mark in "?!"]
-        assert [m["vote"] for m in found] == [None, -1, None, 1] * 3
-    assert sql(db, "PRAGMA integrity_check") == [("ok",)]
-
-
-def test_a_turn_that_cannot_be_saved_leaves_nothing(db):
-    with pytest.raises(sqlite3.IntegrityError):
-        save_turn(db, CHAT + [{"role": "robot", "content": "beep"}])
-    assert sql(db, "SELECT count(*) FROM messages") == sql(db, "SELECT count(*) FROM conversations") == [(0,)]
-
-
-def test_a_conversation_is_a_tree(db):
-    first = save_turn(db, CHAT + [{"role": "assistant", "content": "one"}])
-    second = save_turn(db, first[:2] + [{"role": "assistant", "content": "two"}])
-    edited = save_turn(
-        db, first[:1] + [{"role": "user", "content": "other"}, {"role": "assistant", "content": "three"}]
-    )
-    for path in (first, second, edited):
-        assert as_text(path_to(db, path[-1]["id"])) == as_text(path)
-    assert sql(db, "SELECT count(*), count(DISTINCT conversation) FROM messages") == [(6, 1)]
-    assert save_turn(db, first) == first
-    assert path_to(db, None) == path_to(db, 99) == []
-
-
-# votes
-
-
-def test_a_vote_changes_and_is_taken_back_and_the_correction_stays(db):
-    reply = save_turn(db, CHAT + [{"role": "assistant", "content": "Answer: 75"}])[-1]["id"]
-    for vote in (1, -1, 1, -1):
-        save_vote(db, reply, vote=vote)
-        assert [r["vote"] for r in votes(db)] == [vote]
-    save_vote(db, reply, correction="Answer: 85")
-    save_vote(db, reply, vote=None)
-    assert [(r["vote"], r["correction"]) for r in votes(db)] == [(None, "Answer: 85")]
-    save_vote(db, reply, correction=None)
-    assert votes(db) == [] and sql(db, "SELECT count(*) FROM votes") == [(1,)]
-
-
-def test_a_thumb_up_withdraws_the_correction(db):
-    reply = save_turn(db, CHAT + [{"role": "assistant", "content": "Answer: 75"}])[-1]["id"]
-    save_vote(db, reply, vote=-1, correction="Answer: 85")
-    assert save_vote(db, reply, vote=1) == {"vote": 1, "correction": None}
-    assert sql(db, "SELECT vote, correction FROM votes") == [(1, None)]
-    assert save_vote(db, reply, vote=-1) == {"vote": -1, "correction": None}, "it does not come back by itself"
-    save_vote(db, reply, vote=1)
-    assert save_vote(db, reply, correction="Answer: 85") == {"vote": None, "correction": "Answer: 85"}, (
-        "the later one counts"
-    )
-    assert sql(db, "SELECT count(*) FROM votes WHERE vote = 1 AND correction IS NOT NULL") == [(0,)]
-
-
-def test_an_old_thumb_up_loses_its_correction_in_the_upgrade(db):
-    con = sqlite3.connect(db)
-    for step in MIGRATIONS[:2]:
-        con.executescript(step)
-    con.executescript(
-        "PRAGMA user_version = 2; INSERT INTO conversations (id, token) VALUES (1, 't');"
-        "INSERT INTO messages (conversation, role, content) VALUES (1, 'assistant', 'a'), (1, 'assistant', 'b');"
-        "INSERT INTO votes (message, vote, correction) VALUES (1, 1, 'x'), (2, -1, 'y')"
-    )
-    con.close()
-    assert [(r["vote"], r["correction"]) for r in votes(db)] == [(1, None), (-1, "y")]
-
-
-@pytest.mark.parametrize(
-    "message, change",
-    [
-        (2, {"vote": 1}),
-        (99, {"vote": 1}),
-        (None, {"vote": 1}),
-        (3, {"vote": 2}),
-        (3, {"vote": ""}),
-        (3, {"mood": 1}),
-        (3, {"vote": 1, "correction": "x"}),
-    ],
-)
-def test_votes_that_mean_nothing_are_refused(db, message, change):
-    save_turn(db, CHAT + [{"role": "assistant", "content": "85"}])
-    with pytest.raises(UserError):
-        save_vote(db, message, **change)
-    assert sql(db, "SELECT count(*) FROM votes") == [(0,)]
 
 
 def test_exported_prompt_is_what_the_model_saw(fake, db, tmp_path):
@@ -546,6 +386,69 @@ def test_an_error_while_saving_reaches_the_page(fake, db, monkeypatch):
     assert desk.running == {}
 
 
+def test_a_desk_on_postgresql(fake, postgres):
+    "Ask, retry, edit, reload in the middle: as on SQLite."
+    url, fake.delay = postgres.fresh(), 0.02
+    desk = Desk(fake.url, url)
+    *_, path = desk.ask("first", None, "sys", "tab")
+    *_, again = desk.retry(path[-1]["id"], "tab")
+    *_, other = desk.edit("second", path[1]["id"], again[-1]["id"], "tab")
+    assert [m["content"] for m in path_to(url, other[-1]["id"])] == ["sys", "second", REPLY]
+    asked = desk.ask("third", other[-1]["id"], "sys", "tab")
+    question = next(asked)[-1]["id"]
+    asked.close()
+    token = path_to(url, question)[0]["token"]
+    *_, restored = desk.restore(token)
+    assert [m["content"] for m in restored[-2:]] == ["third", REPLY] and newest(url, token) == restored[-1]["id"]
+    desk.close()
+
+
+@pytest.mark.parametrize("heard", [True, False])
+def test_a_reply_that_the_database_refused_is_saved_later_and_once(fake, db, monkeypatch, heard):
+    "Also if it was saved, but the database went away before it could say so."
+    desk = Desk(fake.url, db)
+    turn = desk.ask("a", None, "", "tab")
+    question = next(turn)[-1]["id"]
+
+    def away(*args):
+        if not heard:
+            save_turn(*args)
+        raise UserError("chat.db: the database does not answer")
+
+    monkeypatch.setattr("llmcourse.replies.save_turn", away)
+    fake.delay = 0.01
+    with pytest.raises(UserError, match="does not answer"):
+        list(turn)
+    monkeypatch.undo()
+    with ThreadPoolExecutor(4) as pool:  # and whatever comes first brings it
+        restored = list(pool.map(lambda _: [*desk.restore(path_to(db, question)[0]["token"])][-1], range(4)))
+    assert [[m["content"] for m in path] for path in restored] == [["a", REPLY]] * 4
+    *_, path = desk.ask("b", question, "", "tab")
+    assert sql(db, "SELECT count(*) FROM messages") == [(4,)]
+
+
+def test_a_conversation_is_deleted_while_its_reply_streams(fake, db):
+    fake.delay, desk = 0.2, Desk(fake.url, db)
+    turn = desk.ask("a", None, "", "tab")
+    question = next(turn)[-1]["id"]
+    assert desk.forget(path_to(db, question)[0]["token"]) == 1
+    assert list(turn)[-1][-1]["status"] == "stopped" and desk.running == {}
+    assert sql(db, "SELECT count(*) FROM messages") == [(0,)]
+
+
+def test_a_desk_deletes_what_is_too_old_when_it_opens_and_later(fake, db):
+    path = ask(fake, db)
+    with writing(db) as con:
+        for table in ("conversations", "messages"):
+            con.exec_driver_sql(f"UPDATE {table} SET created = '2020-01-01 00:00:00'")
+    Desk(fake.url, db).close()
+    assert path_to(db, path[-1]["id"]), "without the setting, nothing is deleted"
+    desk = Desk(fake.url, db, keep_days=30)
+    until(lambda: sql(db, "SELECT count(*) FROM messages") == [(0,)])
+    desk.close()
+    assert "keep_days" not in str(fake.requests)
+
+
 def test_only_the_tutor_gets_the_tutors_system_prompt(fake, db):
     config = json.loads((weights() / "base/config.json").read_text())
     assert Desk(fake.url, db).system == "" and not Desk(fake.url, db).tutor, "a name proves nothing"
@@ -611,19 +514,24 @@ def chat(*words):
 
 
 def test_the_command_says_which_system_prompt_is_sent(fake, db):
-    assert "system prompt: none" in chat("--url", fake.url, "--db", db)
-    said = chat("--url", fake.url, "--db", db, "--system", "Be brief.", "--temperature", "0.5", "--max-tokens", "9")
+    assert "system prompt: none" in chat("--url", fake.url, "--database", db)
+    own = ("--system", "Be brief.", "--temperature", "0.5", "--max-tokens", "9")
+    said = chat("--url", fake.url, "--database", db, *own)
     assert "system prompt: 'Be brief.' (yours)" in said and said.count("system prompt") == 1
 
 
 def test_the_command_hands_its_options_on(fake, db, monkeypatch):
     seen = {}
-    monkeypatch.setattr("llmcourse.page.launch", lambda url, db, port, **options: seen.update(options, url=url))
+    monkeypatch.setattr("llmcourse.page.launch", lambda url, db, port, **options: seen.update(options, url=url, db=db))
     monkeypatch.setenv("LLMCOURSE_API_KEY", "from-the-environment")
-    words = ["chat", "--port", "0", "--url", fake.url, "--db", str(db)]
+    words = ["chat", "--port", "0", "--url", fake.url, "--database", str(db)]
     assert main(words) == 0 and seen["key"] == "from-the-environment" and seen["system"] is None
+    assert (seen["db"], seen["keep_days"]) == (str(db), None)
     assert main([*words, "--key", "mine", "--system", "", "--temperature", "0.5", "--max-tokens", "9"]) == 0
     assert (seen["key"], seen["system"], seen["temperature"], seen["max_tokens"]) == ("mine", "", 0.5, 9)
+    monkeypatch.setenv("DATABASE_URL", "postgresql://host/chat")
+    assert main([*words, "--keep-days", "90"]) == 0 and (seen["db"], seen["keep_days"]) == (str(db), 90)
+    assert main(words[:-2]) == 0 and seen["db"] == "postgresql://host/chat"
 
 
 @pytest.mark.parametrize(
@@ -633,10 +541,13 @@ def test_the_command_hands_its_options_on(fake, db, monkeypatch):
         (["--temperature", "hot"], "temperature"),
         (["--temperature", "nan"], "from 0 up"),
         (["--max-tokens", "0"], "at least 1"),
+        (["--keep-days", "0"], "above 0"),
+        (["--database", "postgresql://me:secret@127.0.0.1:1/chat"], "postgresql://me:***@127.0.0.1:1/chat"),
+        (["--database", "mysql://me:secret@127.0.0.1:1/chat"], "PostgreSQL"),
         (["--max-tokens", "many"], "max-tokens"),
         (["--key", "two words"], "key"),
         (["--port", "70000"], "port"),
-        (["--db", "/dev/null/chat.db"], "database"),
+        (["--database", "/dev/null/chat.db"], "database"),
         (["--url", "http://127.0.0.1:9/v1"], "nothing answers"),
         (["--url", "nonsense"], "not the URL"),
         (["--url", ""], "not the URL"),
@@ -649,7 +560,7 @@ def test_the_command_with_bad_input(fake, capsys, monkeypatch, tmp_path, words, 
     port = [] if "--port" in words else ["--port", "0"]
     assert main(["chat", *url, *port, *words]) == 2
     err = capsys.readouterr().err
-    assert say in err and err.count("\n") == 1
+    assert say in err and err.count("\n") == 1 and "secret" not in err
 
 
 def test_view_shows_what_happened_and_carries_ids():
@@ -703,6 +614,19 @@ def test_the_page_is_private(fake, db):
         app.close()
 
 
+def test_the_page_names_its_database_without_the_password(fake, postgres, capsys):
+    from postgres import PASSWORD
+
+    app = launch(fake.url, postgres.fresh(), port=0, block=False)
+    try:
+        headers, text = get(app.local_url + "config")
+        assert "postgresql://teacher:***@127.0.0.1" in text and PASSWORD not in text and "s3cret" not in text
+        assert "s3cret" not in str(capsys.readouterr())
+    finally:
+        app.close()
+        app.desk.close()
+
+
 def chromium(playwright) -> str:
     "The browser's path. Where there is none: CI installs one, anywhere else the test is skipped."
     names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -724,15 +648,15 @@ FLAGS = (
 ).split()
 
 
-@pytest.fixture
-def page(fake, db, monkeypatch):
+@contextlib.contextmanager
+def opened(url, db):
+    "The page in a browser."
     api = (
         pytest.importorskip("playwright.sync_api")
         if not os.environ.get("CI")
         else importlib.import_module("playwright.sync_api")
     )
-    monkeypatch.chdir(db.parent)
-    app = launch(fake.url, db.name, port=0, block=False)
+    app = launch(url, db, port=0, block=False)
     with api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium(playwright), args=FLAGS)
         page = browser.new_page(viewport={"width": 900, "height": 900})
@@ -743,6 +667,13 @@ def page(fake, db, monkeypatch):
         yield page
         browser.close()
     app.close()
+
+
+@pytest.fixture
+def page(fake, db, monkeypatch):
+    monkeypatch.chdir(db.parent)
+    with opened(fake.url, db.name) as page:
+        yield page
 
 
 def say(page, text):
@@ -912,9 +843,8 @@ def test_browser_finds_an_answer_that_came_while_it_was_away(page, fake, db):
 def test_browser_shows_a_question_that_lost_its_answer(page, fake, db):
     say(page, "What is 47 + 38?")
     settled(page, "Answer: 85")
-    con = open_db(db)
-    con.execute("DELETE FROM messages WHERE role = 'assistant'")  # as if the power had failed
-    con.close()
+    with writing(db) as con:
+        con.exec_driver_sql("DELETE FROM messages WHERE role = 'assistant'")  # as if the power had failed
     page.reload()
     page.get_by_text("no answer was saved").wait_for(timeout=30_000)
     page.get_by_label("Retry", exact=True).click()
@@ -1010,3 +940,66 @@ def test_browser_loads_nothing_from_elsewhere_and_speaks_with_a_local_voice(page
         page.get_by_role("button", name="Read aloud").click()
     until(lambda: page.evaluate("window.spoken.length === 1 && !window.speechSynthesis.speaking"))
     assert page.evaluate("window.spoken") == [[fake.reply, "here"]]
+
+
+def test_browser_downloads_and_deletes_a_conversation(page, fake, db, tmp_path):
+    say(page, "What is 47 + 38?")
+    settled(page, "Answer: 85")
+    page.get_by_label("Like", exact=True).click()
+    until(lambda: votes(db))
+    page.get_by_text("Your data").click()
+    with page.expect_download(timeout=30_000) as download:
+        page.get_by_role("button", name="Download this conversation").click()
+    download.value.save_as(tmp_path / "mine.jsonl")
+    rows = read_jsonl(tmp_path / "mine.jsonl")
+    assert [(r["role"], r["content"], r["vote"]) for r in rows] == [
+        ("user", "What is 47 + 38?", None),
+        ("assistant", REPLY, 1),
+    ]
+    page.get_by_text("Downloaded: 2 messages.").wait_for(timeout=10_000)
+    answers = iter(["dismiss", "accept"])
+    page.on("dialog", lambda dialog: getattr(dialog, next(answers))())
+    delete = page.get_by_role("button", name="Delete this conversation")
+    delete.click()
+    page.wait_for_timeout(1000)
+    assert sql(db, "SELECT count(*) FROM messages") == [(2,)] and page.get_by_text("Answer: 85").is_visible()
+    delete.click()
+    page.get_by_text("Deleted.").wait_for(timeout=10_000)
+    page.get_by_text("Answer: 85").wait_for(state="hidden")
+    assert sql(db, "SELECT count(*) FROM messages") == sql(db, "SELECT count(*) FROM votes") == [(0,)]
+    say(page, "And 30 + 41?")
+    until(lambda: sql(db, "SELECT count(*) FROM messages") == [(2,)])
+
+
+def test_browser_votes_for_a_turn_that_was_deleted_elsewhere(page, fake, db):
+    say(page, "What is 47 + 38?")
+    settled(page, "Answer: 85")
+    with writing(db) as con:
+        for table in ("votes", "messages", "conversations"):
+            con.exec_driver_sql(f"DELETE FROM {table}")
+    page.get_by_label("Like", exact=True).click()
+    page.get_by_text("This answer was deleted.").wait_for(timeout=10_000)
+
+
+def test_browser_says_so_when_the_database_goes_away_and_goes_on_when_it_is_back(fake, postgres):
+    fake.delay, url = 0.3, postgres.fresh()
+    with opened(fake.url, url) as page:
+        say(page, "What is 47 + 38?")
+        page.get_by_text("47+38: ones").wait_for(timeout=30_000)
+        postgres.stop("immediate")
+        try:
+            page.get_by_text("the database does not answer").wait_for(timeout=30_000)
+            assert page.get_by_text("Answer: 85").is_visible() and page.get_by_text("not saved").is_visible()
+            assert "s3cret" not in page.content()
+            say(page, "Still there?")
+            page.get_by_text("the database does not answer").wait_for(timeout=30_000)
+            assert page.get_by_text("Answer: 85").is_visible()
+        finally:
+            postgres.start()
+        fake.delay, fake.reply = 0, "Answer: 71"
+        say(page, "What is 30 + 41?")
+        settled(page, "Answer: 71")
+        texts = "SELECT content FROM messages ORDER BY id"
+        talk = [("What is 47 + 38?",), (REPLY,), ("What is 30 + 41?",), ("Answer: 71",)]
+        until(lambda: sql(url, texts) == talk)
+        assert page.get_by_text("Answer: 85").is_visible(), "the reply that came meanwhile is saved now"

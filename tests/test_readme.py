@@ -50,6 +50,7 @@ SHOWS = {
     "push": ["adapter_model.safetensors", "the rows; --with-rows sends them", "nothing was sent: --dry-run"],
     "export": ["runs/gguf/reinforced-Q4_K_M.gguf", "Modelfile"],
     "doctor": ["checkpoints"],
+    "chatlog expire": ["0 conversations deleted"],
 }
 MAKES = {
     "sft": "runs/mine/run.yaml",
