@@ -15,7 +15,7 @@ from .servers import connect
 __all__ = ['QUESTION', 'LONG', 'SCHEMA', 'TOOL', 'CHECKS', 'NOT_THERE', 'Asked', 'holds', 'replies', 'counts_tokens',
            'cuts_and_says_so', 'stops_at_a_text', 'lists_its_model', 'streams', 'streams_the_count', 'repeats_a_seed',
            'gives_logprobs', 'draws_several', 'keeps_to_a_schema', 'calls_tools', 'takes_results', 'ends_in_an_error',
-           'NotSaid', 'room_of', 'refuses_too_long', 'refuses_a_wrong_key', 'bears_a_crowd', 'Verdict', 'one_line',
+           'NotSaid', 'room_of', 'refuses_too_long', 'refuses_a_wrong_key', 'bears_a_crowd', 'Verdict', 'in_short',
            'answers', 'put', 'asked_everything']
 
 # %% ../nbs/workshop/contract.ipynb #5409c851
@@ -190,7 +190,7 @@ class Verdict(NamedTuple):
 
 
 # %% ../nbs/workshop/contract.ipynb #9165d8ea
-def one_line(said) -> str:
+def in_short(said) -> str:
     "A message, short."
     return " ".join(str(said).split())[:100]
 
@@ -212,14 +212,14 @@ def put(
     except AssertionError as e: return Verdict(name, "wrong", str(e), about)
     except openai.APIStatusError as e:
         state = "not there" if type(e).__name__ in NOT_THERE or e.status_code == 501 else "wrong"
-        return Verdict(name, state, f"{e.status_code}: {one_line(e.message)}", about)
+        return Verdict(name, state, f"{e.status_code}: {in_short(e.message)}", about)
     except NotSaid as e: return Verdict(name, "not there", str(e), about)
     except openai.APITimeoutError: return Verdict(name, "wrong", "no answer in time", about)
     except openai.APIConnectionError as e:
-        if not answers(asked): raise UserError(f"{asked.client.base_url}: gone at {name} ({one_line(e)})") from None
-        return Verdict(name, "wrong", f"connections were lost ({one_line(e)})", about)
+        if not answers(asked): raise UserError(f"{asked.client.base_url}: gone at {name} ({in_short(e)})") from None
+        return Verdict(name, "wrong", f"connections were lost ({in_short(e)})", about)
     except (AttributeError, LookupError, TypeError, ValueError) as e:
-        return Verdict(name, "wrong", f"another shape ({type(e).__name__}: {one_line(e)})", about)
+        return Verdict(name, "wrong", f"another shape ({type(e).__name__}: {in_short(e)})", about)
     return Verdict(name, "ok", "", about)
 
 # %% ../nbs/workshop/contract.ipynb #ca077f07
