@@ -62,7 +62,7 @@ LOSS_TYPES = ("dapo", "grpo", "bnpo", "dr_grpo")
 def grpo_loss(
     logps,                            # log-probabilities under the model in training, (replies, tokens)
     old_logps,                        # the same when the replies were sampled; no gradient
-    advantages,                       # one a reply
+    advantages,                       # one a reply, or one a token: (replies, tokens)
     mask,                             # 1 for a token of the reply, 0 for padding
     loss_type: str = "dapo",          # how tokens are averaged; TRL's names
     epsilon: float = 0.2,             # how far a probability may move before its gradient is cut
@@ -72,7 +72,8 @@ def grpo_loss(
     import torch
     choose(loss_type, LOSS_TYPES, "loss type")
     ratio = torch.exp(logps - old_logps)
-    gains = torch.as_tensor(advantages, dtype=logps.dtype, device=logps.device)[:, None]
+    gains = torch.as_tensor(advantages, dtype=logps.dtype, device=logps.device)
+    gains = gains.reshape(len(logps), -1)
     mask = mask.to(logps.device)
     token_loss = -torch.min(ratio * gains, ratio.clamp(1 - epsilon, 1 + epsilon) * gains) * mask
     if loss_type == "grpo": return (token_loss.sum(1) / mask.sum(1)).mean()

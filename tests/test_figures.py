@@ -54,7 +54,7 @@ def test_pipeline(here):
 
 def test_every_chapter_has_a_stop():
     drawn = {number for number, *_ in figures.STOPS.values()}
-    assert {n for n in CHAPTERS if n not in ("03",) and n <= "11"} <= drawn
+    assert {n[:2] for n in CHAPTERS if n not in ("03",) and n <= "11"} <= drawn  # 09b is part of 09
 
 
 def test_pipeline_suggests():

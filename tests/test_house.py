@@ -32,9 +32,9 @@ LEVEL = {
     "calculator": 6, "chats": 6, "contract": 6, "converter": 6, "desk": 6, "footprint": 6, "graders": 6, "kl": 6,
     "lora": 6, "methods": 6, "modelfile": 6, "ollama": 6, "probe": 6, "xray": 6,
     "drill": 7, "evals": 7, "export": 7, "page": 7, "planner": 7, "rl": 7, "scales": 7, "sft": 7,
-    "chat": 8, "checkpoints": 8, "exam": 8, "exercises": 8, "judging": 8, "planreport": 8, "published": 8,
+    "chat": 8, "checkpoints": 8, "exam": 8, "exercises": 8, "judging": 8, "planreport": 8, "ppo": 8, "published": 8,
     "shipping": 8, "trial": 8,
-    "acts": 9, "datacheck": 9, "delivery": 9, "promptgate": 9,
+    "acts": 9, "datacheck": 9, "delivery": 9, "pporun": 9, "promptgate": 9,
     "demo": 10, "doctor": 10, "runthrough": 10,
     "cli": 11,
 }

@@ -10,7 +10,7 @@ WORKSHOP = sorted((notebooks.NBS / "workshop").rglob("*.ipynb"))
 @pytest.mark.parametrize("path", notebooks.chapters(), ids=lambda p: p.stem)
 def test_chapter(path):
     nb = notebooks.run(path, scale="cpu", seed=42)
-    number = path.name[:2]
+    number = path.name.split("_")[0]
     said = notebooks.text_outputs(nb)
     code = "\n".join(notebooks.source(c) for c in nb.cells if c.cell_type == "code")
     ids = set(re.findall(rf'check\("({number}\.\d)"', code))
