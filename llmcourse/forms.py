@@ -159,8 +159,7 @@ def _with_tools(columns: dict, place: str) -> dict:
     "The other columns of a row; `tools` as a list, also if the row has OpenAI's earlier `functions`."
     if "tools" in columns: return columns | {"tools": _from_text(columns["tools"], "tools", place)}
     if "functions" not in columns: return columns
-    functions = _from_text(columns["functions"], "functions", place)
-    tools = [{"type": "function", "function": f} for f in functions]
+    tools = [{"type": "function", "function": f} for f in _from_text(columns["functions"], "functions", place)]
     return {k: v for k, v in columns.items() if k != "functions"} | {"tools": tools}
 
 # %% ../nbs/workshop/forms.ipynb #2ac37d66
