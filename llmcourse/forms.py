@@ -21,14 +21,15 @@ ROLE = {r: r for r in ROLES} | dict(
 
 def _content(value, place: str) -> str:
     "Text out of a text, of nothing, or of OpenAI's list of text parts."
-    if isinstance(value, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in value):
+    kinds = sorted({str(p.get("type")) if isinstance(p, dict) else "?" for p in value} if type(value) is list else ())
+    if isinstance(value, list) and {*kinds} <= {"text", "input_text", "output_text"}:
         parts = [p.get("text", p.get("value")) for p in value]   # some write the text as "value"
         if all(isinstance(p, str) for p in parts): return "".join(parts)
         raise UserError(f'{place}: a part of its content has no text. Give it as {{"type": "text", "text": "…"}}')
     if value is None or isinstance(value, str): return value or ""
     if isinstance(value, (int, float)) and not isinstance(value, bool): return str(value)   # an answer such as 4
     if isinstance(value, dict): raise UserError(f"{place}: its content is an object, not text. Write it as text")
-    raise UserError(f"{place}: its content is a {type(value).__name__}, not text. "
+    raise UserError(f"{place}: its content is {', '.join(kinds) or f'a {type(value).__name__}'}, not text. "
                     "Images and sound cannot be trained here")
 
 # %% ../nbs/workshop/forms.ipynb #414d47a4
@@ -64,7 +65,8 @@ def _turn(m, place: str) -> Message:
 FORMATS = ("messages", "sharegpt", "alpaca", "dolly", "prompt-completion", "chatml", "text")   # one answer
 READ_ONLY = ("problem", "choice", "bfcl", "classification", "evals", "prompt")   # also read as a chat
 PREFERENCES = ("preference", "openai-dpo", "ultrafeedback")    # a better and a worse answer
-PAIRS = (("prompt", "completion"), ("prompt", "response"), ("question", "answer"), ("input", "output"))
+PAIRS = (("prompt", "completion"), ("prompt", "response"), ("question", "answer"), ("input", "output"),
+         ("question", "response"), ("query", "response"), ("problem", "solution"))
 
 # %% ../nbs/workshop/forms.ipynb #d468d201
 _BY_COLUMNS = [   # columns that a row must have → its form; the first that fits
@@ -76,12 +78,13 @@ _BY_COLUMNS = [   # columns that a row must have → its form; the first that fi
     ("question answer", "prompt"), *((f"{a} {b}", "prompt-completion") for a, b in PAIRS),
     ("text label", "classification"), ("text", "text"), ("prompt", "prompt"), ("question", "prompt")]
 
+_TESTS = {"choice": names_choice, "bfcl": is_bfcl, "text": lambda row: "parent_id" not in row}   # no turn of a tree
 def _fits(row: dict, columns: str, form: str) -> bool:
     "Has the row these columns? A problem names one of the tutor's tasks; a whole chat is rated by true or false."
     if not all(row.get(k) is not None for k in columns.split()): return False
     if columns == "messages label": return isinstance(row["label"], bool)
     if form == "prompt" and "answer" in columns: return type(a := row["answer"]) is list and set(map(type, a)) == {str}
-    if form in ("choice", "bfcl"): return (names_choice if form == "choice" else is_bfcl)(row)
+    if form in ("choice", "bfcl", "text"): return _TESTS[form](row)
     return form != "problem" or row["task"] in TASKS
 
 # %% ../nbs/workshop/forms.ipynb #3a36348d
@@ -156,8 +159,7 @@ def _with_tools(columns: dict, place: str) -> dict:
     "The other columns of a row; `tools` as a list, also if the row has OpenAI's earlier `functions`."
     if "tools" in columns: return columns | {"tools": _from_text(columns["tools"], "tools", place)}
     if "functions" not in columns: return columns
-    functions = _from_text(columns["functions"], "functions", place)
-    tools = [{"type": "function", "function": f} for f in functions]
+    tools = [{"type": "function", "function": f} for f in _from_text(columns["functions"], "functions", place)]
     return {k: v for k, v in columns.items() if k != "functions"} | {"tools": tools}
 
 # %% ../nbs/workshop/forms.ipynb #2ac37d66

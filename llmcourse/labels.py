@@ -9,7 +9,7 @@ from .core import Message, UserError
 from .models import DATE, stop_ids
 
 # %% auto #0
-__all__ = ['TODAY', 'draw', 'prints_today', 'check_calls', 'drawable', 'left_out', 'spans', 'end_ids']
+__all__ = ['TODAY', 'THOUGHTS', 'draw', 'prints_today', 'check_calls', 'drawable', 'left_out', 'spans', 'end_ids']
 
 # %% ../nbs/workshop/labels.ipynb #1785bb27
 def draw(
@@ -71,6 +71,8 @@ def drawable(
     return messages
 
 # %% ../nbs/workshop/labels.ipynb #e2093a28
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")   # of an assistant's turn, as servers call them
+
 def left_out(
     tokenizer,
     messages: list[Message],
@@ -79,10 +81,14 @@ def left_out(
     "What the template does not write of a conversation that it takes."
     from jinja2 import TemplateError
     marks = {j: f"text{j}marked" for j, m in enumerate(messages) if m["content"].strip()}
+    said = lambda m, name: isinstance(m.get(name), str) and m[name].strip()
+    thoughts = {j: name for j, m in enumerate(messages) for name in THOUGHTS if said(m, name)}
     marked = [m | {"content": marks.get(j, m["content"])} for j, m in enumerate(messages)]
+    for j, name in thoughts.items(): marked[j] = marked[j] | {name: f"thought{j}marked"}
     try: text = draw(tokenizer, marked, tokenize=False, tools=tools)
     except (TemplateError, TypeError, ValueError, LookupError, AttributeError): return []
     lost = [f"the text of turn {j} ({messages[j]['role']})" for j, mark in marks.items() if mark not in text]
+    lost += [f"the thoughts of turn {j} (assistant)" for j in thoughts if f"thought{j}marked" not in text]
     names = [tool.get("function", tool).get("name", "") for tool in tools or []]
     return lost + ["the list of tools"] * (bool(names) and not any(name in text for name in names))
 

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from .aliases import usual, usual_tools
 from .calls import call_text
 from .bfcl import answers_beside, joined
 from .core import Message, UserError, choose
@@ -65,7 +66,9 @@ def _row(place: str, number: int, row) -> Row:
     for kind in ("images", "videos", "audio", "audios"):
         if row.get(kind):
             raise UserError(f"{place}: has {kind}, which cannot be used. Leave the column out if text is enough")
+    row = usual(row)
     form, data = detect(row, place), canonical(row, place)
+    if data.get("tools"): data["tools"] = usual_tools(data["tools"])
     try: split = _split(data)
     except UserError as e: raise UserError(f"{place}: {e}") from None
     return Row(place, number, form, split, data)

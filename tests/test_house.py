@@ -22,7 +22,7 @@ LEVEL = {
     "configs": 1, "database": 1, "exits": 1, "faults": 1, "fetching": 1, "figures": 1, "files": 1, "gguf_file": 1,
     "gojson": 1, "gpus": 1, "memory": 1, "options": 1, "resume": 1, "scoring": 1, "spelling": 1, "tally": 1,
     "tensors": 1, "tutor": 1,
-    "asking": 2, "chatdb": 2, "forms": 2, "gotools": 2, "pretrained": 2, "pretraining": 2, "prices": 2,
+    "aliases": 2, "asking": 2, "chatdb": 2, "forms": 2, "gotools": 2, "pretrained": 2, "pretraining": 2, "prices": 2,
     "quantizers": 2, "rehearsal": 2, "report": 2,
     "adapted": 3, "byfield": 3, "keeping": 3, "letters": 3, "lookalike": 3, "models": 3, "parcel": 3, "prompts": 3,
     "replies": 3, "rows": 3, "shapes": 3, "templates": 3,

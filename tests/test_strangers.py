@@ -9,6 +9,7 @@ from rules import MODULES
 
 from llmcourse.amounts import said_number
 from llmcourse.byfield import valid_share
+from llmcourse.chats import encode_chat
 from llmcourse.cli import COMMANDS, command, main
 from llmcourse.core import UserError
 from llmcourse.converter import to_gguf
@@ -18,7 +19,7 @@ from llmcourse.files import lines
 from llmcourse.graders import grade_number
 from llmcourse.labels import TODAY
 from llmcourse.letters import chosen
-from llmcourse.models import load
+from llmcourse.models import load, load_tokenizer
 from llmcourse.options import parser
 from llmcourse.rl import grpo
 from llmcourse.rows import read
@@ -395,3 +396,76 @@ def test_the_scores_say_what_their_words_mean(capsys):
     for words in ("tutor/base goes on with a text", "at once: ", "sampled: ", "chat format: "): assert words in told
     assert main(["scores", "--n", "2", "--seed", "1", "--checkpoints", "base", "--json"]) == 0
     json.loads(capsys.readouterr().out)
+
+
+# --- columns of other programs, which would be passed over in silence ---
+
+
+def one(row, tmp_path):
+    return read(written(tmp_path / "rows.jsonl", [row]))[0]
+
+
+def test_a_system_prompt_beside_the_turns_is_read(tmp_path):
+    chat = [ASK, said("3")]
+    system = {"role": "system", "content": "Be brief."}
+    assert one({"system": "Be brief.", "messages": chat}, tmp_path).data == {"messages": [system, *chat]}
+    assert one({"system_prompt": "Be brief.", "messages": chat}, tmp_path).data == {"messages": [system, *chat]}
+    assert one({"system": "No.", "messages": [system, *chat]}, tmp_path).data["messages"] == [system, *chat]
+    orca = {"system_prompt": "Be brief.", "question": ASK["content"], "response": "3"}
+    assert one(orca, tmp_path).data == {"messages": [system, *chat]}
+
+
+def test_a_turn_that_is_not_to_be_trained_is_not(tmp_path):
+    turns = [ASK, said("BAD", train=False), {"role": "user", "content": "And Ben?"}, said("GOOD", train=True)]
+    found = one({"messages": turns}, tmp_path)
+    tokenizer = load_tokenizer("tutor/base")
+    labels = encode_chat(tokenizer, found.data, "row")["labels"]
+    trained = tokenizer.decode([token for token in labels if token != -100])
+    assert "GOOD" in trained and "BAD" not in trained
+
+
+@pytest.mark.parametrize("row", [
+    {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "No!"}], "label": False},
+    {"messages": [ASK, said("No!")], "kto_tag": False}])
+def test_an_answer_that_is_rated_bad_is_not_a_chat(row, tmp_path):
+    found = one(row, tmp_path)
+    assert found.form == "unpaired" and found.data["label"] is False
+    assert found.data["completion"][0]["content"] == "No!"
+    with pytest.raises(UserError, match="a row of the form unpaired"): sft([row], tmp_path / "run", **ONE_STEP)
+
+
+def test_calls_and_tools_of_llama_factory_are_calls_and_tools(tmp_path):
+    found = one({"conversations": [
+        {"from": "human", "value": "Weather in Bern?"},
+        {"from": "function_call", "value": '{"name": "weather", "arguments": {"city": "Bern"}}'},
+        {"from": "observation", "value": "3"}, {"from": "gpt", "value": "It is 3."}],
+        "tools": '[{"name": "weather", "parameters": {"type": "object"}}]'}, tmp_path).data
+    call = {"name": "weather", "arguments": {"city": "Bern"}}
+    assert found["messages"][1] == said("", tool_calls=[{"type": "function", "function": call}])
+    assert found["tools"] == [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+
+
+@pytest.mark.parametrize("names", [("question", "answer"), ("prompt", "completion"), ("prompt", "response")])
+def test_the_text_that_a_question_is_about_is_asked_with_it(names, tmp_path):
+    ask, reply = names
+    found = one({ask: "Who has 3?", "context": "Ana has 3 apples.", reply: "Ana"}, tmp_path).data["messages"]
+    assert found == [{"role": "user", "content": "Who has 3?\n\nAna has 3 apples."}, said("Ana")]
+
+
+def test_one_turn_of_a_tree_is_no_text_to_learn(tmp_path):
+    with pytest.raises(UserError, match="no form that we know"):
+        one({"message_id": "a", "parent_id": None, "role": "prompter", "text": "Hi"}, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "thinking", "reasoning"])
+def test_thoughts_that_a_template_leaves_out_are_said(name, tmp_path):
+    path = written(tmp_path / "rows.jsonl", [{"messages": [ASK, said("3", **{name: "Three of them."})]}])
+    left = "the model's chat template leaves out the thoughts of turn 1 (assistant)"
+    assert left in str(check_data(path, "tutor/base", tokens_per_second=1))
+
+
+def test_parts_of_a_content_are_named(tmp_path):
+    parts = [{"type": "output_text", "text": "3"}]
+    assert one({"input": [ASK], "output": [said(parts)]}, tmp_path).data["messages"] == [ASK, said("3")]
+    with pytest.raises(UserError, match="its content is text, tool_use, not text"):
+        one({"messages": [ASK, said([{"type": "text", "text": "x"}, {"type": "tool_use"}])]}, tmp_path)

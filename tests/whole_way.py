@@ -5,6 +5,7 @@
 import contextlib
 import io
 import json
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -71,7 +72,10 @@ def one_way(path: Path, folder: Path, purpose: str) -> dict:
     assert rows == used + refused + others, (purpose, rows, used, refused, others, said.getvalue())
     accounts = [line for line in said.getvalue().splitlines() if " rows read, " in line]
     assert accounts[0].partition(": ")[2].startswith(f"{rows:,} rows read") or str(path) in accounts[0], accounts
-    assert f" {used:,} taken" in accounts[-1], (used, accounts)
+    taken = re.search(" rows read, ([\\d,]+) taken", accounts[0])
+    fit = re.findall("these (.*) rows (.*) fit", said.getvalue())
+    assert [taken[1]] * len(fit) == [before for before, _ in fit], (taken[1], fit)
+    assert f"{used:,}" == (fit[-1][1] if fit else taken[1]), (used, accounts, fit)
     return dict(rows=rows, used=used, refused=refused, of_other_splits=others)
 
 
