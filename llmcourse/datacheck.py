@@ -21,6 +21,7 @@ from .labels import left_out
 from .loading import SETTINGS
 from .methods import METHODS, method
 from .models import encode, load, load_tokenizer
+from .pairs import Taste, pair_faults, take_pairs, take_thumbs
 from .report import Report
 from .rows import Fault, Row, conversations, walk, why_not
 
@@ -120,6 +121,10 @@ def _compared(row: Row) -> None:
         raise UserError(f"{row.place}: a row of the form {row.form}, and preferences are two answers, or one that is "
                         "rated. Give the columns prompt, chosen and rejected")
 
+def _compares(purpose: str) -> bool:
+    "Are rows of this purpose comparisons or rated answers, which are trained whole?"
+    return purpose == "preferences" or purpose in METHODS and method(purpose).take in (take_pairs, take_thumbs)
+
 def acceptance(purpose: str) -> Callable:   # (row), which raises `UserError` for one that would be refused
     "What a purpose asks of a row before a model is loaded."
     if purpose == "preferences": return _compared
@@ -130,7 +135,7 @@ def acceptance(purpose: str) -> Callable:   # (row), which raises `UserError` fo
 # %% ../nbs/workshop/datacheck.ipynb #3f8330b6
 def _chats(row: Row, purpose: str) -> list[list[Message]]:
     "The conversations that are looked at: whole ones to train on, the question alone where replies are sampled."
-    if purpose in ("sft", "preferences") or "messages" not in row.data: return conversations(row.data)
+    if purpose == "sft" or "messages" not in row.data: return conversations(row.data)
     last = row.data["messages"][-1:]
     return [row.data["messages"][:-1] if last and last[0]["role"] == "assistant" else row.data["messages"]]
 
@@ -138,18 +143,19 @@ def _found(row: Row, lengths: Lengths, purpose: str) -> Iterator[tuple[str, str]
     "What is wrong with the turns, letters and tokens of a row."
     why = why_not(row, acceptance(purpose))
     if why: yield "error", why
-    if purpose == "preferences" and "chosen" in row.data and row.data["chosen"] == row.data["rejected"]:
-        yield "error", "chosen and rejected are the same: there is nothing to learn"
+    if "chosen" in row.data and _compares(purpose):
+        yield from (fault for fault in pair_faults(row.data) if not (why and fault[0] == "error"))
     for chat in _chats(row, purpose):
         tools = row.data.get("tools")
         faults = list(chat_faults(chat, tools, answered=lengths.reply is None))
-        refused = why or purpose == "preferences"
+        refused = why or _compares(purpose)
         yield from ((level if refused else "warning", what) for level, what in faults)
         if not why and all(level == "warning" for level, _ in faults): yield from lengths.faults(chat, tools)
 
 # %% ../nbs/workshop/datacheck.ipynb #ed738b3b
-def _examine(report: Report, code: int, row: Row | Fault, seen: Seen, lengths: Lengths, name: str) -> None:
-    "One row: read it, then its turns, letters, tokens and copies."
+def _examine(report: Report, code: int, row: Row | Fault, seen: Seen, taste: Taste,
+             lengths: Lengths, name: str) -> None:
+    "One row: read it, then its turns, letters, tokens, verdict and copies."
     if isinstance(row, Fault):
         report.say("error", code, row.what)
         report.refused += not code >> 40
@@ -165,7 +171,8 @@ def _examine(report: Report, code: int, row: Row | Fault, seen: Seen, lengths: L
     report.refused += not code >> 40 and bad
     report.fit[where] += not bad
     copies = seen.faults(code, row.data, where) if conversations(row.data)[0] else ()
-    for level, what in [*found, *copies]: report.say(level, code, what)
+    verdict = taste.faults(code, row.data) if "messages" not in row.data and not bad else ()
+    for level, what in [*found, *verdict, *copies]: report.say(level, code, what)
 
 # %% ../nbs/workshop/datacheck.ipynb #81f90075
 def _sort(form: str) -> str:
@@ -211,12 +218,12 @@ def training_speed(model: str, scale: str = "cpu") -> float:
     return 3 * ids.numel() / (time.perf_counter() - start)
 
 # %% ../nbs/workshop/datacheck.ipynb #508cded6
-def _pass(report: Report, source, name: str, seen: Seen, lengths: Lengths, mark: int = 0) -> int:
+def _pass(report: Report, source, name: str, seen: Seen, taste: Taste, lengths: Lengths, mark: int = 0) -> int:
     "Let the rows of a file pass, with `mark` on their places; how many there were."
     n = 0
     for row in walk(source):
         n += 1
-        _examine(report, row.number | mark, row, seen, lengths, name)
+        _examine(report, row.number | mark, row, seen, taste, lengths, name)
     return n
 
 def _not_looked_at(seen: Seen) -> dict:
@@ -243,7 +250,7 @@ def context_of(model: str | Path) -> int | None:
 def _lengths(dial: dict, model: str, tokenizer, purpose: str, sample: int, max_length: int) -> tuple[Lengths, Lengths]:
     "The measure for the file, and one for the file that it is compared with."
     context = None if tokenizer else context_of(model)
-    reply = None if purpose in ("sft", "preferences") or purpose not in PURPOSES else dial["max_new_tokens"]
+    reply = None if purpose == "sft" or purpose not in PURPOSES or _compares(purpose) else dial["max_new_tokens"]
     tokenizer = tokenizer or load_tokenizer(model)
     return tuple(Lengths(tokenizer, max_length or dial["max_length"], n, context, reply) for n in (sample, 0))
 
@@ -267,11 +274,12 @@ def check_data(
     model = model or dial["model"]
     if epochs is not None and not epochs > 0: raise UserError(f"epochs={epochs}: has to be more than 0")
     known = choose(purpose, PURPOSES, "purpose") if purpose else guess_purpose(islice(walk(source), 100))
-    report, seen = Report(source, against, limit, known, guessed=not purpose), Seen()
+    report, seen, taste = Report(source, against, limit, known, guessed=not purpose), Seen(), Taste()
     lengths, other = _lengths(dial, model, tokenizer, known, sample, max_length)
-    report.rows = _pass(report, source, report.here if against else "all", seen, lengths)
+    report.rows = _pass(report, source, report.here if against else "all", seen, taste, lengths)
+    for level, what in taste.whole(): report.say(level, min(report.first.values()), what)
     fit = report.fit.copy()   # of this file alone
-    if against: _pass(report, against, report.there, seen, other, 1 << 40)
+    if against: _pass(report, against, report.there, seen, taste, other, 1 << 40)
     if not report.rows: raise UserError(f"{source}: no rows. Give at least one")
     _mixed(report)
     for code, level, what in seen.copies(): report.say(level, code, what)
