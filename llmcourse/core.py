@@ -315,7 +315,8 @@ def stopwatch():
         out["peak_mb"] = _peak_mb()
 
 # %% ../nbs/workshop/core.ipynb #5f59e28c
-CHAPTERS = {"01": "models", "02": "serve", "04": "evals", "05": "data", "06": "sft", "07": "lora", "09": "rl",
+CHAPTERS = {"01": "models", "02": "serve", "04": "evals", "05": "data", "06": "sft", "07": "lora",
+            "08": "preference", "09": "rl",
             "10": "export", "11": "chat", "14": "plan"}
 
 def home() -> Path:

@@ -226,6 +226,12 @@ def _pass(report: Report, source, name: str, seen: Seen, taste: Taste, lengths: 
         _examine(report, row.number | mark, row, seen, taste, lengths, name)
     return n
 
+def _together(report: Report, seen: Seen, taste: Taste) -> None:
+    "What only all rows together show."
+    _mixed(report)
+    for level, what in taste.whole(): report.say(level, min(report.first.values()), what)
+    for code, level, what in seen.copies(): report.say(level, code, what)
+
 def _not_looked_at(seen: Seen) -> dict:
     "How many rows were remembered, if not all could be."
     near = len(seen.near.kept)
@@ -277,12 +283,10 @@ def check_data(
     report, seen, taste = Report(source, against, limit, known, guessed=not purpose), Seen(), Taste()
     lengths, other = _lengths(dial, model, tokenizer, known, sample, max_length)
     report.rows = _pass(report, source, report.here if against else "all", seen, taste, lengths)
-    for level, what in taste.whole(): report.say(level, min(report.first.values()), what)
     fit = report.fit.copy()   # of this file alone
     if against: _pass(report, against, report.there, seen, taste, other, 1 << 40)
     if not report.rows: raise UserError(f"{source}: no rows. Give at least one")
-    _mixed(report)
-    for code, level, what in seen.copies(): report.say(level, code, what)
-    report.run = _run(dial, lengths, fit if known != "preferences" else Counter(), epochs) | _not_looked_at(seen)
+    _together(report, seen, taste)
+    report.run = _run(dial, lengths, Counter() if _compares(known) else fit, epochs) | _not_looked_at(seen)
     if "steps" in report.run: report.run |= _price(report.run["tokens"], tokens_per_second, price, model, scale)
     return report

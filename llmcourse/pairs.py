@@ -6,7 +6,7 @@
 from __future__ import annotations
 import hashlib, re, statistics
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from .chats import encode_chat
 from .core import UserError
 from .faults import chat_faults, refuse_faults
@@ -28,7 +28,9 @@ def pairs_from_thumbs(
 ) -> list[dict]:        # {"prompt", "chosen", "rejected"}
     "Of every prompt with thumbs up and thumbs down, the first with the first, the second with the second …"
     sides: dict[str, tuple] = {}
-    for row in rows: sides.setdefault(_said(row["prompt"]), (row["prompt"], [], []))[1 + (not row["label"])].append(row)
+    for row in rows:
+        side = sides.setdefault(_said(row["prompt"]), (row["prompt"], [], []))
+        side[1 if row["label"] else 2].append(row)
     return [{"prompt": prompt, "chosen": up["completion"], "rejected": down["completion"]}
             for prompt, ups, downs in sides.values() for up, down in zip(ups, downs)
             if _said(up["completion"]) != _said(down["completion"])]
@@ -86,7 +88,8 @@ def pair_faults(row: dict) -> Iterator[tuple[str, str]]:   # (level, what)
 # %% ../nbs/workshop/pairs.ipynb #78742f43
 LONGER, ENOUGH, MOST = 0.8, 20, 2_000_000   # share of pairs from which it counts; fewest pairs; rows remembered
 
-def _key(*texts: str) -> int: return int.from_bytes(hashlib.blake2b("\0".join(texts).encode(), digest_size=8).digest())
+def _key(*texts: str) -> int:
+    return int.from_bytes(hashlib.blake2b("\0".join(texts).encode(), digest_size=8).digest(), "big")
 
 class Taste:
     "The verdicts of a file, one row after the other."
@@ -116,13 +119,14 @@ class Taste:
         "What is wrong with all of them together."
         n = self.compared
         if n >= ENOUGH and self.longer >= LONGER * n:
-            yield "warning", (f"longer wins: in {self.longer / n:.0%} of {n:,} pairs the chosen reply is the longer one, "
-                              "so length is what would be learned")
+            yield "warning", (f"longer wins: in {self.longer / n:.0%} of {n:,} pairs the chosen reply is the longer "
+                              "one, so length is what would be learned")
         if self.thumbs.total() >= ENOUGH and len(self.thumbs) == 1:
             yield "warning", f"all {self.thumbs.total():,} thumbs are the same: there is nothing to compare"
 
 # %% ../nbs/workshop/pairs.ipynb #9210e74e
-def _plain(turns: list) -> list: return [{"role": m["role"], "content": m["content"]} for m in turns]   # one type a column
+def _plain(turns: list) -> list:
+    return [{"role": m["role"], "content": m["content"]} for m in turns]   # one type a column
 
 def _refuse(row: Row, columns: tuple) -> dict:
     "The columns of a row as plain turns. Raises `UserError`."
@@ -150,7 +154,8 @@ def take_thumbs(rows: list[Row], ours: dict | None = None) -> list[dict]:   # {"
     "Rated replies as TRL takes them. Raises `UserError` at the first row that is none, or if all thumbs are the same."
     for row in rows:
         if "chosen" in row.data:
-            raise UserError(f"{row.place}: a comparison, and this method takes one reply with a thumb. Take llmcourse dpo")
+            raise UserError(f"{row.place}: a comparison, and this method takes one reply with a thumb. "
+                            "Take llmcourse dpo")
         if "label" not in row.data:
             raise UserError(f"{row.place}: a row of the form {row.form}, and this method takes replies with a thumb. "
                             "Give the columns prompt, completion and label")
@@ -166,7 +171,8 @@ def encode_pair(work: Work, row: dict, place: str) -> dict:
     have = work.net.get_input_embeddings().num_embeddings
     asks = len(encode(work.tokenizer, row["prompt"]))
     for side, chat in zip(("chosen", "rejected") if "chosen" in row else ("completion",), conversations(row)):
-        ids = encode_chat(work.tokenizer, {"messages": chat}, place, None, None, config.max_position_embeddings)["input_ids"]
+        encoded = encode_chat(work.tokenizer, {"messages": chat}, place, context=config.max_position_embeddings)
+        ids = encoded["input_ids"]
         if max(ids) >= have:
             raise UserError(f"{place}: token {max(ids)}, and the model has {have} embeddings. "
                             "Use the tokenizer that belongs to the model")

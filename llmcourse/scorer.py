@@ -9,7 +9,7 @@ from pathlib import Path
 from .core import Message, UserError, scale as read_scale
 from .fetching import fetched
 from .models import load, render
-from .pretrained import absent, adapter_base, device_of, fitted, hush, load_tokenizer
+from .pretrained import absent, adapter_base, adapter_shapes, device_of, fitted, hush, load_tokenizer
 
 # %% auto #0
 __all__ = ['with_score', 'Scorer', 'load_scorer']
@@ -21,7 +21,7 @@ def with_score(
 ):               # a model for sequences with one label
     "The model with a head that gives one mark."
     import torch
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+    from transformers import AutoModelForSequenceClassification
     config = copy.deepcopy(net.config)
     config.num_labels, config.pad_token_id = 1, tokenizer.pad_token_id
     with torch.device("meta"): marks = AutoModelForSequenceClassification.from_config(config)
@@ -48,8 +48,9 @@ class Scorer:
         marks, order = [0.0] * len(rows), sorted(range(len(rows)), key=lambda i: len(rows[i]))
         for at in range(0, len(order), self.batch_size):
             some = order[at:at + self.batch_size]
-            batch = self.tokenizer.pad({"input_ids": [rows[i] for i in some]}, padding_side="right", return_tensors="pt")
-            with torch.inference_mode(): found = self.net(**batch.to(self.net.device)).logits[:, 0].float().tolist()
+            batch = self.tokenizer.pad({"input_ids": [rows[i] for i in some]}, padding_side="right",
+                                       return_tensors="pt").to(self.net.device)
+            with torch.inference_mode(): found = self.net(**batch).logits[:, 0].float().tolist()
             for i, mark in zip(some, found): marks[i] = mark
         return marks
 
@@ -81,7 +82,7 @@ def load_scorer(
         hush()
         return Scorer(_whole(path, dial), tokenizer)
     base = adapter_base(path)
-    net = fitted(with_score(load(base, scale)[0], tokenizer), path, base)
-    if "score" not in (net.peft_config["default"].modules_to_save or ()):
+    if not any("score" in name for name in adapter_shapes(path)):
         raise UserError(f"{path}: an adapter without a head that gives marks. Train one: llmcourse reward-model")
+    net = fitted(with_score(load(base, scale)[0], tokenizer), path, base)
     return Scorer(net.merge_and_unload(), tokenizer)
