@@ -14,7 +14,7 @@ from .pairs import encode_pair, look_at_pairs, take_pairs, take_thumbs
 from .training import Method, train
 
 # %% auto #0
-__all__ = ['DPO_LOSSES', 'DPO', 'KTO', 'ORPO', 'CPO', 'REWARD_MODEL', 'RELATIVES', 'bradley_terry', 'best_of_n', 'dpo_loss',
+__all__ = ['REWARD_MODEL', 'DPO_LOSSES', 'DPO', 'KTO', 'ORPO', 'CPO', 'RELATIVES', 'bradley_terry', 'best_of_n', 'dpo_loss',
            'prefer']
 
 # %% ../nbs/08_preference.ipynb #1bc7822d
@@ -23,7 +23,14 @@ def bradley_terry(chosen, rejected):   # marks, one a pair → a scalar tensor
     import torch
     return -torch.nn.functional.logsigmoid(chosen - rejected).mean()
 
-# %% ../nbs/08_preference.ipynb #90c5f35a
+# %% ../nbs/08_preference.ipynb #3725494c
+REWARD_MODEL = Method(
+    name="reward-model", about="Train a model that gives replies marks, by pairs (Bradley-Terry).",
+    example="llmcourse reward-model --data pairs.jsonl --model runs/sft", title="A model that gives marks",
+    config="RewardConfig", model="tutor/sft", own="llmcourse.manners.manner_pairs", take=take_pairs,
+    defaults=preference_defaults, encode=encode_pair, look=look_at_pairs, trainer=reward_trainer)
+
+# %% ../nbs/08_preference.ipynb #2645dafa
 def best_of_n(
     proxy: list[float],   # a mark for each of N replies to one prompt
     gold: list[float],    # what each is really worth
@@ -35,7 +42,7 @@ def best_of_n(
     odds = [math.comb(i, n - 1) / math.comb(len(ranked), n) for i in range(len(ranked))]   # that the i-th is the best
     return tuple(sum(p * pair[k] for p, pair in zip(odds, ranked)) for k in (0, 1))
 
-# %% ../nbs/08_preference.ipynb #acebb78f
+# %% ../nbs/08_preference.ipynb #5003ec44
 DPO_LOSSES = ("sigmoid", "ipo", "hinge")
 
 def dpo_loss(
@@ -54,12 +61,11 @@ def dpo_loss(
     if loss_type == "hinge": return torch.relu(1 - beta * (gains[0] - gains[1])).mean()
     return bradley_terry(beta * gains[0], beta * gains[1])
 
-# %% ../nbs/08_preference.ipynb #4af22262
-DPO = Method(
-    name="dpo", about="Teach what people prefer, by pairs of replies (DPO).",
-    example="llmcourse dpo --data pairs.jsonl --model runs/sft --r 16",
-    title="Taught by comparisons", config="DPOConfig", model="tutor/sft", own="llmcourse.manners.manner_pairs",
-    take=take_pairs, defaults=dpo_defaults, encode=encode_pair, look=look_at_pairs, trainer=trl_builder("DPOTrainer"))
+# %% ../nbs/08_preference.ipynb #5722df1d
+DPO = replace(
+    REWARD_MODEL, name="dpo", about="Teach what people prefer, by pairs of replies (DPO).",
+    example="llmcourse dpo --data pairs.jsonl --model runs/sft --r 16", title="Taught by comparisons",
+    config="DPOConfig", defaults=dpo_defaults, trainer=trl_builder("DPOTrainer"))
 KTO = replace(
     DPO, name="kto", about="Teach what people prefer, by thumbs alone (KTO).",
     example="llmcourse kto --data thumbs.jsonl --model runs/sft", title="Taught by thumbs", config="KTOConfig",
@@ -72,16 +78,11 @@ CPO = replace(
     ORPO, name="cpo", about="Teach by pairs without a reference (CPO; with another loss SimPO).",
     example="llmcourse cpo --data pairs.jsonl --model runs/sft", config="experimental.cpo.CPOConfig",
     defaults=cpo_defaults, trainer=trl_builder("experimental.cpo.CPOTrainer", reference=False))
-REWARD_MODEL = replace(
-    DPO, name="reward-model", about="Train a model that gives replies marks, by pairs (Bradley-Terry).",
-    example="llmcourse reward-model --data pairs.jsonl --model runs/sft", title="A model that gives marks",
-    config="RewardConfig", defaults=preference_defaults, trainer=reward_trainer)
-
-# %% ../nbs/08_preference.ipynb #9890c1be
 RELATIVES = {   # name → entry, and what it changes of its defaults
     "dpo": (DPO, {}), "ipo": (DPO, dict(loss_type=["ipo"])), "kto": (KTO, {}), "orpo": (ORPO, {}), "cpo": (CPO, {}),
     "simpo": (CPO, dict(loss_type="simpo", cpo_alpha=0.0, beta=2.0)), "reward-model": (REWARD_MODEL, {})}
 
+# %% ../nbs/08_preference.ipynb #149b4398
 def prefer(
     rows,                               # pairs, or thumbs for kto: a file of any usual form, or in memory
     output: str | Path,                 # the run folder; an earlier run there is replaced
