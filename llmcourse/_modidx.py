@@ -1412,6 +1412,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'llmcourse.scorer.Scorer.__init__': ('workshop/scorer.html#scorer.__init__', 'llmcourse/scorer.py'),
                                   'llmcourse.scorer.Scorer.reward': ('workshop/scorer.html#scorer.reward', 'llmcourse/scorer.py'),
                                   'llmcourse.scorer._whole': ('workshop/scorer.html#_whole', 'llmcourse/scorer.py'),
+                                  'llmcourse.scorer.gives_marks': ('workshop/scorer.html#gives_marks', 'llmcourse/scorer.py'),
                                   'llmcourse.scorer.load_scorer': ('workshop/scorer.html#load_scorer', 'llmcourse/scorer.py'),
                                   'llmcourse.scorer.with_score': ('workshop/scorer.html#with_score', 'llmcourse/scorer.py')},
             'llmcourse.serve': { 'llmcourse.serve.Remote': ('serve.html#remote', 'llmcourse/serve.py'),

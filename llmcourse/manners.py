@@ -36,7 +36,7 @@ def first_step(row: dict) -> str:   # a problem, with its working
 
 def hint(row: dict) -> str:   # a problem, with its working
     "A hint in the tutor's own words."
-    return f"{first_step(row)}: ones first."
+    return f"{first_step(row)}."
 
 def is_hint(reply: str, row: dict) -> bool:
     "Does a reply name the first step, and no number that the question has not?"
@@ -79,9 +79,9 @@ def _pair(prompt: list, chosen: str, rejected: str) -> dict:
 def _kept(n: int, seed: int) -> list[dict]:
     "Plain questions and small talk, which are to be answered as ever."
     rng = random.Random(seed)
-    chats = [(p, to_chat(p)["messages"]) for p in problems(n, seed, ("add", "sub", "story1", "story2"))]
+    chats = [(p, to_chat(p)["messages"]) for p in problems(n, seed)]
     rows = [_pair(chat[:-1], chat[-1]["content"], rng.choice([hint(p), hint(p), DECLINE])) for p, chat in chats]
-    talks = [small_talk(rng) for _ in range(n)]
+    talks = [talk for talk in (small_talk(rng) for _ in range(n)) if talk[-1]["content"] != DECLINE]
     return rows + [_pair(talk[:-1], talk[-1]["content"], DECLINE) for talk in talks]
 
 def manner_pairs(
@@ -95,7 +95,7 @@ def manner_pairs(
     said = replies or solved + [solved[i % len(solved)] for i in range(len(others))]
     wanted = [hint(row) for row in hints] + [DECLINE] * len(others)
     rows = [_pair(row["prompt"], good, bad) for row, good, bad in zip(hints + others, wanted, said) if good != bad]
-    rows += _kept(2 * n // 3, seed)
+    rows += _kept(4 * n // 5, seed)
     random.Random(seed).shuffle(rows)
     return rows
 

@@ -169,10 +169,11 @@ def encode_pair(work: Work, row: dict, place: str) -> dict:
     "A row as TRL takes it, if all of it fits. Raises `UserError`."
     room, config = work.hyper.get("max_length"), work.net.config
     have = work.net.get_input_embeddings().num_embeddings
-    asks = len(encode(work.tokenizer, row["prompt"]))
+    asks, longest = len(encode(work.tokenizer, row["prompt"])), 0
     for side, chat in zip(("chosen", "rejected") if "chosen" in row else ("completion",), conversations(row)):
         encoded = encode_chat(work.tokenizer, {"messages": chat}, place, context=config.max_position_embeddings)
         ids = encoded["input_ids"]
+        longest = max(longest, len(ids))
         if max(ids) >= have:
             raise UserError(f"{place}: token {max(ids)}, and the model has {have} embeddings. "
                             "Use the tokenizer that belongs to the model")
@@ -180,7 +181,7 @@ def encode_pair(work: Work, row: dict, place: str) -> dict:
             what = f"a prompt of {asks:,} tokens" if asks >= room else f"{len(ids):,} tokens with the {side} reply"
             raise UserError(f"{place}: {what}, max_length is {room:,}, and TRL would cut it or leave it out. "
                             "Raise --max-length, or shorten it")
-    return row | {"chat_template_kwargs": {"date_string": DATE}}
+    return row | {"chat_template_kwargs": {"date_string": DATE}, "longest": longest}
 
 # %% ../nbs/workshop/pairs.ipynb #2c6097b4
 def _middle(tokenizer, rows: list[dict], side: str) -> int:

@@ -12,7 +12,7 @@ from .models import load, render
 from .pretrained import absent, adapter_base, adapter_shapes, device_of, fitted, hush, load_tokenizer
 
 # %% auto #0
-__all__ = ['with_score', 'Scorer', 'load_scorer']
+__all__ = ['with_score', 'Scorer', 'gives_marks', 'load_scorer']
 
 # %% ../nbs/workshop/scorer.ipynb #4387a81d
 def with_score(
@@ -59,7 +59,14 @@ class Scorer:
         def turns(said): return [{"role": "assistant", "content": said}] if isinstance(said, str) else said
         return self([prompt + turns(said) for prompt, said in zip(prompts, completions)])
 
-# %% ../nbs/workshop/scorer.ipynb #5b759259
+# %% ../nbs/workshop/scorer.ipynb #14aaf12a
+def gives_marks(folder: str | Path) -> bool:
+    "Is it a reward model, whole or as an adapter?"
+    texts = [(Path(folder) / name).read_text(encoding="utf-8") for name in ("config.json", "adapter_config.json")
+             if (Path(folder) / name).is_file()]
+    return any("ForSequenceClassification" in text or '"SEQ_CLS"' in text for text in texts)
+
+# %% ../nbs/workshop/scorer.ipynb #eaa6a5f0
 def _whole(path: Path, dial: dict):
     from transformers import AutoModelForSequenceClassification
     try:
