@@ -13,6 +13,7 @@ from .lookalike import original_config, lookalike, real_weights
 from .merging import merge
 from .methods import entry
 from .models import encode, load
+from .scorer import gives_marks
 from .training import train
 from .trial import (STEPS, for_training, look_at_rows, on_the_card, planned, read_job, real_size, take_work,
                              turns_of, words_of)
@@ -138,6 +139,9 @@ def ship(tell: Callable, folder: Path, order: dict) -> None:
     "Merge what was trained, write a GGUF, serve it and ask."
     from llmcourse.converter import read_config, to_gguf
     job, model = pickle.loads((folder / "job.pkl").read_bytes()), folder / "straight"
+    if gives_marks(model):
+        tell({"stage": "export", "seconds": 0.0, "left_out": "a reward model gives marks, and writes nothing to serve"})
+        return
     if job["adapter"]:
         with stage(tell, "merge") as found:
             model = merge(model, folder / "merged", base=folder / "model")

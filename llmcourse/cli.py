@@ -97,7 +97,7 @@ def data(
     scale: str = "cpu",             # a section of settings.ini: cpu, t4, l4, a100, h100
     epochs: float = None,           # times through the data; by default as training does it
     max_length: int = None,         # tokens a row may have, or a reply, with grpo and rloo; by default the scale's
-    purpose: str = None,            # sft, grpo, rloo, eval or preferences; by default guessed from the rows
+    purpose: str = None,            # a method, such as sft or dpo; eval or preferences; by default guessed
     tokens_per_second: float = None,  # of training on your device; measured here by default if the model is the tutor
     price: float = None,             # of an hour of the device, in USD
     limit: int = 3,                 # places of each kind that are shown
@@ -189,7 +189,7 @@ def train(
     print(repeat(card, output))
 
 def rehearse(
-    job: str,            # sft, grpo or rloo, with its own options behind it; or a run card
+    job: str,            # a method, such as sft or dpo, with its own options behind it; or a run card
     words: list,         # the options of the method: llmcourse rehearse sft --help lists them
     disk: float = None,  # free GB on the machine that you will rent
 ):

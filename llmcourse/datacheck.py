@@ -21,7 +21,7 @@ from .labels import TODAY, left_out, prints_today
 from .loading import SETTINGS
 from .methods import METHODS, method
 from .models import encode, load, load_tokenizer
-from .pretrained import adapter_base
+from .pairs import Taste, pair_faults, take_pairs, take_thumbs
 from .report import Report
 from .requested import unprinted
 from .rows import Fault, Row, conversations, walk, why_not
@@ -122,6 +122,10 @@ def _compared(row: Row) -> None:
         raise UserError(f"{row.place}: a row of the form {row.form}, and preferences are two answers, or one that is "
                         "rated. Give the columns prompt, chosen and rejected")
 
+def _compares(purpose: str) -> bool:
+    "Are rows of this purpose comparisons or rated answers, which are trained whole?"
+    return purpose == "preferences" or purpose in METHODS and method(purpose).take in (take_pairs, take_thumbs)
+
 def acceptance(purpose: str) -> Callable:   # (row), which raises `UserError` for one that would be refused
     "What a purpose asks of a row before a model is loaded."
     if purpose == "preferences": return _compared
@@ -132,7 +136,7 @@ def acceptance(purpose: str) -> Callable:   # (row), which raises `UserError` fo
 # %% ../nbs/workshop/datacheck.ipynb #3f8330b6
 def _chats(row: Row, purpose: str) -> list[list[Message]]:
     "The conversations that are looked at: whole ones to train on, the question alone where replies are sampled."
-    if purpose in ("sft", "preferences") or "messages" not in row.data: return conversations(row.data)
+    if purpose == "sft" or "messages" not in row.data: return conversations(row.data)
     last = row.data["messages"][-1:]
     return [row.data["messages"][:-1] if last and last[0]["role"] == "assistant" else row.data["messages"]]
 
@@ -142,18 +146,19 @@ def _found(row: Row, lengths: Lengths, purpose: str) -> Iterator[tuple[str, str]
     if why: yield "error", why
     if purpose == "sft" and (columns := unprinted(row.data)):
         yield "warning", f"no chat template prints {columns}: not trained"
-    if purpose == "preferences" and "chosen" in row.data and row.data["chosen"] == row.data["rejected"]:
-        yield "error", "chosen and rejected are the same: there is nothing to learn"
+    if "chosen" in row.data and _compares(purpose):
+        yield from (fault for fault in pair_faults(row.data) if not (why and fault[0] == "error"))
     for chat in _chats(row, purpose):
         tools = row.data.get("tools")
         faults = list(chat_faults(chat, tools, answered=lengths.reply is None))
-        refused = why or purpose == "preferences"
+        refused = why or _compares(purpose)
         yield from ((level if refused else "warning", what) for level, what in faults)
         if not why and all(level == "warning" for level, _ in faults): yield from lengths.faults(chat, tools)
 
 # %% ../nbs/workshop/datacheck.ipynb #ed738b3b
-def _examine(report: Report, code: int, row: Row | Fault, seen: Seen, lengths: Lengths, name: str) -> None:
-    "One row: read it, then its turns, letters, tokens and copies."
+def _examine(report: Report, code: int, row: Row | Fault, seen: Seen, taste: Taste,
+             lengths: Lengths, name: str) -> None:
+    "One row: read it, then its turns, letters, tokens, verdict and copies."
     if isinstance(row, Fault):
         report.say("error", code, row.what)
         report.refused += not code >> 40
@@ -169,7 +174,8 @@ def _examine(report: Report, code: int, row: Row | Fault, seen: Seen, lengths: L
     report.refused += not code >> 40 and bad
     report.fit[where] += not bad
     copies = seen.faults(code, row.data, where) if conversations(row.data)[0] else ()
-    for level, what in [*found, *copies]: report.say(level, code, what)
+    verdict = taste.faults(code, row.data) if "messages" not in row.data and not bad else ()
+    for level, what in [*found, *verdict, *copies]: report.say(level, code, what)
 
 # %% ../nbs/workshop/datacheck.ipynb #81f90075
 def _sort(form: str) -> str:
@@ -215,14 +221,20 @@ def training_speed(model: str, scale: str = "cpu") -> float:
     return 3 * ids.numel() / (time.perf_counter() - start)
 
 # %% ../nbs/workshop/datacheck.ipynb #508cded6
-def _pass(report: Report, source, name: str, seen: Seen, lengths: Lengths, mark: int = 0) -> int:
+def _pass(report: Report, source, name: str, seen: Seen, taste: Taste, lengths: Lengths, mark: int = 0) -> int:
     "Let the rows of a file pass, with `mark` on their places; how many there were. Raises `UserError` if none."
     n = 0
     for row in walk(source):
         n += 1
-        _examine(report, row.number | mark, row, seen, lengths, name)
+        _examine(report, row.number | mark, row, seen, taste, lengths, name)
     if not n: raise UserError(f"{source}: no rows. Give at least one")
     return n
+
+def _together(report: Report, seen: Seen, taste: Taste) -> None:
+    "What only all rows together show."
+    _mixed(report)
+    for level, what in taste.whole(): report.say(level, min(report.first.values()), what)
+    for code, level, what in seen.copies(): report.say(level, code, what)
 
 def _not_looked_at(seen: Seen) -> dict:
     "How many rows were remembered, if not all could be."
@@ -250,7 +262,7 @@ def context_of(model: str | Path) -> int | None:
 def _lengths(dial: dict, model: str, tokenizer, purpose: str, sample: int, max_length: int) -> tuple[Lengths, Lengths]:
     "The measure for the file, and one for the file that it is compared with."
     context = None if tokenizer else context_of(model)
-    reply = None if purpose in ("sft", "preferences") else dial["max_new_tokens"]
+    reply = None if purpose == "sft" or purpose not in PURPOSES or _compares(purpose) else dial["max_new_tokens"]
     if purpose in METHODS and reply: reply, max_length = max_length or reply, 0   # as training understands it
     tokenizer = tokenizer or load_tokenizer(model)
     return tuple(Lengths(tokenizer, max_length or dial["max_length"], n, context, reply) for n in (sample, 0))
@@ -275,14 +287,13 @@ def check_data(
     model = model or dial["model"]
     if epochs is not None and not epochs > 0: raise UserError(f"--epochs {epochs}: has to be more than 0")
     known = choose(purpose, PURPOSES, "purpose") if purpose else guess_purpose(islice(walk(source), 100))
-    report, seen = Report(source, against, limit, known, guessed=not purpose), Seen()
+    report, seen, taste = Report(source, against, limit, known, guessed=not purpose), Seen(), Taste()
     lengths, other = _lengths(dial, model, tokenizer, known, sample, max_length)
     if prints_today(lengths.tokenizer): report.notes.append(TODAY)
-    report.rows = _pass(report, source, report.here if against else "all", seen, lengths)
+    report.rows = _pass(report, source, report.here if against else "all", seen, taste, lengths)
     fit = report.fit.copy()   # of this file alone
-    if against: _pass(report, against, report.there, seen, other, 1 << 40)
-    _mixed(report)
-    for code, level, what in seen.copies(): report.say(level, code, what)
-    report.run = _run(dial, lengths, fit if known != "preferences" else Counter(), epochs) | _not_looked_at(seen)
+    if against: _pass(report, against, report.there, seen, taste, other, 1 << 40)
+    _together(report, seen, taste)
+    report.run = _run(dial, lengths, Counter() if _compares(known) else fit, epochs) | _not_looked_at(seen)
     if "steps" in report.run: report.run |= _price(report.run["tokens"], tokens_per_second, price, model, scale)
     return report

@@ -74,8 +74,9 @@ def _legend(ax, part: str | None):
         write(ax, x, y, name, 9, DEEP[name], weight="bold")
     box(ax, 6, 90, 14, 10, DEEP[part] if part else TINT["use"])
     write(ax, 26, 95, "you are here" if part else "written", 8)
-    box(ax, 6, 110, 14, 10, "white", edgecolor="#b0b0b0", linestyle="--")
-    write(ax, 26, 115, "not written yet", 8)
+    if any(number not in CHAPTERS for number, *_ in STOPS.values()):
+        box(ax, 6, 110, 14, 10, "white", edgecolor="#b0b0b0", linestyle="--")
+        write(ax, 26, 115, "not written yet", 8)
     write(ax, 256, 77, "feedback becomes data", 8, FAINT)
 
 # %% ../nbs/workshop/figures.ipynb #a8d35020

@@ -82,6 +82,6 @@ def for_few(
     "Defaults that fit a handful of rows."
     batch = hyper.get(FEW[2], 1) * hyper.get(FEW[3], 1)
     if "num_generations" in hyper or set(FEW) & set(given) or rows >= 8 * batch: return hyper
-    small = max(1, rows // 8)
+    small = max(2 if "desirable_weight" in hyper else 1, rows // 8)   # KTO compares rows with others of their batch
     once = min(small, hyper.get(FEW[2], 1))
     return hyper | dict(num_train_epochs=3, per_device_train_batch_size=once, gradient_accumulation_steps=small // once)

@@ -17,6 +17,11 @@ __all__ = ['METHODS', 'entry', 'method', 'rerun', 'settled', 'steps_of']
 # %% ../nbs/workshop/methods.ipynb #24ddc84f
 METHODS = {   # name → where its entry is
     "sft": "llmcourse.sft.SFT",
+    "reward-model": "llmcourse.preference.REWARD_MODEL",
+    "dpo": "llmcourse.preference.DPO",
+    "kto": "llmcourse.preference.KTO",
+    "orpo": "llmcourse.preference.ORPO",
+    "cpo": "llmcourse.preference.CPO",
     "grpo": "llmcourse.rl.GRPO",
     "rloo": "llmcourse.rl.RLOO",
 }

@@ -167,6 +167,8 @@ def from_files(
     except Exception as e:
         if any(path.glob("*.safetensors")): tensor_index(path)   # names the file that is not whole
         raise absent("model", path, e) from e
+    if "score.weight" in info["unexpected_keys"]:
+        raise UserError(f"{path}: a reward model, which gives marks and writes nothing. Load it with load_scorer")
     if lost := info["missing_keys"]:
         raise UserError(f"{path}: {len(lost)} tensors of its config.json are not in its weights, e.g. {min(lost)}. "
                         "Save the model again")

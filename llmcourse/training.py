@@ -71,8 +71,9 @@ class Work:
 
 # %% ../nbs/workshop/training.ipynb #868ae724
 def upstream(name: str):
-    "A class of TRL, by its name."
-    return getattr(importlib.import_module("trl"), name)
+    "A class of TRL, by its name; one that is on trial there by its place, such as `experimental.orpo.ORPOConfig`."
+    module, _, name = f"trl.{name}".rpartition(".")
+    return getattr(importlib.import_module(module), name)
 
 # %% ../nbs/workshop/training.ipynb #91791c5c
 def check_fields(

@@ -185,7 +185,8 @@ def planned(
 def lengths_in(work: Work) -> list[int]:
     "Tokens of each row, or of its question where replies are sampled."
     words = work.tokenizer
-    return [len(row["input_ids"]) if "input_ids" in row else len(encode(words, row["prompt"])) for row in work.data]
+    def tokens(row): return len(row["input_ids"]) if "input_ids" in row else len(encode(words, row["prompt"]))
+    return [row["longest"] if "longest" in row else tokens(row) for row in work.data]
 
 def real_size(
     work: Work,     # looked at
@@ -224,7 +225,7 @@ def for_training(
     folder: Path,     # of the rehearsal
 ) -> dict:            # arguments for `training.train`
     "The job on the look-alike, its rows and a dial without a GPU, in `folder`."
-    sizes = [len(row.get("input_ids", ())) for row in work.data]
+    sizes = [row.get("longest", len(row.get("input_ids", ()))) for row in work.data]
     order = sorted(range(len(sizes)), key=lambda i: (sizes[i] > SHORT, -sizes[i] if sizes[i] <= SHORT else sizes[i]))
     few = order[:8] + order[8::max(1, len(order) // 24)]
     hyper = on_a_laptop(work.hyper, max(1, *(sizes[i] for i in few)))

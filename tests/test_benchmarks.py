@@ -13,6 +13,7 @@ BENCHMARKS = {
     "sweep": ["--small", "sweep.jsonl"],
     "ppo": ["--small", "ppo.jsonl"],
     "export": ["1", "--small", "--quants", "Q8_0"],
+    "preference": ["--small", "preference.jsonl"],
 }
 
 
@@ -31,5 +32,6 @@ def test_a_benchmark_runs(name, more, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     said = {"sft": "ours / trl: median", "grpo": "trl / ours: ", "seeds": "seed 7, T=1:", "sweep": "1/1  method",
-            "export": "small Q8_0    ours / stock:", "ppo": "mean 42: 0/2, reward [0.0]"}
+            "export": "small Q8_0    ours / stock:", "ppo": "mean 42: 0/2, reward [0.0]",
+            "preference": "dpo, seed 1:"}
     assert said[name] in done.stdout

@@ -115,7 +115,7 @@ def test_upstream_has(module, path, words):
 
 
 @pytest.mark.parametrize("scale", ["cpu", "t4", "l4", "a100", "h100"])
-@pytest.mark.parametrize("method", ["sft", "grpo", "rloo"])
+@pytest.mark.parametrize("method", ["sft", "dpo", "kto", "orpo", "cpo", "reward-model", "grpo", "rloo"])
 def test_every_default_is_a_field_of_the_config(scale, method):
     from llmcourse.core import scale as read_scale
     from llmcourse.methods import method as find

@@ -14,17 +14,17 @@ from llmcourse.drill import drill
 from llmcourse.methods import METHODS, method, rerun
 from llmcourse.rows import Row
 from llmcourse.training import Method, Work, train, upstream
-from llmcourse.tutor import problems, to_chat
+from llmcourse.tutor import problems
 
 
-# --- the entry: direct preference optimisation
+# --- the entry: more reading, which is continued pre-training on texts
 
 
-def _pairs(rows: list[Row], ours: dict) -> list[dict]:
+def _texts(rows: list[Row], ours: dict) -> list[dict]:
     for row in rows:
-        if "chosen" not in row.data:
-            raise UserError(f"{row.place}: a row of the form {row.form}, and DPO takes comparisons")
-    return [{name: row.data[name] for name in ("prompt", "chosen", "rejected")} for row in rows]
+        if row.form != "text":
+            raise UserError(f"{row.place}: a row of the form {row.form}, and reading takes texts")
+    return [{"text": row.data["messages"][-1]["content"]} for row in rows]
 
 
 def _defaults(dial: dict, parameters: int, adapter: bool) -> dict:
@@ -32,7 +32,7 @@ def _defaults(dial: dict, parameters: int, adapter: bool) -> dict:
         learning_rate=5e-4,
         num_train_epochs=1,
         per_device_train_batch_size=4,
-        beta=0.1,
+        max_length=64,
         bf16=False,
         gradient_checkpointing=False,
         logging_steps=1,
@@ -44,7 +44,7 @@ def _defaults(dial: dict, parameters: int, adapter: bool) -> dict:
 def _trainer(work: Work):
     from datasets import Dataset
 
-    return upstream("DPOTrainer")(
+    return upstream("SFTTrainer")(
         work.net,
         args=work.args,
         train_dataset=Dataset.from_list(work.data),
@@ -53,14 +53,14 @@ def _trainer(work: Work):
     )
 
 
-DPO = Method(
-    name="dpo",
-    about="Teach what people prefer.",
-    example="llmcourse dpo --data pairs.jsonl",
-    title="Taught by comparisons",
-    config="DPOConfig",
-    model="tutor/sft",
-    take=_pairs,
+READ = Method(
+    name="read",
+    about="Read more texts.",
+    example="llmcourse read --data texts.jsonl",
+    title="A model that has read more",
+    config="SFTConfig",
+    model="tutor/base",
+    take=_texts,
     defaults=_defaults,
     trainer=_trainer,
 )
@@ -69,22 +69,13 @@ DPO = Method(
 # --- and what it gets for that
 
 
-def pair(p: dict) -> dict:
-    chat = to_chat(p)["messages"]
-    return {
-        "prompt": chat[:-1],
-        "chosen": chat[-1:],
-        "rejected": [{"role": "assistant", "content": f"Answer: {p['answer']}"}],
-    }
-
-
-PAIRS = [pair(p) for p in problems(6, 0, ("add", "sub"))]
+TEXTS = [{"text": f"{p['question']}\nWorking: {p['working']}\n"} for p in problems(6, 0, ("add", "sub"))]
 
 
 @pytest.fixture(autouse=True)
 def in_the_table(monkeypatch):
-    monkeypatch.setitem(METHODS, "dpo", f"{__name__}.DPO")
-    monkeypatch.setitem(cli.COMMANDS, "dpo", cli.training)  # made from the table when the command line starts
+    monkeypatch.setitem(METHODS, "read", f"{__name__}.READ")
+    monkeypatch.setitem(cli.COMMANDS, "read", cli.training)  # made from the table when the command line starts
 
 
 def hashes(run) -> dict:
@@ -92,43 +83,43 @@ def hashes(run) -> dict:
 
 
 def test_it_trains_and_its_card_repeats_it(tmp_path):
-    run = train(method("dpo"), PAIRS, tmp_path / "run", seed=3)
+    run = train(method("read"), TEXTS, tmp_path / "run", seed=3)
     card = read_card(run)
-    assert card.method == "dpo" and card.hyperparameters["beta"] == 0.1 and set(card.settings) <= set(OURS)
-    assert read_jsonl(run / "train.jsonl") == PAIRS and "Taught by comparisons" in (run / "README.md").read_text()
+    assert card.method == "read" and card.hyperparameters["max_length"] == 64 and set(card.settings) <= set(OURS)
+    assert read_jsonl(run / "train.jsonl") == TEXTS and "A model that has read more" in (run / "README.md").read_text()
     assert hashes(rerun(run, tmp_path / "again")) == hashes(run)
 
 
 def test_the_command_line_has_it(tmp_path, capsys):
-    data = tmp_path / "pairs.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
-    assert main(["dpo", "--data", str(data), "--output", str(tmp_path / "run"), "--steps", "1", "--r", "4"]) == 0
+    data = tmp_path / "texts.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in TEXTS))
+    assert main(["read", "--data", str(data), "--output", str(tmp_path / "run"), "--steps", "1", "--r", "4"]) == 0
     assert (tmp_path / "run/adapter_model.safetensors").is_file()
     assert main(["train", str(tmp_path / "run"), "--output", str(tmp_path / "again")]) == 0
     assert hashes(tmp_path / "run") == hashes(tmp_path / "again")
-    assert main(["dpo", "--data", str(ROOT / "data/chats.jsonl"), "--output", str(tmp_path / "no")]) == 2
+    assert main(["read", "--data", str(ROOT / "data/chats.jsonl"), "--output", str(tmp_path / "no")]) == 2
     assert "chats.jsonl:1: a row of the form messages" in capsys.readouterr().err
-    assert main(["dpo"]) == 2 and "no rows of its own" in capsys.readouterr().err
+    assert main(["read"]) == 2 and "no rows of its own" in capsys.readouterr().err
 
 
 def test_names_and_numbers_are_looked_at_before_a_model_is_loaded(tmp_path, monkeypatch):
     monkeypatch.setattr("llmcourse.training.load_to_train", lambda *words: pytest.fail("a model was loaded"))
     for options, said in (
-        ({"betta": 1}, "DPOConfig has no 'betta': did you mean 'beta'"),
+        ({"max_lenght": 1}, "SFTConfig has no 'max_lenght': did you mean 'max_length'"),
         ({"learning_rate": 0}, "more than 0"),
     ):
         with pytest.raises(UserError, match=said):
-            train(method("dpo"), PAIRS, tmp_path / "run", **options)
+            train(method("read"), TEXTS, tmp_path / "run", **options)
 
 
 def test_its_schedule_is_rehearsed(tmp_path):
     with pytest.raises(UserError, match="schedule: the learning rate is 0"):
-        train(method("dpo"), PAIRS, tmp_path / "run", max_steps=1, warmup_steps=1)
+        train(method("read"), TEXTS, tmp_path / "run", max_steps=1, warmup_steps=1)
     assert not list(tmp_path.iterdir())
 
 
 def test_it_survives_being_shot(tmp_path):
-    shots = drill("dpo", tmp_path, kills=2, moments=1, rows=PAIRS, save_steps=1, model="tutor/sft")
+    shots = drill("read", tmp_path, kills=2, moments=1, rows=TEXTS, save_steps=1, model="tutor/base")
     assert all(shot["same"] for shot in shots), shots
 
 

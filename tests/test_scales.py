@@ -38,6 +38,8 @@ SHORTER = {  # the runs of a scale; what chapters do with the tutor stays as it 
     'sft(train_rows, "runs/06/full"': 'sft(train_rows[:64], "runs/06/full"',
     'sft(rows, runs / "lora"': 'sft(rows[:64], runs / "lora"',
     "seed=seed, max_steps=12, **how)": "seed=seed, max_steps=2, **how)",
+    'prefer(pairs, "runs/08/dpo"': 'prefer(pairs[:16], "runs/08/dpo"',
+    "prefer(pairs[:160], ": "prefer(pairs[:16], ",
     "reward_funcs=brief_reward, max_steps=16,": "reward_funcs=brief_reward, max_steps=3,",
     "critic=critic, seed=seed, steps=8)": "critic=critic, seed=seed, steps=1)",
 }
