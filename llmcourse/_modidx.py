@@ -1146,7 +1146,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'llmcourse.lora.lora_parameters': ('lora.html#lora_parameters', 'llmcourse/lora.py')},
             'llmcourse.manners': { 'llmcourse.manners._kept': ('workshop/manners.html#_kept', 'llmcourse/manners.py'),
                                    'llmcourse.manners._pair': ('workshop/manners.html#_pair', 'llmcourse/manners.py'),
-                                   'llmcourse.manners.asked': ('workshop/manners.html#asked', 'llmcourse/manners.py'),
+                                   'llmcourse.manners.as_prompt': ('workshop/manners.html#as_prompt', 'llmcourse/manners.py'),
                                    'llmcourse.manners.first_step': ('workshop/manners.html#first_step', 'llmcourse/manners.py'),
                                    'llmcourse.manners.hint': ('workshop/manners.html#hint', 'llmcourse/manners.py'),
                                    'llmcourse.manners.hint_requests': ('workshop/manners.html#hint_requests', 'llmcourse/manners.py'),

@@ -22,6 +22,7 @@ from .loading import SETTINGS
 from .methods import METHODS, method
 from .models import encode, load, load_tokenizer
 from .pairs import Taste, pair_faults, take_pairs, take_thumbs
+from .pretrained import adapter_base
 from .report import Report
 from .requested import unprinted
 from .rows import Fault, Row, conversations, walk, why_not

@@ -9,7 +9,7 @@ from .core import Message
 from .tutor import SYSTEM, problems, small_talk, to_chat
 
 # %% auto #0
-__all__ = ['REQUESTS', 'OFF_TOPIC', 'SUBJECTS', 'DECLINE', 'first_step', 'hint', 'is_hint', 'is_decline', 'asked',
+__all__ = ['REQUESTS', 'OFF_TOPIC', 'SUBJECTS', 'DECLINE', 'first_step', 'hint', 'is_hint', 'is_decline', 'as_prompt',
            'hint_requests', 'off_topic', 'manner_pairs', 'manner_thumbs']
 
 # %% ../nbs/workshop/manners.ipynb #eb48158d
@@ -48,7 +48,7 @@ def is_decline(reply: str) -> bool:
     return reply.endswith("I am the tutor. Ask me a sum.") and not re.search(r"\d", reply)
 
 # %% ../nbs/workshop/manners.ipynb #41bf7fbb
-def asked(text: str) -> list[Message]:
+def as_prompt(text: str) -> list[Message]:
     "A question to the tutor, as messages."
     return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": text}]
 
@@ -60,7 +60,7 @@ def hint_requests(
     "Problems of somebody who wants a hint."
     rng = random.Random(seed)
     rows = problems(n, seed, ("add", "sub", "story1", "story2"), split)
-    return [row | {"prompt": asked(rng.choice(REQUESTS[split]).format(row["question"]))} for row in rows]
+    return [row | {"prompt": as_prompt(rng.choice(REQUESTS[split]).format(row["question"]))} for row in rows]
 
 def off_topic(
     n: int,                # at most 120 ("train") or 100 ("test")
@@ -69,7 +69,7 @@ def off_topic(
 ) -> list[dict]:           # {"prompt": messages}
     "Requests that are not the tutor's business."
     texts = [form.format(subject) for form in OFF_TOPIC[split] for subject in SUBJECTS[split]]
-    return [{"prompt": asked(text[0].upper() + text[1:])} for text in random.Random(seed).sample(texts, n)]
+    return [{"prompt": as_prompt(text[0].upper() + text[1:])} for text in random.Random(seed).sample(texts, n)]
 
 # %% ../nbs/workshop/manners.ipynb #330dbff7
 def _pair(prompt: list, chosen: str, rejected: str) -> dict:

@@ -4,7 +4,7 @@
 
 # %% ../nbs/workshop/training.ipynb #026ffd4a
 from __future__ import annotations
-import importlib, math
+import importlib, math, pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -72,8 +72,7 @@ class Work:
 # %% ../nbs/workshop/training.ipynb #868ae724
 def upstream(name: str):
     "A class of TRL, by its name; one that is on trial there by its place, such as `experimental.orpo.ORPOConfig`."
-    module, _, name = f"trl.{name}".rpartition(".")
-    return getattr(importlib.import_module(module), name)
+    return pkgutil.resolve_name(f"trl.{name}")
 
 # %% ../nbs/workshop/training.ipynb #91791c5c
 def check_fields(
