@@ -13,6 +13,7 @@ from .core import UserError, choose, set_seed, write_jsonl, scale as read_scale
 from .intake import Intake, encode_rows, for_few, held_back, take_rows
 from .loading import SETTINGS, four_bits, load_to_train, start_from_rounding, wake
 from .models import weights_hash
+from .ownrewards import is_own, own_rewards
 from .progress import quiet, tell
 from .rehearsal import rehearse
 from .resume import fit
@@ -138,7 +139,7 @@ def to_card(name: str, value):
     if name == "quantization_config":
         given = value.to_diff_dict().items()
         return {k: v for k, v in given if isinstance(v, (bool, int, float, str)) and not k.startswith("_")}
-    if name == "reward_funcs": return [f"{f.__module__}.{f.__qualname__}" for f in value]
+    if name == "reward_funcs": return [getattr(f, "at", f"{f.__module__}.{f.__qualname__}") for f in value]
     return value
 
 # %% ../nbs/workshop/training.ipynb #61527d93
@@ -151,7 +152,8 @@ def _adapter(fields: dict):
     return get_peft_config(dict(fields))
 
 def _function(name: str) -> Callable:
-    "The function with that import name. Raises `UserError` if there is none."
+    "The function with that import name, or of that file. Raises `UserError` if there is none."
+    if is_own(name): return own_rewards(name)[0]
     module, _, func = name.rpartition(".")
     try: return getattr(importlib.import_module(module), func)
     except (ImportError, AttributeError, ValueError):
