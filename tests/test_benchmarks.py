@@ -10,6 +10,7 @@ BENCHMARKS = {
     "sft": ["1", "--small"],
     "grpo": ["1", "--small"],
     "seeds": ["7", "--small"],
+    "rounds": ["1", "--small"],
     "sweep": ["--small", "sweep.jsonl"],
     "export": ["1", "--small", "--quants", "Q8_0"],
 }
@@ -30,5 +31,6 @@ def test_a_benchmark_runs(name, more, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     said = {"sft": "ours / trl: median", "grpo": "trl / ours: median", "seeds": "seed 7, T=1:", "sweep": "1/1  method",
+            "rounds": "done: 31 measurements",
             "export": "small Q8_0    ours / stock:"}
     assert said[name] in done.stdout

@@ -8,7 +8,7 @@ ALL = [e for number in CHAPTERS for e in exercises(number)]
 
 
 def test_every_chapter_has_exercises():
-    assert {e.id[:2] for e in ALL} == set(CHAPTERS)
+    assert {e.id.split(".")[0] for e in ALL} == set(CHAPTERS)
     assert len({e.id for e in ALL}) == len(ALL)
 
 

@@ -39,6 +39,7 @@ SHORTER = {  # the runs of a scale; what chapters do with the tutor stays as it 
     'sft(rows, runs / "lora"': 'sft(rows[:64], runs / "lora"',
     "seed=seed, max_steps=12, **how)": "seed=seed, max_steps=2, **how)",
     "reward_funcs=brief_reward, max_steps=16,": "reward_funcs=brief_reward, max_steps=3,",
+    "max_steps=4, per_device_train_batch_size=32, learning": "max_steps=3, per_device_train_batch_size=8, learning",
 }
 
 
