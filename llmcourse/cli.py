@@ -18,8 +18,8 @@ from .promptgate import prompts
 from .options import parse
 
 # %% auto #0
-__all__ = ['COMMANDS', 'demo', 'doctor', 'scores', 'course', 'data', 'xray', 'training', 'train', 'rehearse', 'eval',
-           'checkpoints', 'command', 'usage', 'main', 'cli']
+__all__ = ['COMMANDS', 'demo', 'doctor', 'scores', 'course', 'data', 'try_reward', 'xray', 'training', 'train', 'rehearse',
+           'eval', 'checkpoints', 'command', 'usage', 'main', 'cli']
 
 # %% ../nbs/workshop/cli.ipynb #d7159b49
 def demo(
@@ -115,6 +115,26 @@ def data(
     print(dumps(report.as_dict()) if json else report)
     return report.code
 
+# %% ../nbs/workshop/cli.ipynb #89d2aee8
+def try_reward(
+    action: str,               # check: try it on replies of known worth
+    file: str,                 # your rewards: FILE.py, or FILE.py:function
+    data: str = None,          # rows with answers; by default the tutor's problems
+    n: int = 8,                # rows to try, spread over the data
+    timeout: float = 10.0,     # seconds that one call of a reward may take
+    json: bool = False,        # print JSON: name, rows, replies, ms, same, scores, faults of each reward
+):
+    """Try a reward of your own before it teaches: what can it tell apart, and how fast is it?
+
+    llmcourse reward check mine.py --data problems.jsonl
+    """
+    from llmcourse.rewardcheck import check_rewards, reward_lines
+    choose(action, ["check"], "action")
+    found = check_rewards(file, data, n, timeout)
+    if json: print(dumps(found))
+    for one in found if not json else (): print(*reward_lines(one), sep="\n")
+    return int(any(one["faults"] for one in found))
+
 # %% ../nbs/workshop/cli.ipynb #942eca15
 def xray(
     file: str,                  # JSONL, JSON, CSV, TSV or Parquet, or a data set on the Hub
@@ -165,7 +185,7 @@ def training(
     skip_bad: bool = False,       # leave out rows that cannot be used, and say so, instead of refusing the file
     save_steps: int = None,       # keep a checkpoint every so many steps, so that an interrupted run can go on
     seed: int = 42,               # of data order, sampling, dropout and new weights
-    reward: str = None,           # of a reply, by a grader: number, choice, exact … as for eval; default: what fits
+    reward: str = None,           # a grader: number, exact … as for eval; or your own, FILE.py:function
     name: str = "sft",            # the method
 ):
     "Train by any method of the table."
@@ -246,7 +266,8 @@ def checkpoints(
     rebuild(output or None, _names(names))
 
 # %% ../nbs/workshop/cli.ipynb #29427043
-COMMANDS = {f.__name__: f for f in (demo, doctor, scores, course, data, xray, plan)}
+COMMANDS = {f.__name__: f for f in (demo, doctor, scores, course, data)} | {"reward": try_reward}
+COMMANDS |= {f.__name__: f for f in (xray, plan)}
 COMMANDS |= {name: training for name in METHODS}
 COMMANDS |= {f.__name__: f for f in (train, rehearse, eval, prompts, agree)}
 COMMANDS |= {f.__name__: f for f in (export, push, serve, contract, chat, chatlog, checkpoints)}

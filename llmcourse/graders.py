@@ -15,6 +15,7 @@ from .byfield import json_of, right_share, valid_share
 from .choices import names_choice, offered, right_letter
 from .core import Generate, UserError, choose
 from .letters import chosen
+from .ownrewards import is_own, own_rewards
 from .questions import problem_rows, reply_text
 from .requested import schema_of
 from .rows import Row, reference
@@ -320,7 +321,7 @@ def __getattr__(name: str) -> Callable:
 # %% ../nbs/workshop/graders.ipynb #bc91d7ff
 def rewarded_rows(
     rows: list[Row],     # from `rows.read`
-    ours: dict,          # with `reward_funcs`: functions, names of `GRADERS`, or None; functions afterwards
+    ours: dict,          # with `reward_funcs`: functions, names, FILE.py:function, or None; functions afterwards
     tutor: Callable,     # the reward for the tutor's own problems
 ) -> list[dict]:         # as `questions.problem_rows` makes them
     "Rows as TRL takes them, and the reward that fits if none is given. Raises `UserError` for a row it cannot grade."
@@ -328,8 +329,10 @@ def rewarded_rows(
     wanted = ours["reward_funcs"]
     name, why = grader_for(found) if wanted is None else ("", "")
     wanted = wanted or [name]
-    def function(one): return one if callable(one) else tutor if one == "tutor" else reward(one)
-    ours["reward_funcs"] = [function(one) for one in wanted]
+    def functions(one):
+        if is_own(one): return own_rewards(one)
+        return [one if callable(one) else tutor if one == "tutor" else reward(one)]
+    ours["reward_funcs"] = [f for one in wanted for f in functions(one)]
     if why and name != "tutor": ours["reward_funcs"][0].why = why   # for the line before the first step
     for kind in {getattr(f, "grader", None) for f in ours["reward_funcs"]} - {None}: grader_for(found, kind)
     return problem_rows(rows, ours)

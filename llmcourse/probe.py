@@ -4,7 +4,7 @@
 
 # %% ../nbs/workshop/probe.ipynb #f23aa3df
 from __future__ import annotations
-import functools, math, statistics
+import functools, math, statistics, threading
 from collections.abc import Callable
 from .core import UserError
 from .labels import TODAY, prints_today
@@ -15,7 +15,7 @@ from .questions import reply_text
 from .training import Work
 
 # %% auto #0
-__all__ = ['check_prompts', 'watched', 'places_of', 'probe', 'prompt_as_taken', 'look_at_prompts']
+__all__ = ['LONGEST_CALL', 'check_prompts', 'asked_text', 'watched', 'places_of', 'probe', 'prompt_as_taken', 'look_at_prompts']
 
 # %% ../nbs/workshop/probe.ipynb #54266047
 def check_prompts(
@@ -48,52 +48,74 @@ def _first_failure(f: Callable, columns: dict) -> int:
     for i in range(n):
         one = {k: v[i:i + 1] if isinstance(v, list) and len(v) == n else v for k, v in columns.items()}
         try: f(**one)
-        except Exception: return i
+        except (Exception, SystemExit): return i
     return 0
 
-def _call(f: Callable, name: str, columns: dict, replies: list[str], where: list[str]):
-    "Call a reward as TRL does. An exception of its own becomes a `UserError`."
-    try: return f(**columns)
-    except Exception as e:
+# %% ../nbs/workshop/probe.ipynb #5c0ffee2
+def _waited(f: Callable, columns: dict, seconds: float | None) -> list:
+    "What a reward returned, in a list that is empty if it was not done in time. Raises what it raises."
+    if seconds is None: return [f(**columns)]
+    done, failed = [], []
+    def call():
+        try: done.append(f(**columns))
+        except BaseException as e: failed.append(e)
+    thread = threading.Thread(target=call, daemon=True)   # one that never ends does not keep Python from ending
+    thread.start()
+    thread.join(seconds)
+    if failed: raise failed[0]
+    return done
+
+def _call(f: Callable, name: str, columns: dict, replies: list[str], where: list[str], seconds: float | None = None):
+    "Call a reward as TRL does. An exception of its own becomes a `UserError`, and so does a call that takes too long."
+    try: done = _waited(f, columns, seconds)
+    except (Exception, SystemExit) as e:
         i = _first_failure(f, columns)
         raise UserError(f"{where[i]}: the reward {name} failed ({type(e).__name__}: {' '.join(str(e).split())[:120]}) "
                         f"on the reply {replies[i][:60]!r}. It gets completions and all columns by name") from e
+    if not done:
+        raise UserError(f"the reward {name} was not done with {len(replies)} replies in {seconds:g} s. "
+                        "Make it faster, or give it more time")
+    return done[0]
 
 # %% ../nbs/workshop/probe.ipynb #3b5c119c
-def _asked(prompt) -> str:
+def asked_text(prompt) -> str:
     "A prompt as one text."
     return prompt if isinstance(prompt, str) else "\n".join(turn["content"] for turn in prompt)
 
 def watched(
     f: Callable,                            # a reward
     places: dict[str, str] | None = None,   # prompt as one text → where its row is
+    seconds: float | None = None,           # that one call may take; None: as long as it likes
 ) -> Callable:                              # the same reward, looked at each time it is called
     "Raises `UserError` that names row and reply when it fails, or returns anything but one finite number a reply."
     name = getattr(f, "__name__", type(f).__name__)
     def looked(prompts, completions, **columns):
-        texts = [_asked(prompt) for prompt in prompts]
+        texts = [asked_text(prompt) for prompt in prompts]
         where = [(places or {}).get(text, f"the question {text[-60:]!r}") for text in texts]
         replies = [reply_text(completion) or "" for completion in completions]
         columns |= {"prompts": prompts, "completions": completions}
-        return _checked(name, _call(f, name, columns, replies, where), replies, where)
+        return _checked(name, _call(f, name, columns, replies, where, seconds), replies, where)
     functools.update_wrapper(looked, f)
     looked.__name__ = name
     return looked
 
+LONGEST_CALL = 300   # seconds that a reward may take for the replies of a probe
+
 def places_of(work: Work) -> dict[str, str]:
     "Where the row of each prompt is."
-    return {_asked(row["prompt"]): place for row, place in zip(work.rows, work.places)}
+    return {asked_text(row["prompt"]): place for row, place in zip(work.rows, work.places)}
 
 def _total_rewards(reward_funcs: list[Callable], rows: list[dict], replies: list[str], places=None) -> list[float]:
     "The sum of all rewards for each reply, called as TRL calls them."
     columns = {k: [row[k] for row in rows] for k in rows[0] if k != "prompt"}
     columns["prompts"] = [row["prompt"] for row in rows]
     columns["completions"] = [[{"role": "assistant", "content": text}] for text in replies]
-    totals = [0.0] * len(rows)
-    for f in reward_funcs:
-        scored = watched(f, places)(**columns)
-        totals = [total + (s or 0.0) for total, s in zip(totals, scored, strict=True)]
-    return totals
+    scored = [watched(f, places, LONGEST_CALL)(**columns) for f in reward_funcs]
+    if all(score is None for each in scored for score in each):
+        names = " and ".join(getattr(f, "__name__", type(f).__name__) for f in reward_funcs)
+        raise UserError(f"the reward {names} returned None for all {len(rows)} replies. "
+                        "Return a float for those that it can grade")
+    return [sum(score or 0.0 for score in each) for each in zip(*scored, strict=True)]
 
 # %% ../nbs/workshop/probe.ipynb #290053ca
 def _silent_error(groups: int, size: int, mean: float) -> UserError:

@@ -4,7 +4,7 @@
 
 # %% ../nbs/workshop/training.ipynb #026ffd4a
 from __future__ import annotations
-import importlib, math, pkgutil
+import math, pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,6 +13,7 @@ from .core import UserError, choose, set_seed, write_jsonl, scale as read_scale
 from .intake import Intake, encode_rows, for_few, held_back, take_rows
 from .loading import SETTINGS, four_bits, load_to_train, start_from_rounding, wake
 from .models import weights_hash
+from .ownrewards import is_own, own_rewards
 from .progress import quiet, tell
 from .rehearsal import rehearse
 from .resume import fit
@@ -140,7 +141,7 @@ def to_card(name: str, value):
     if name == "quantization_config":
         given = value.to_diff_dict().items()
         return {k: v for k, v in given if isinstance(v, (bool, int, float, str)) and not k.startswith("_")}
-    if name == "reward_funcs": return [f"{f.__module__}.{f.__qualname__}" for f in value]
+    if name == "reward_funcs": return [getattr(f, "at", f"{f.__module__}.{f.__qualname__}") for f in value]
     return value
 
 # %% ../nbs/workshop/training.ipynb #61527d93
@@ -153,9 +154,9 @@ def _adapter(fields: dict):
     return get_peft_config(dict(fields))
 
 def _function(name: str) -> Callable:
-    "The function with that import name. Raises `UserError` if there is none."
-    module, _, func = name.rpartition(".")
-    try: return getattr(importlib.import_module(module), func)
+    "The function with that import name, or of that file. Raises `UserError` if there is none."
+    if is_own(name): return own_rewards(name)[0]
+    try: return pkgutil.resolve_name(name)
     except (ImportError, AttributeError, ValueError):
         raise UserError(f"{name!r}: cannot be imported. "
                         "If it is a reward, hand it over: rerun(card, output, reward_funcs=…)") from None
@@ -165,9 +166,7 @@ def from_card(name: str, value):
     if not value: return value
     if name == "peft_config": return _adapter(value)
     if name == "reward_funcs": return [_function(f) for f in value]
-    if name == "quantization_config":
-        from transformers import BitsAndBytesConfig
-        return BitsAndBytesConfig(**value)
+    if name == "quantization_config": return pkgutil.resolve_name("transformers.BitsAndBytesConfig")(**value)
     return value
 
 # %% ../nbs/workshop/training.ipynb #10d3330b

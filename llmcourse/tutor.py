@@ -11,7 +11,7 @@ from .core import UserError, choose
 __all__ = ['TASKS', 'Step', 'NAMES', 'THINGS', 'GAINS', 'LOSSES', 'SUM_STORIES', 'DIFFERENCE_STORIES', 'ASK', 'SYSTEM', 'COLOURS',
            'SOUNDS', 'FACTS', 'SMALL_TALK', 'THANKS', 'LESSONS', 'BRIDGES', 'MIXTURE', 'held_out', 'work', 'result',
            'draw_steps', 'tell_story', 'problem', 'problems', 'final_number', 'chat_answer', 'is_right', 'to_chat',
-           'small_talk', 'document']
+           'stories', 'small_talk', 'document']
 
 # %% ../nbs/workshop/tutor.ipynb #57cdc383
 TASKS = ("add", "sub", "story1", "story2", "story3")
@@ -94,7 +94,7 @@ def tell_story(steps: list[Step], rng: random.Random) -> str:
         return rng.choice(SUM_STORIES if op == "+" else DIFFERENCE_STORIES).format(n=n, m=m, t=t, a=a, b=b)
     if len(steps) == 2 and rng.random() < .3: return _two_people(n, m, t, steps, rng)
     he = NAMES[n]
-    starts = [he.capitalize(), f"Then {he}", f"After that {he}"]
+    starts = [he.capitalize(), *[f"Then {he}", f"After that {he}"] * len(steps)]
     events = " ".join(f"{start} {_event(op, b, rng)}." for start, (_, op, b) in zip(starts, steps))
     return f"{n} has {a} {t}. {events} How many {t} does {n} have now?"
 
@@ -160,6 +160,32 @@ def to_chat(row: dict, answered: bool = True) -> dict:
     messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": row["question"]}]
     if answered: messages.append({"role": "assistant", "content": f"{row['working']}\nAnswer: {row['answer']}"})
     return {"messages": messages, "task": row["task"], "answer": row["answer"]}
+
+# %% ../nbs/workshop/tutor.ipynb #ebdba648
+def _chain(steps: int, rng: random.Random, split: str) -> list:
+    "Steps that each start from the result of the one before: step by step, for whole chains are hardly ever held out."
+    chain, a = [], rng.randint(10, 99)
+    for _ in range(5000):
+        step = (a, rng.choice("+-"), rng.randint(10, 99))
+        last = len(chain) == steps - 1
+        if held_out(*step) != (split == "test") or not (10 <= result(step) <= 99 or last and result(step) > 0): continue
+        chain, a = [*chain, step], result(step)
+        if last: return chain
+    return _chain(steps, rng, split)      # a number from which no step leads on
+
+def stories(
+    n: int,                # how many
+    steps: int,            # of each story
+    seed: int = 42,
+    split: str = "train",  # or "test": only operands that no training story has
+) -> list[dict]:           # chats without their answer: messages, task ("4 steps"), answer
+    "Stories of any length, no question twice."
+    rng, rows = random.Random(1000 * seed + steps), {}
+    while len(rows) < n:
+        chain = _chain(steps, rng, split)
+        row = {"task": f"{steps} steps", "question": tell_story(chain, rng), "answer": str(result(chain[-1]))}
+        rows.setdefault(row["question"], to_chat(row, answered=False))
+    return list(rows.values())
 
 # %% ../nbs/workshop/tutor.ipynb #93c3750b
 COLOURS = dict(sky="blue", grass="green", snow="white", coal="black", blood="red", sun="yellow", milk="white",

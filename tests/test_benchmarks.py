@@ -10,6 +10,7 @@ BENCHMARKS = {
     "sft": ["1", "--small"],
     "grpo": ["1", "--small"],
     "seeds": ["7", "--small"],
+    "rounds": ["1", "--small"],
     "sweep": ["--small", "sweep.jsonl"],
     "ppo": ["--small", "ppo.jsonl"],
     "export": ["1", "--small", "--quants", "Q8_0"],
@@ -33,5 +34,5 @@ def test_a_benchmark_runs(name, more, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     said = {"sft": "ours / trl: median", "grpo": "trl / ours: ", "seeds": "seed 7, T=1:", "sweep": "1/1  method",
             "export": "small Q8_0    ours / stock:", "ppo": "mean 42: 0/2, reward [0.0]",
-            "preference": "dpo, seed 1:"}
+            "preference": "dpo, seed 1:", "rounds": "done: 31 measurements"}
     assert said[name] in done.stdout

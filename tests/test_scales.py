@@ -42,6 +42,7 @@ SHORTER = {  # the runs of a scale; what chapters do with the tutor stays as it 
     "prefer(pairs[:160], ": "prefer(pairs[:16], ",
     "reward_funcs=brief_reward, max_steps=16,": "reward_funcs=brief_reward, max_steps=3,",
     "critic=critic, seed=seed, steps=8)": "critic=critic, seed=seed, steps=1)",
+    "max_steps=4, per_device_train_batch_size=32, learning": "max_steps=3, per_device_train_batch_size=8, learning",
 }
 
 
