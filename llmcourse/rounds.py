@@ -13,11 +13,11 @@ from .questions import reply_text
 from .rl import exact_reward, grpo
 
 # %% auto #0
-__all__ = ['next_rows', 'tried', 'thread_reward', 'gate', 'rounds']
+__all__ = ['next_rows', 'sample_groups', 'thread_reward', 'gate', 'rounds']
 
 # %% ../nbs/09c_rounds.ipynb #cf5fa0b5
 def next_rows(
-    rows: list[dict],     # from `tried`
+    rows: list[dict],     # from `sample_groups`
 ) -> list[dict]:          # those whose replies differ in reward, without the rewards
     "The questions that a round can learn from. Raises `UserError` if every group is silent."
     kept = [row for row in rows if max(row["rewards"]) > min(row["rewards"])]
@@ -27,7 +27,7 @@ def next_rows(
     return [{name: value for name, value in row.items() if name != "rewards"} for row in kept]
 
 # %% ../nbs/09c_rounds.ipynb #9b5c0ebf
-def tried(
+def sample_groups(
     ask: Callable,        # (model, rows, temperature) → results, as from `evaluate`
     model,
     rows: list[dict],     # fresh questions: messages, answer
@@ -101,7 +101,7 @@ def rounds(
     _same_settings(folder, start=str(start), seed=seed, frozen=len(frozen), reward=reward.__name__, **plain)
     first = best = _once(folder / "gate0.jsonl", lambda: ask(start, frozen, 0.0))
     for i in range(1, n + 1):
-        fresh = _once(folder / f"tried{i}.jsonl", lambda: tried(ask, champion, pool(i), reward))
+        fresh = _once(folder / f"tried{i}.jsonl", lambda: sample_groups(ask, champion, pool(i), reward))
         rows, run = next_rows(fresh), folder / f"round{i}"
         if not is_run(run):
             grpo(rows, run, champion, reward, seed=seed + i, probe_groups=0, callbacks=callbacks, **options)

@@ -8,7 +8,7 @@ from transformers import TrainerCallback
 from llmcourse.card import read_card
 from llmcourse.core import UserError, read_jsonl
 from llmcourse.rl import exact_reward, grpo
-from llmcourse.rounds import gate, next_rows, rounds, thread_reward, tried
+from llmcourse.rounds import gate, next_rows, rounds, sample_groups, thread_reward
 from llmcourse.tutor import held_out, stories
 
 TINY = dict(num_generations=2, per_device_train_batch_size=4, max_steps=3, warmup_steps=0, max_completion_length=12,
@@ -52,7 +52,7 @@ def test_each_question_is_tried_and_its_replies_stay_with_it():
         calls.append((model, len(asked), temperature))
         return [{"reply": f"Answer: {2 * (n % 2)}"} for n in range(len(asked))]
 
-    found = tried(ask, "m", rows, exact_reward, group=4)
+    found = sample_groups(ask, "m", rows, exact_reward, group=4)
     assert calls == [("m", 12, 1.0)]
     assert [row["rewards"] for row in found] == [[1, 0, 1, 0], [0, 0, 0, 0], [0, 1, 0, 1]]
 
@@ -60,7 +60,7 @@ def test_each_question_is_tried_and_its_replies_stay_with_it():
 @pytest.mark.parametrize("rows,group", [([], 4), ([{"messages": [], "answer": "1"}], 1)])
 def test_an_empty_group_is_one_line(rows, group):
     with pytest.raises(UserError, match="give some, and two replies each"):
-        tried(None, "m", rows, exact_reward, group)
+        sample_groups(None, "m", rows, exact_reward, group)
 
 
 def test_a_prompt_longer_than_the_context_and_a_group_of_one(tmp_path):
