@@ -21,7 +21,7 @@ ROLE = {r: r for r in ROLES} | dict(
 
 def _content(value, place: str) -> str:
     "Text out of a text, of nothing, or of OpenAI's list of text parts."
-    kinds = sorted({str(p.get("type")) if isinstance(p, dict) else "?" for p in value} if type(value) is list else ())
+    kinds = sorted({str(p.get("type", "?")) if type(p) is dict else "?" for p in value} if type(value) is list else ())
     if isinstance(value, list) and {*kinds} <= {"text", "input_text", "output_text"}:
         parts = [p.get("text", p.get("value")) for p in value]   # some write the text as "value"
         if all(isinstance(p, str) for p in parts): return "".join(parts)
