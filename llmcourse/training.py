@@ -4,7 +4,7 @@
 
 # %% ../nbs/workshop/training.ipynb #026ffd4a
 from __future__ import annotations
-import importlib, math
+import importlib, math, os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -72,6 +72,7 @@ class Work:
 def upstream(name: str):
     "A class of TRL, by its name; one that is on trial there by its place, such as `experimental.orpo.ORPOConfig`."
     module, _, name = f"trl.{name}".rpartition(".")
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     return getattr(importlib.import_module(module), name)
 
 # %% ../nbs/workshop/training.ipynb #91791c5c
