@@ -4,7 +4,7 @@
 
 # %% ../nbs/workshop/training.ipynb #026ffd4a
 from __future__ import annotations
-import math, pkgutil
+import math, os, pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -73,6 +73,7 @@ class Work:
 # %% ../nbs/workshop/training.ipynb #868ae724
 def upstream(name: str):
     "A class of TRL, by its name; one that is on trial there by its place, such as `experimental.orpo.ORPOConfig`."
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     return pkgutil.resolve_name(f"trl.{name}")
 
 # %% ../nbs/workshop/training.ipynb #91791c5c

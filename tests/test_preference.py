@@ -94,7 +94,7 @@ def test_the_schedule_is_rehearsed(tmp_path):
 def test_the_command_line_has_them(tmp_path, capsys):
     data = tmp_path / "pairs.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
-    assert main(["dpo", "--data", str(data), "--output", str(tmp_path / "run"), "--steps", "1", "--r", "4"]) == 0
+    assert main(["dpo", "--data", str(data), "--output", str(tmp_path / "run"), "--steps", "2", "--r", "4"]) == 0
     assert (tmp_path / "run/adapter_model.safetensors").is_file()
     assert main(["kto", "--data", str(data), "--output", str(tmp_path / "no")]) == 2
     assert "pairs.jsonl:1: a comparison" in capsys.readouterr().err
