@@ -11,6 +11,7 @@ from . import __version__
 from .core import CHAPTERS, UserError, choose, is_run
 from .delivery import chat, export, push, serve
 from .exits import in_one_line
+from .explain import explain
 from .judging import agree
 from .methods import METHODS, method
 from .planreport import plan
@@ -246,7 +247,7 @@ def checkpoints(
 # %% ../nbs/workshop/cli.ipynb #29427043
 COMMANDS = {f.__name__: f for f in (demo, doctor, scores, course, data, xray, plan)}
 COMMANDS |= {name: training for name in METHODS}
-COMMANDS |= {f.__name__: f for f in (train, rehearse, eval, agree, export, push, serve, chat, checkpoints)}
+COMMANDS |= {f.__name__: f for f in (train, explain, rehearse, eval, agree, export, push, serve, chat, checkpoints)}
 
 def command(name: str):
     "One command as a function of its options; the methods share `training`. `UserError` for an unknown name."

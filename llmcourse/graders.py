@@ -23,7 +23,7 @@ from .tutor import TASKS, is_right
 __all__ = ['LONGEST_MATCH', 'CORRECT', 'GRADERS', 'grade_number', 'grade_tutor', 'grade_choice', 'grade_exact', 'grade_contains',
            'grade_regex', 'grade_json', 'mark_of', 'grade_judge', 'judged_by_server', 'guess', 'grade_tool',
            'grade_mixed', 'mean_share', 'verdict_of', 'grader_for', 'guessed_numbers', 'as_graded', 'reward',
-           'rewarded_rows']
+           'also_right', 'rewarded_rows']
 
 # %% ../nbs/workshop/graders.ipynb #dbaa42ac
 def _wanted(row: dict) -> list:
@@ -303,6 +303,28 @@ def reward(
     scored.__module__ = __getattr__.__module__
     scored.grader = name
     return scored
+
+def _right(row: dict, reply: str) -> float | None:
+    "How right is a reply by its row's own answer? None if that cannot be told, or only by a judge."
+    try: return None if (name := guess(row)[0]) == "judge" else float(GRADERS[name](row, reply))
+    except UserError: return None
+
+def also_right(
+    f: Callable,   # a reward
+) -> Callable:     # the same reward
+    "A reward that also logs `right`, how right the replies are by the rows' own answers, whatever it rewards."
+    @functools.wraps(f)
+    def looked(completions, log_metric=None, **columns):
+        kept = columns.get("graded_against")
+        for_each = {name: column for name, column in columns.items() if isinstance(column, list)}
+        shares = []
+        for i, said in enumerate(completions if log_metric else []):
+            row = json.loads(kept[i]) if kept else {name: column[i] for name, column in for_each.items()}
+            shares.append(_right(row, reply_text(said) or ""))
+        known = [share for share in shares if share is not None]
+        if known: log_metric("right", statistics.fmean(known))
+        return f(completions=completions, log_metric=log_metric, **columns)
+    return looked
 
 def __getattr__(name: str) -> Callable:
     "`number_reward` and its like, for cards that name them."

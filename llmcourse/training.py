@@ -14,6 +14,7 @@ from .intake import Intake, encode_rows, for_few, held_back, take_rows
 from .loading import SETTINGS, four_bits, load_to_train, start_from_rounding, wake
 from .models import weights_hash
 from .progress import quiet, tell
+from .recorder import recording
 from .rehearsal import rehearse
 from .resume import fit
 from .runs import base_name, check_output, finish, open_run, room_for_run, rows_hash, run_folder
@@ -282,7 +283,7 @@ def _fit(method: Method, work: Work, callbacks) -> None:
     _scalable(trainer)
     if work.ours["loftq"]: start_from_rounding(trainer.model, work.run.model, work.dial)
     rehearse(trainer)
-    log, seconds = fit(trainer, work.folder, method.name.upper(), method.shows, callbacks)
+    log, seconds = fit(trainer, work.folder, method.name.upper(), method.shows, [*recording(work), *callbacks])
     finish(work.folder, replace(work.run, seconds=seconds), method.title, log)
 
 # %% ../nbs/workshop/training.ipynb #06d5e79d
