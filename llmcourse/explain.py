@@ -15,7 +15,7 @@ from .recorder import Flight, read_flight
 # %% auto #0
 __all__ = ['RULES', 'Ends', 'ends', 'Rule', 'Finding', 'findings', 'diagnose', 'explanation', 'explain']
 
-# %% ../nbs/workshop/explain.ipynb #5989729e
+# %% ../nbs/workshop/explain.ipynb #8de1109f
 @dataclass(frozen=True)
 class Ends:
     "A curve's beginning and end: the means of its first and last quarter."
@@ -42,7 +42,7 @@ def ends(
     begin, end = (f"steps {part[0]}–{part[-1]}" for part in (steps[:k], steps[-k:]))
     return Ends(statistics.fmean(values[:k]), statistics.fmean(values[-k:]), noise, begin, end)
 
-# %% ../nbs/workshop/explain.ipynb #fb6b2686
+# %% ../nbs/workshop/explain.ipynb #542a3606
 def _broken(run: Flight, limit: float) -> str:
     "A loss or a gradient that is no number."
     for name in ("loss", "grad_norm"):
@@ -64,12 +64,14 @@ def _cut(run: Flight, limit: float) -> str:
     return f"{cut.first:.0%} of the replies had no end in {cut.begin}"
 
 def _silent(run: Flight, limit: float) -> str:
-    "Most groups are silent, and were from the start."
-    silent, reward = ends(run, "frac_reward_zero_std"), ends(run, "reward")
-    if not silent or min(silent.first, silent.last) < limit: return ""
-    return f"in {silent.first:.0%} of the groups all replies have one reward ({silent.begin}), mean {reward.first:.2f}"
+    "Most groups are silent."
+    silent, rewards = run.curve("frac_reward_zero_std"), run.curve("reward")
+    if not silent or (share := statistics.fmean(value for _, value in silent)) < limit: return ""
+    if _risen(run, "reward", .5 * _spread(run)): return ""   # it has learned what there was
+    mean = statistics.fmean(value for _, value in rewards)
+    return f"in {share:.0%} of the groups of all {len(silent)} steps the replies have one reward, {mean:.2f} on average"
 
-# %% ../nbs/workshop/explain.ipynb #b991088e
+# %% ../nbs/workshop/explain.ipynb #9d754b8f
 def _spread(run: Flight) -> float:
     "The reward's standard deviation within a step, at the start."
     found = ends(run, "reward_std")
@@ -87,18 +89,28 @@ def _long(run: Flight, limit: float) -> str:
     end = f", {cut.last:.0%} of them cut off" if cut and cut.last > cut.first else ""
     return f"replies grew from {tokens.first:.0f} tokens ({tokens.begin}) to {tokens.last:.0f} ({tokens.end}){end}"
 
+def _best(run: Flight, name: str) -> tuple[str, float]:
+    "The best stretch of a curve, as long as its ends: which steps, and their mean."
+    points = run.curve(name)
+    k = max(2, len(points) // 4)
+    steps, mean = max(((points[i:i + k], statistics.fmean(value for _, value in points[i:i + k]))
+                       for i in range(len(points) - k + 1)), key=lambda stretch: stretch[1])
+    return f"steps {steps[0][0]}–{steps[-1][0]}", mean
+
 def _hacked(run: Flight, limit: float) -> str:
     "The reward rises while fewer replies are right, or while the reward of held-out questions falls."
     reward = ends(run, "reward")
     if not reward or not _risen(run, "reward", .5 * _spread(run)): return ""
     for name, what in (("right", "right replies"), ("eval_reward", "reward on the validation rows")):
         other = ends(run, name)
-        if other and -other.rise >= max(limit, 2 * other.noise):
+        if not other: continue
+        steps, best = _best(run, name)
+        if best - other.last >= max(limit, 2 * other.noise):
             return (f"the reward rose from {reward.first:.2f} ({reward.begin}) to {reward.last:.2f} ({reward.end}), "
-                    f"{what} fell from {other.first:.0%} to {other.last:.0%}")
+                    f"{what} fell from {best:.0%} ({steps}) to {other.last:.0%}")
     return ""
 
-# %% ../nbs/workshop/explain.ipynb #76122072
+# %% ../nbs/workshop/explain.ipynb #e1b793f8
 def _high(run: Flight, limit: float) -> str:
     "The reward collapses; without a reward, the loss ends where it began, or higher."
     reward, loss = ends(run, "reward"), ends(run, "loss")
@@ -108,14 +120,16 @@ def _high(run: Flight, limit: float) -> str:
     if not loss or loss.rise <= 3 * loss.noise: return ""
     return f"the loss rose from {loss.first:.2f} ({loss.begin}) to {loss.last:.2f} ({loss.end})"
 
-def _moved(run: Flight) -> Ends | None:
-    return ends(run, "kl") or ends(run, "drift")
+def _moved(run: Flight) -> tuple[int, float] | None:
+    "The last step at which somebody looked how far the model is from its start, and how far: nats a token."
+    looks = run.curve("drift") or run.curve("kl")
+    return (looks[-1][0], abs(looks[-1][1])) if looks and looks[-1][0] else None
 
 def _far(run: Flight, limit: float) -> str:
     "The model is far from its start."
     moved = _moved(run)
-    if not moved or moved.last < limit: return ""
-    return f"it has moved {moved.last:.2g} nats a token from its start ({moved.end})"
+    if not moved or moved[1] < limit: return ""
+    return f"it is {moved[1]:.2g} nats a token away from its start at step {moved[0]}"
 
 def _sure(run: Flight, limit: float) -> str:
     "The entropy is gone before the reward is at its top."
@@ -124,7 +138,7 @@ def _sure(run: Flight, limit: float) -> str:
     if right and right.last > .9: return ""   # sure, and right
     return f"the entropy fell from {entropy.first:.2g} ({entropy.begin}) to {entropy.last:.2g} nats ({entropy.end})"
 
-# %% ../nbs/workshop/explain.ipynb #8957f078
+# %% ../nbs/workshop/explain.ipynb #ffaf77b7
 def _by_heart(run: Flight, limit: float) -> str:
     "The validation loss rises again, while the training loss goes on falling."
     held = run.curve("eval_loss")
@@ -138,12 +152,12 @@ def _low(run: Flight, limit: float) -> str:
     "Nothing moves: neither the model nor, without a reward, the loss."
     moved, reward, loss = _moved(run), ends(run, "reward"), ends(run, "loss")
     if reward:
-        if not moved or abs(moved.last) > limit or _risen(run, "reward", 0): return ""
-        return f"after {moved.end} it has moved {abs(moved.last):.1g} nats a token from its start"
+        if not moved or moved[1] > limit or _risen(run, "reward", 0): return ""
+        return f"it is {moved[1]:.1g} nats a token away from its start at step {moved[0]}"
     if not loss or loss.last < .1 or loss.last < .9 * loss.first: return ""
     return f"the loss went from {loss.first:.2f} ({loss.begin}) to {loss.last:.2f} ({loss.end})"
 
-# %% ../nbs/workshop/explain.ipynb #8335da7a
+# %% ../nbs/workshop/explain.ipynb #802e9034
 @dataclass(frozen=True)
 class Rule:
     "One fault that a log can show."
@@ -159,18 +173,18 @@ RULES = (   # in the order in which they are looked for: the first that fits is 
     Rule("learning rate too high", _broken, 0, "values that are no number",
          "Take a tenth of the learning rate, and float32 or bfloat16",
          "one is enough: no step repairs it", "arithmetic"),
-    Rule("reward is constant", _constant, 1e-6, "difference of two rewards",
-         "Call the reward on a right and on a wrong reply, and look at what it gives",
-         "all advantages are 0", "Shao et al. 2024, §4.1"),
     Rule("replies cut off", _cut, .3, "of the replies at the start",
          "Raise max_completion_length (--max-length), or ask for shorter replies",
          "a reply that never ends is judged by its length and not by what it says", "Yu et al. 2025 (DAPO), §3.4"),
-    Rule("nothing to learn from", _silent, .8, "of the groups are silent, at the start and at the end",
+    Rule("reward is constant", _constant, 1e-6, "difference of two rewards",
+         "Call the reward on a right and on a wrong reply, and look at what it gives",
+         "all advantages are 0", "Shao et al. 2024, §4.1"),
+    Rule("nothing to learn from", _silent, .8, "of the groups are silent",
          "Take problems that it solves sometimes (harder or easier ones), or more num_generations",
          "a silent group has no gradient: four in five wasted make a step of a fifth", "Yu et al. 2025 (DAPO), §3.2"),
 )
 
-# %% ../nbs/workshop/explain.ipynb #49cc604a
+# %% ../nbs/workshop/explain.ipynb #533fadbd
 RULES += (
     Rule("length blow-up", _long, 1.5, "times as long at the end, and not right more often",
          "Take loss_type dr_grpo or dapo, lower max_completion_length, and look whether the reward likes length",
@@ -195,7 +209,7 @@ RULES += (
          "so little cannot be seen in any reply", "the gallery"),
 )
 
-# %% ../nbs/workshop/explain.ipynb #6c72c9e9
+# %% ../nbs/workshop/explain.ipynb #6e7bff18
 @dataclass(frozen=True)
 class Finding:
     "What is wrong with a run, or that nothing is."
@@ -212,7 +226,7 @@ def findings(
     found = [Finding(r.name, what, f"{r.limit:g} {r.unit}", r.way) for r, what in seen if what]
     return found or [Finding("fine", _healthy(run), "", "")]
 
-# %% ../nbs/workshop/explain.ipynb #ffc62d06
+# %% ../nbs/workshop/explain.ipynb #998b9d77
 def _healthy(run: Flight) -> str:
     "The ends of what is trained, and of the rest that there is."
     names = {"reward": "reward", "right": "right", "rewards/accuracies": "chosen preferred",
@@ -225,7 +239,7 @@ def _healthy(run: Flight) -> str:
     steps = run.rows[-1]["step"]
     return f"{steps} steps; {', '.join(parts)}" if parts else f"only {steps} steps, too few to compare their ends"
 
-# %% ../nbs/workshop/explain.ipynb #bf8c9065
+# %% ../nbs/workshop/explain.ipynb #1442ff73
 def diagnose(
     run: Flight | str | Path,   # what was recorded, or its folder: as `recorder.read_flight` takes it
 ) -> dict:                      # run, method, steps, done, name, seen, limit, way, also (names of other findings)
@@ -245,7 +259,7 @@ def explanation(
     way = f" {said['way']}." if said["way"] else ""
     return f"{said['run']}{at}: {said['name']}: {said['seen']}{limit}.{way}{also}"
 
-# %% ../nbs/workshop/explain.ipynb #92e59d10
+# %% ../nbs/workshop/explain.ipynb #440b12c4
 def explain(
     run: str,               # a run folder, or a checkpoint of TRL's with its trainer_state.json
     picture: str = None,    # draw all that was logged into this .png or .svg

@@ -13,11 +13,11 @@ from .recorder import Flight, read_flight
 # %% auto #0
 __all__ = ['PANELS', 'COLORS', 'panels', 'flight', 'save_flight', 'live_flight']
 
-# %% ../nbs/workshop/flight.ipynb #20761f6e
+# %% ../nbs/workshop/flight.ipynb #90ae6d26
 PANELS = {   # title → the numbers that are drawn in it, by the names that TRL logs them under
     "reward": ("reward", "right", "eval_reward"),
     "silent groups, share": ("frac_reward_zero_std",),
-    "moved from its start, nats a token": ("kl", "drift"),
+    "moved, nats a token": ("kl", "drift"),
     "entropy, nats a token": ("entropy",),
     "clipped tokens, share": ("clip_ratio/region_mean",),
     "reply, tokens": ("completions/mean_length",),
@@ -31,7 +31,7 @@ PANELS = {   # title → the numbers that are drawn in it, by the names that TRL
 }
 COLORS = ("#1f5fa8", "#a85a00", "#23702f")   # of the first, second and third curve of a panel
 
-# %% ../nbs/workshop/flight.ipynb #b3abedf4
+# %% ../nbs/workshop/flight.ipynb #0384ebee
 def panels(
     run: Flight,
 ) -> dict[str, dict[str, list]]:   # title → name → (step, value), …
@@ -43,7 +43,7 @@ def panels(
         if curves: drawn[title] = curves
     return drawn
 
-# %% ../nbs/workshop/flight.ipynb #387670e4
+# %% ../nbs/workshop/flight.ipynb #806c2e33
 def _panel(ax, title: str, curves: dict, spread: dict, marks: dict) -> None:
     "One panel: its curves, the spread of the first as a band, and a dashed line at each step that is marked."
     for color, (name, points) in zip(COLORS, curves.items()):
@@ -60,7 +60,7 @@ def _panel(ax, title: str, curves: dict, spread: dict, marks: dict) -> None:
     for side in ("top", "right"): ax.spines[side].set_visible(False)
     if len(curves) > 1: ax.legend(fontsize=6, frameon=False)
 
-# %% ../nbs/workshop/flight.ipynb #ea3d425a
+# %% ../nbs/workshop/flight.ipynb #ead17cef
 def _said(run: Flight, n: int = 2) -> list[str]:
     "What the model said to the first questions, at the first, a middle, and the last look: a line each."
     looks = run.samples
@@ -81,7 +81,7 @@ def _words(fig, lines: list[str], tall: float) -> None:
     for i, line in enumerate(lines):
         write(ax, 6, 6 + 11 * i, line, 7, FAINT if line.startswith(" ") else INK, family="DejaVu Sans Mono")
 
-# %% ../nbs/workshop/flight.ipynb #aa136ddf
+# %% ../nbs/workshop/flight.ipynb #0cdf198b
 def flight(
     run: Flight | str | Path,    # what was recorded, or its folder: as `recorder.read_flight` takes it
     title: str | None = None,
@@ -105,7 +105,7 @@ def flight(
     if lines: _words(fig, lines, tall)
     return fig
 
-# %% ../nbs/workshop/flight.ipynb #de84fc9e
+# %% ../nbs/workshop/flight.ipynb #01ab6619
 def save_flight(
     run: Flight,
     path: str | Path,   # a .png or .svg; an earlier picture there is replaced
@@ -117,7 +117,7 @@ def save_flight(
         flight(run, Path(run.place).name).savefig(aside)
     return path
 
-# %% ../nbs/workshop/flight.ipynb #aa96a820
+# %% ../nbs/workshop/flight.ipynb #bff5d2b8
 def live_flight(
     every: float = 3.0,   # seconds between two drawings; one takes about half a second
 ):

@@ -22,8 +22,8 @@ from .tutor import TASKS, is_right
 # %% auto #0
 __all__ = ['LONGEST_MATCH', 'CORRECT', 'GRADERS', 'grade_number', 'grade_tutor', 'grade_choice', 'grade_exact', 'grade_contains',
            'grade_regex', 'grade_json', 'mark_of', 'grade_judge', 'judged_by_server', 'guess', 'grade_tool',
-           'grade_mixed', 'mean_share', 'verdict_of', 'grader_for', 'guessed_numbers', 'as_graded', 'reward',
-           'also_right', 'rewarded_rows']
+           'grade_mixed', 'mean_share', 'verdict_of', 'how_right', 'grader_for', 'guessed_numbers', 'as_graded',
+           'reward', 'rewarded_rows']
 
 # %% ../nbs/workshop/graders.ipynb #dbaa42ac
 def _wanted(row: dict) -> list:
@@ -249,6 +249,12 @@ def verdict_of(name: str, row: dict, reply: str) -> bool | float:
     if verdict is None: raise UserError("the judge gave no mark from 0 to 10. Take a judge that does")
     return verdict
 
+# %% ../nbs/workshop/graders.ipynb #10486f35
+def how_right(row: dict, reply: str) -> float | None:
+    "How right is a reply by its row's own answer? None if that cannot be told, or only by a judge."
+    try: return None if (name := guess(row)[0]) == "judge" else float(GRADERS[name](row, reply))
+    except UserError: return None
+
 # %% ../nbs/workshop/graders.ipynb #3c2712ec
 def _try(name: str, row: dict) -> None:
     "Raises `UserError` for a row that the grader of that name cannot grade."
@@ -303,28 +309,6 @@ def reward(
     scored.__module__ = __getattr__.__module__
     scored.grader = name
     return scored
-
-def _right(row: dict, reply: str) -> float | None:
-    "How right is a reply by its row's own answer? None if that cannot be told, or only by a judge."
-    try: return None if (name := guess(row)[0]) == "judge" else float(GRADERS[name](row, reply))
-    except UserError: return None
-
-def also_right(
-    f: Callable,   # a reward
-) -> Callable:     # the same reward
-    "A reward that also logs `right`, how right the replies are by the rows' own answers, whatever it rewards."
-    @functools.wraps(f)
-    def looked(completions, log_metric=None, **columns):
-        kept = columns.get("graded_against")
-        for_each = {name: column for name, column in columns.items() if isinstance(column, list)}
-        shares = []
-        for i, said in enumerate(completions if log_metric else []):
-            row = json.loads(kept[i]) if kept else {name: column[i] for name, column in for_each.items()}
-            shares.append(_right(row, reply_text(said) or ""))
-        known = [share for share in shares if share is not None]
-        if known: log_metric("right", statistics.fmean(known))
-        return f(completions=completions, log_metric=log_metric, **columns)
-    return looked
 
 def __getattr__(name: str) -> Callable:
     "`number_reward` and its like, for cards that name them."

@@ -4,7 +4,7 @@
 
 # %% ../nbs/workshop/probe.ipynb #f23aa3df
 from __future__ import annotations
-import functools, math, statistics
+import functools, json, math, statistics
 from collections.abc import Callable
 from .core import UserError
 from .models import generate
@@ -14,7 +14,7 @@ from .questions import reply_text
 from .training import Work
 
 # %% auto #0
-__all__ = ['check_prompts', 'watched', 'places_of', 'probe', 'prompt_as_taken', 'look_at_prompts']
+__all__ = ['check_prompts', 'watched', 'places_of', 'also_right', 'probe', 'prompt_as_taken', 'look_at_prompts']
 
 # %% ../nbs/workshop/probe.ipynb #54266047
 def check_prompts(
@@ -93,6 +93,25 @@ def _total_rewards(reward_funcs: list[Callable], rows: list[dict], replies: list
         scored = watched(f, places)(**columns)
         totals = [total + (s or 0.0) for total, s in zip(totals, scored, strict=True)]
     return totals
+
+# %% ../nbs/workshop/probe.ipynb #246d16ab
+def also_right(
+    f: Callable,       # a reward
+    grade: Callable,   # (row, reply) → how right it is by the row's own answer, from 0 to 1; None: nobody can tell
+) -> Callable:         # the same reward
+    "A reward that also logs how right the replies are, as `right`."
+    @functools.wraps(f)
+    def looked(completions, log_metric=None, **columns):
+        lists = {name: column for name, column in columns.items() if isinstance(column, list)}
+        shares = []
+        for i, said in enumerate(completions if log_metric else []):
+            row = {name: column[i] for name, column in lists.items()}
+            if "graded_against" in row: row = json.loads(row["graded_against"])   # as it was read
+            shares.append(grade(row, reply_text(said) or ""))
+        known = [share for share in shares if share is not None]
+        if known: log_metric("right", statistics.fmean(known))
+        return f(completions=completions, log_metric=log_metric, **columns)
+    return looked
 
 # %% ../nbs/workshop/probe.ipynb #290053ca
 def _silent_error(groups: int, size: int, mean: float) -> UserError:

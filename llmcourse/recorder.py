@@ -12,9 +12,9 @@ from .core import Message, UserError, is_run, read_jsonl
 from .models import encode, generate
 
 # %% auto #0
-__all__ = ['LOOKED_AT', 'fixed_questions', 'reply_logp', 'recorder', 'recording', 'Flight', 'read_flight']
+__all__ = ['LOOKED_AT', 'fixed_questions', 'reply_logp', 'recorder', 'recording', 'Flight', 'read_flight', 'exhibit']
 
-# %% ../nbs/workshop/recorder.ipynb #251e25eb
+# %% ../nbs/workshop/recorder.ipynb #67e59f4c
 LOOKED_AT = 8   # fixed ones, spread over the rows
 
 def _asked(row: dict) -> list[Message] | str | None:
@@ -35,7 +35,7 @@ def fixed_questions(
     asked = [_asked(rows[i * len(rows) // n]) for i in range(n)]
     return [prompt for prompt in asked if prompt and len(encode(tokenizer, prompt)) <= room]
 
-# %% ../nbs/workshop/recorder.ipynb #9aaf0e44
+# %% ../nbs/workshop/recorder.ipynb #169aa3d2
 def reply_logp(
     model, tokenizer,
     prompts: list,        # conversations or texts
@@ -53,7 +53,7 @@ def reply_logp(
         n += len(said)
     return total / max(1, n)
 
-# %% ../nbs/workshop/recorder.ipynb #81e5f493
+# %% ../nbs/workshop/recorder.ipynb #f2fc88e9
 def _look(model, tokenizer, prompts: list, max_new_tokens: int, first: dict | None) -> list[dict]:
     "Two rows for the log: how far the model has moved from the first look, and what it says now."
     was = model.training
@@ -67,7 +67,7 @@ def _look(model, tokenizer, prompts: list, max_new_tokens: int, first: dict | No
     return [{"drift": first["start_logp"] - logp if first else 0.0},
             {"samples": samples} | ({} if first else {"start_logp": logp})]
 
-# %% ../nbs/workshop/recorder.ipynb #d6b0c385
+# %% ../nbs/workshop/recorder.ipynb #24d67747
 def recorder(
     tokenizer,
     prompts: list,        # from `fixed_questions`
@@ -87,7 +87,7 @@ def recorder(
             if state.global_step % every == 0 or state.global_step == state.max_steps: self.look(state, model)
     return Recorder()
 
-# %% ../nbs/workshop/recorder.ipynb #fb8a9480
+# %% ../nbs/workshop/recorder.ipynb #40f4f696
 def recording(
     work,     # a `training.Work`
 ) -> list:    # of one callback; empty if the run wants none (`samples`), or its rows ask nothing
@@ -98,7 +98,7 @@ def recording(
     prompts = fixed_questions(work.tokenizer, work.rows, room) if every else []
     return [recorder(work.tokenizer, prompts, every, reply)] if prompts else []
 
-# %% ../nbs/workshop/recorder.ipynb #9a746353
+# %% ../nbs/workshop/recorder.ipynb #6cca367b
 @dataclass
 class Flight:
     "What a run has recorded."
@@ -113,7 +113,7 @@ class Flight:
         "(step, value) wherever that number was logged."
         return [(row["step"], float(row[name])) for row in self.rows if isinstance(row.get(name), (int, float))]
 
-# %% ../nbs/workshop/recorder.ipynb #183b7282
+# %% ../nbs/workshop/recorder.ipynb #2185a834
 def _flight(place: Path, log: list[dict], **known) -> Flight:
     "A log as TRL keeps it, sorted. Raises `UserError` if there is no step in it."
     numbers = [row for row in log if isinstance(row, dict) and "step" in row]
@@ -123,11 +123,13 @@ def _flight(place: Path, log: list[dict], **known) -> Flight:
     return Flight(str(place), rows=rows, samples=[row for row in numbers if "samples" in row], **known)
 
 def _states(folder: Path) -> list[Path]:
-    "Every trainer_state.json in a folder of TRL's or in one of its checkpoints, the newest last."
-    found = [path for path in (folder, *folder.glob("*-[0-9]*")) if (path / "trainer_state.json").is_file()]
-    return [path / "trainer_state.json" for path in sorted(found, key=lambda p: int("0" + p.name.rpartition("-")[2]))]
+    "The trainer_state.json of a folder of TRL's, or of all checkpoints in it, the newest last."
+    own = folder / "trainer_state.json"
+    def number(path): return path.parent.name.rpartition("-")[2]
+    found = [path for path in folder.glob("*-*/trainer_state.json") if number(path).isdigit()]
+    return [own] if own.is_file() else sorted(found, key=lambda path: int(number(path)))
 
-# %% ../nbs/workshop/recorder.ipynb #6db9916e
+# %% ../nbs/workshop/recorder.ipynb #c73199c7
 def _of_trl(path: Path, **known) -> Flight:
     "The log in a trainer_state.json. Raises `UserError` if it is damaged."
     try: state = json.loads(path.read_text(encoding="utf-8"))
@@ -145,7 +147,7 @@ def _of_run(folder: Path) -> Flight:
     log = read_jsonl(metrics) + (read_jsonl(said) if said.is_file() else [])
     return _flight(folder, log, method=run.method, settings=run.hyperparameters)
 
-# %% ../nbs/workshop/recorder.ipynb #0f5d3bda
+# %% ../nbs/workshop/recorder.ipynb #2466b7d1
 def read_flight(
     place: str | Path,   # a run folder, an interrupted one, or a checkpoint of TRL's or the folder that holds it
 ) -> Flight:
@@ -164,3 +166,10 @@ def read_flight(
         raise UserError(f"{folder}: neither run.yaml nor trainer_state.json is there. "
                         "Give a run folder, or a checkpoint of TRL's")
     return _of_trl(found[-1])
+
+# %% ../nbs/workshop/recorder.ipynb #4bd7ce93
+def exhibit(
+    row: dict,      # a line of data/gallery.jsonl
+) -> Flight:
+    "A run of the gallery, as if it were in a folder."
+    return Flight(f"gallery/{row['method']}-{row['seed']}", row["method"], row["rows"], row["samples"], row["settings"])

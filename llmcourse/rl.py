@@ -10,10 +10,10 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from .core import UserError, choose
-from .graders import also_right, rewarded_rows
+from .graders import how_right, rewarded_rows
 from .kl import saved_start
 from .models import DATE, stop_ids
-from .probe import look_at_prompts, places_of, prompt_as_taken, watched
+from .probe import also_right, look_at_prompts, places_of, prompt_as_taken, watched
 from .questions import final_answer, reply_text
 from .training import Method, Work, measured_on, train, upstream
 
@@ -108,7 +108,7 @@ def _trainer(name: str) -> Callable:
         from datasets import Dataset
         work.net.generation_config.eos_token_id = stop_ids(work.tokenizer)
         rewards = [watched(f, places_of(work)) for f in work.ours["reward_funcs"]]
-        rewards[0] = also_right(rewards[0])   # how right the replies are, whatever is rewarded
+        rewards[0] = also_right(rewards[0], how_right)   # how right the replies are, whatever is rewarded
         adapter = copy.deepcopy(work.ours["peft_config"])
         with saved_start(work):
             return upstream(name)(work.net, rewards, work.args, Dataset.from_list(work.data), measured_on(work),
