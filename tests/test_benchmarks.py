@@ -12,6 +12,7 @@ BENCHMARKS = {
     "seeds": ["7", "--small"],
     "sweep": ["--small", "sweep.jsonl"],
     "export": ["1", "--small", "--quants", "Q8_0"],
+    "gallery": ["--small", "gallery.jsonl"],
 }
 
 
@@ -30,5 +31,5 @@ def test_a_benchmark_runs(name, more, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     said = {"sft": "ours / trl: median", "grpo": "trl / ours: median", "seeds": "seed 7, T=1:", "sweep": "1/1  method",
-            "export": "small Q8_0    ours / stock:"}
+            "export": "small Q8_0    ours / stock:", "gallery": "chosen fine: grpo, seed 1"}
     assert said[name] in done.stdout
