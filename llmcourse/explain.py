@@ -110,7 +110,7 @@ def _hacked(run: Flight, limit: float) -> str:
                     f"{what} fell from {best:.0%} ({steps}) to {other.last:.0%}")
     return ""
 
-# %% ../nbs/workshop/explain.ipynb #e1b793f8
+# %% ../nbs/workshop/explain.ipynb #a8da6be4
 def _high(run: Flight, limit: float) -> str:
     "The reward collapses; without a reward, the loss ends where it began, or higher."
     reward, loss = ends(run, "reward"), ends(run, "loss")
@@ -126,9 +126,9 @@ def _moved(run: Flight) -> tuple[int, float] | None:
     return (looks[-1][0], abs(looks[-1][1])) if looks and looks[-1][0] else None
 
 def _far(run: Flight, limit: float) -> str:
-    "The model is far from its start."
+    "A model that is reinforced is far from its start. Examples and pairs may take it anywhere."
     moved = _moved(run)
-    if not moved or moved[1] < limit: return ""
+    if not moved or moved[1] < limit or not run.curve("reward"): return ""
     return f"it is {moved[1]:.2g} nats a token away from its start at step {moved[0]}"
 
 def _sure(run: Flight, limit: float) -> str:
@@ -138,7 +138,7 @@ def _sure(run: Flight, limit: float) -> str:
     if right and right.last > .9: return ""   # sure, and right
     return f"the entropy fell from {entropy.first:.2g} ({entropy.begin}) to {entropy.last:.2g} nats ({entropy.end})"
 
-# %% ../nbs/workshop/explain.ipynb #ffaf77b7
+# %% ../nbs/workshop/explain.ipynb #fa91f4e5
 def _by_heart(run: Flight, limit: float) -> str:
     "The validation loss rises again, while the training loss goes on falling."
     held = run.curve("eval_loss")
@@ -154,7 +154,7 @@ def _low(run: Flight, limit: float) -> str:
     if reward:
         if not moved or moved[1] > limit or _risen(run, "reward", 0): return ""
         return f"it is {moved[1]:.1g} nats a token away from its start at step {moved[0]}"
-    if not loss or loss.last < .1 or loss.last < .9 * loss.first: return ""
+    if not loss or loss.last < max(.1, .9 * loss.first) or _risen(run, "rewards/accuracies", .1): return ""
     return f"the loss went from {loss.first:.2f} ({loss.begin}) to {loss.last:.2f} ({loss.end})"
 
 # %% ../nbs/workshop/explain.ipynb #802e9034

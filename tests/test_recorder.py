@@ -270,3 +270,12 @@ def test_the_command(recorded, tmp_path, capsys):
     assert (recorded / "flight.svg").read_bytes().startswith(b"<?xml")
     assert main(["explain", str(recorded), "--picture", "flight.pdf"]) == 2
     assert "a .png or a .svg" in capsys.readouterr().err
+
+
+def test_preferences_are_judged_by_what_is_preferred():
+    "The names that TRL's DPOTrainer logs."
+    falls = dict(loss=(0.69, 0.69, 0.68, 0.67, 0.66, 0.66, 0.65, 0.65))
+    rises = (0.5, 0.5, 0.6, 0.7, 0.8, 0.9, 0.9, 0.9)
+    assert diagnose(run_of("rewards/accuracies", *rises, **falls))["name"] == "fine"
+    assert diagnose(run_of("rewards/accuracies", *[0.5] * 8, **falls))["name"] == "learning rate too low"
+    assert {"margin of the chosen"} <= set(panels(run_of("rewards/margins", 0.0, 0.1)))
