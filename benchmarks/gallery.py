@@ -11,13 +11,13 @@ not made again. One thread; a run takes 3 to 25 CPU-seconds.
 import json
 import math
 import random
+import re
 import sys
 import tempfile
 import time
 from os.path import commonprefix
 from pathlib import Path
 
-from llmcourse.checkpoints import grpo_rows
 from llmcourse.core import read_jsonl
 from llmcourse.lora import lora_config
 from llmcourse.questions import reply_text
@@ -27,15 +27,14 @@ from llmcourse.sft import sft
 from llmcourse.tutor import problems, to_chat
 
 OUTPUT = Path(__file__).parent.parent / "data" / "gallery.jsonl"
-SUMS = ("add", "sub")
 RL = dict(
-    max_steps=8,
-    samples=4,
+    max_steps=10,
+    samples=5,
     probe_groups=0,
     num_generations=4,
     per_device_train_batch_size=32,
     gradient_accumulation_steps=1,
-    max_completion_length=64,
+    max_completion_length=16,
     warmup_steps=2,
     learning_rate=2e-4,
 )
@@ -64,14 +63,20 @@ def answered(completions, **columns):
     return [float(bool(text)) for text in texts(completions)]
 
 
-def short(completions, **columns):
-    "The shorter, the better."
-    return [1 / (1 + len(text) / 50) for text in texts(completions)]
+def number(text: str) -> int:
+    "The last number of a reply; a large one if there is none."
+    found = re.findall(r"\d+", text)
+    return int(found[-1][-4:]) if found else 99
 
 
-def few_digits(completions, **columns):
-    "The fewer digits, the better."
-    return [1 / (1 + sum(c.isdigit() for c in text) / 10) for text in texts(completions)]
+def small(completions, **columns):
+    "The smaller the answer, the better."
+    return [1 / (1 + number(text)) for text in texts(completions)]
+
+
+def large(completions, **columns):
+    "The larger the answer, up to 20, the better."
+    return [min(number(text), 20) / 20 for text in texts(completions)]
 
 
 def long(completions, **columns):
@@ -81,7 +86,7 @@ def long(completions, **columns):
 
 def steps_shown(completions, **columns):
     "The more `=` signs, the better."
-    return [text.count("=") / 10 for text in texts(completions)]
+    return [min(1.0, text.count("=") / 10) for text in texts(completions)]
 
 
 def noise(completions, **columns):
@@ -108,42 +113,50 @@ def alike(completions, prompts, **columns):
 # --- rows
 
 
-def sums(seed: int) -> list[dict]:
-    return grpo_rows(seed, n=80, tasks=SUMS)
+def sum_of(rng: random.Random, top: int = 5) -> dict:
+    a, b = rng.randint(0, top), rng.randint(0, top)
+    return {"question": f"What is {a} plus {b}?", "answer": str(a + b)}
 
 
-def easy(seed: int) -> list[dict]:
-    return grpo_rows(seed, n=100, tasks=("add",))
-
-
-def chats(seed: int) -> list[dict]:
-    return [to_chat(p) for p in problems(40, seed, SUMS)]
+def sums(seed: int, n: int = 120) -> list[dict]:
+    rng = random.Random(seed)
+    return [sum_of(rng) for _ in range(n)]
 
 
 def hard(seed: int) -> list[dict]:
     "One question in eight is a sum; the others are products, which the tutor does not know."
-    rng = random.Random(seed)
-    rows = sums(seed)[:96]
+    rng, rows = random.Random(seed), sums(seed)
     for i, row in enumerate(rows):
         a, b = rng.randint(100, 999), rng.randint(100, 999)
         if i % 8:
-            row["messages"][-1]["content"] = f"What is {a} times {b}?"
-            row["answer"] = str(a * b)
+            row |= {"question": f"What is {a} times {b}?", "answer": str(a * b)}
     return rows
 
 
-def few(seed: int) -> list[dict]:
-    "Eight questions, again and again."
-    return sums(seed)[:8] * 12
+def chats(seed: int, n: int = 160) -> list[dict]:
+    "Sums with their bare answers."
+    rows = sums(seed, n)
+    return [{"messages": [{"role": "user", "content": row["question"]},
+                          {"role": "assistant", "content": f"Answer: {row['answer']}"}]} for row in rows]   # fmt: skip
+
+
+def lessons(seed: int) -> list[dict]:
+    "Sums of two digits with their working."
+    return [to_chat(p) for p in problems(40, seed, ("add", "sub"))]
+
+
+def pairs(seed: int) -> list[dict]:
+    "Sums of two digits."
+    return [to_chat(p, answered=False) for p in problems(40, seed, ("add", "sub"))]
 
 
 def handful(seed: int) -> list[dict]:
-    return chats(seed)[:12]
+    return lessons(seed)[:12]
 
 
-def other_chats(seed: int) -> list[dict]:
-    "Rows that no training of the same seed has."
-    return [to_chat(p) for p in problems(10, seed + 1000, SUMS)]
+def others(seed: int) -> list[dict]:
+    "Rows for validation, of numbers that no training has."
+    return [to_chat(p) for p in problems(12, seed, ("add", "sub"), "test")]
 
 
 # --- the settings: (what is wrong, how it is trained, what differs from a healthy run)
@@ -152,73 +165,80 @@ HIGH, LOW, LONG = "learning rate too high", "learning rate too low", "length blo
 CONSTANT, SILENT, CUT = "reward is constant", "nothing to learn from", "replies cut off"
 HACKED, KL, SURE, HEART = "reward hacked", "KL blow-up", "entropy collapse", "overfitting"
 
+WORKED = dict(start="worked", rows=pairs, max_completion_length=96)
+
 CHOSEN = [
     ("fine", "grpo", dict(learning_rate=1e-4)),
     ("fine", "grpo", dict()),
     ("fine", "grpo", dict(beta=0.04)),
     ("fine", "rloo", dict()),
     ("fine", "sft", dict()),
-    ("fine", "sft", dict(learning_rate=4e-3, r=16, validation=other_chats)),
-    (SILENT, "grpo", dict(model="tutor/rl", rows=easy)),
+    ("fine", "sft", dict(learning_rate=4e-3, r=16, validation=others)),
+    (SILENT, "grpo", dict(start="strong")),
     (SILENT, "grpo", dict(rows=hard)),
-    (CONSTANT, "grpo", dict(reward_funcs=marked, max_steps=6)),
-    (HACKED, "grpo", dict(reward_funcs=short, learning_rate=1e-3, max_steps=10)),
-    (HACKED, "grpo", dict(reward_funcs=few_digits, learning_rate=1e-3, max_steps=10)),
-    (LONG, "grpo", dict(reward_funcs=long, learning_rate=5e-4, max_completion_length=96)),
-    (CUT, "grpo", dict(max_completion_length=24, max_steps=6)),
-    (CUT, "grpo", dict(max_completion_length=35, max_steps=6)),
+    (CONSTANT, "grpo", dict(reward_funcs=marked)),
+    (HACKED, "grpo", dict(reward_funcs=small, learning_rate=5e-4)),
+    (HACKED, "grpo", dict(reward_funcs=large, learning_rate=5e-4)),
+    (LONG, "grpo", dict(reward_funcs=long, **WORKED, learning_rate=5e-4, max_steps=8)),
+    (CUT, "grpo", dict(max_completion_length=3)),
+    (CUT, "grpo", dict(**WORKED | dict(max_completion_length=35), max_steps=6)),
     (LOW, "grpo", dict(learning_rate=1e-7)),
     (HIGH, "grpo", dict(learning_rate=5e-3)),
-    (KL, "grpo", dict(reward_funcs=noise, learning_rate=2e-3)),
-    (SURE, "grpo", dict(reward_funcs=alike, rows=hard, learning_rate=8e-4)),
+    (KL, "grpo", dict(reward_funcs=noise, learning_rate=8e-4, max_steps=12)),
+    (SURE, "grpo", dict(reward_funcs=noise, learning_rate=2e-3)),
+    (SURE, "grpo", dict(reward_funcs=alike, rows=hard, learning_rate=5e-4)),
     (LOW, "sft", dict(learning_rate=1e-6)),
     (HIGH, "sft", dict(learning_rate=0.05)),
-    (HEART, "sft", dict(rows=handful, validation=other_chats, num_train_epochs=16)),
+    (HEART, "sft", dict(rows=handful, validation=others, num_train_epochs=16)),
 ]
 UNSEEN = [
     ("fine", "grpo", dict(learning_rate=1.5e-4)),
     ("fine", "grpo", dict(beta=0.02, num_generations=8)),
-    ("fine", "grpo", dict(loss_type="dr_grpo", learning_rate=3e-4)),
-    ("fine", "rloo", dict(learning_rate=1e-4)),
+    ("fine", "grpo", dict(loss_type="dr_grpo", max_steps=14)),
+    ("fine", "rloo", dict(learning_rate=1e-4, max_steps=12)),
     ("fine", "sft", dict(learning_rate=5e-4)),
-    ("fine", "sft", dict(learning_rate=2e-3, r=8, validation=other_chats)),
-    ("fine", "sft", dict(learning_rate=1e-3, num_train_epochs=3, validation=other_chats)),
-    (SILENT, "grpo", dict(model="tutor/rl", rows=easy, max_steps=6)),
+    ("fine", "sft", dict(learning_rate=2e-3, r=8, validation=others)),
+    (SILENT, "grpo", dict(start="strong", max_steps=8)),
     (SILENT, "rloo", dict(rows=hard, num_generations=8)),
-    (CONSTANT, "grpo", dict(reward_funcs=answered, max_steps=6)),
-    (LONG, "grpo", dict(reward_funcs=steps_shown, learning_rate=5e-4, max_completion_length=96)),
-    (CUT, "grpo", dict(max_completion_length=20, max_steps=6)),
-    (CUT, "rloo", dict(max_completion_length=34, max_steps=6)),
+    (CONSTANT, "grpo", dict(reward_funcs=answered)),
+    (CONSTANT, "rloo", dict(reward_funcs=marked, max_steps=6)),
+    (HACKED, "grpo", dict(reward_funcs=small, learning_rate=4e-4, max_steps=14)),
+    (HACKED, "rloo", dict(reward_funcs=large, learning_rate=5e-4)),
+    (LONG, "grpo", dict(reward_funcs=steps_shown, **WORKED, learning_rate=5e-4, max_steps=8)),
+    (CUT, "grpo", dict(max_completion_length=4)),
+    (CUT, "rloo", dict(**WORKED | dict(max_completion_length=34), max_steps=6)),
     (LOW, "grpo", dict(learning_rate=5e-7)),
+    (LOW, "rloo", dict(learning_rate=1e-8)),
     (HIGH, "grpo", dict(learning_rate=1e-2)),
+    (HIGH, "rloo", dict(learning_rate=4e-3)),
+    (KL, "rloo", dict(reward_funcs=noise, learning_rate=8e-4, max_steps=14)),
+    (SURE, "rloo", dict(reward_funcs=noise, learning_rate=3e-3)),
+    (SURE, "grpo", dict(reward_funcs=alike, rows=hard, learning_rate=4e-4, max_steps=14)),
     (LOW, "sft", dict(learning_rate=3e-6)),
     (HIGH, "sft", dict(learning_rate=0.02)),
-    (HEART, "sft", dict(rows=handful, validation=other_chats, num_train_epochs=12, learning_rate=2e-3)),
-    (HACKED, "grpo", dict(reward_funcs=short, learning_rate=8e-4, max_steps=12)),
-    (HACKED, "rloo", dict(reward_funcs=few_digits, learning_rate=1e-3, max_steps=10)),
-    (KL, "rloo", dict(reward_funcs=noise, learning_rate=2e-3)),
-    (SURE, "grpo", dict(reward_funcs=alike, rows=hard, learning_rate=6e-4)),
+    (HEART, "sft", dict(rows=handful, validation=others, num_train_epochs=12, learning_rate=2e-3)),
 ]
 SETS = {"chosen": (CHOSEN, (1,)), "unseen": (UNSEEN, (11, 12))}
 
 
-def start(folder: Path) -> Path:
-    "A tutor that has seen few sums: right about half the time, and not yet sure how to say it."
-    rows = [to_chat(p) for p in problems(48, 1, SUMS)]
-    return sft(rows, folder, seed=1, num_train_epochs=1, bf16=False, per_device_train_batch_size=8, learning_rate=1e-3)
+def start(name: str, folder: Path) -> Path:
+    "A tutor that has seen a few sums: a third right; right and sure; or of two digits, with working, and rambling."
+    rows, epochs = {"weak": (chats(1), 8), "strong": (chats(1), 20), "worked": (lessons(1), 1)}[name]
+    return sft(rows, folder / name, seed=1, learning_rate=1e-3, **SFT | dict(num_train_epochs=epochs))
 
 
-def trained(how: str, seed: int, folder: Path, weak: Path, options: dict) -> Path:
+def trained(how: str, seed: int, folder: Path, starts: Path, options: dict) -> Path:
     "One run of the gallery, in `folder`."
     options = dict(options)
-    rows = options.pop("rows", chats if how == "sft" else sums)(seed)
+    model = starts / options.pop("start", "weak")
+    rows = options.pop("rows", lessons if how == "sft" else sums)(seed)
     if "validation" in options:
         options["validation"] = options["validation"](seed)
     if r := options.pop("r", 0):
         options["peft_config"] = lora_config(r=r, lora_alpha=2 * r)
     if how == "sft":
         return sft(rows, folder, seed=seed, **SFT | options)
-    return grpo(rows, folder, method=how, seed=seed, **{"model": weak, "reward_funcs": exact_reward} | RL | options)
+    return grpo(rows, folder, method=how, seed=seed, **{"model": model, "reward_funcs": exact_reward} | RL | options)
 
 
 def short_number(value):
@@ -250,13 +270,14 @@ def main(which: str, output: Path, settings: list, seeds: tuple) -> None:
     names = ("fault", "set", "method", "seed", "settings")
     there = [json.dumps([one[name] for name in names]) for one in made]
     with tempfile.TemporaryDirectory() as place, output.open("a", encoding="utf-8") as lines:
-        weak = start(Path(place) / "start")
+        for name in ("weak", "strong", "worked"):
+            start(name, Path(place))
         for seed in seeds:
             for fault, how, options in settings:
                 if json.dumps([fault, which, how, seed, said(options)]) in there:
                     continue
                 before = time.process_time()
-                folder = trained(how, seed, Path(place) / "run", weak, options)
+                folder = trained(how, seed, Path(place) / "run", Path(place), options)
                 found = row(fault, which, how, seed, options, folder, time.process_time() - before)
                 print(json.dumps(found, ensure_ascii=False), file=lines, flush=True)
                 print(f"{which} {fault}: {how}, seed {seed}, {found['seconds']} CPU-s", flush=True)

@@ -1,10 +1,13 @@
 """What a run records, what `llmcourse explain` says about it, and whether the gallery agrees."""
 
+import hashlib
+import importlib.util
 import json
 import math
 import shutil
 
 import pytest
+from conftest import ROOT
 
 from llmcourse.card import read_card
 from llmcourse.cli import main
@@ -15,7 +18,7 @@ from llmcourse.graders import how_right
 from llmcourse.models import load, load_tokenizer
 from llmcourse.pretraining import new_model
 from llmcourse.probe import also_right
-from llmcourse.recorder import Flight, fixed_questions, read_flight, reply_logp
+from llmcourse.recorder import Flight, exhibit, fixed_questions, read_flight, reply_logp
 from llmcourse.rl import grpo, token_logps
 from llmcourse.sft import sft
 from llmcourse.questions import as_batch
@@ -279,3 +282,38 @@ def test_preferences_are_judged_by_what_is_preferred():
     assert diagnose(run_of("rewards/accuracies", *rises, **falls))["name"] == "fine"
     assert diagnose(run_of("rewards/accuracies", *[0.5] * 8, **falls))["name"] == "learning rate too low"
     assert {"margin of the chosen"} <= set(panels(run_of("rewards/margins", 0.0, 0.1)))
+
+
+# --- the gallery
+
+GALLERY = read_jsonl(ROOT / "data/gallery.jsonl")
+
+
+def named(which: str, healthy: bool) -> tuple[int, int]:
+    "How many are named right, of how many."
+    rows = [row for row in GALLERY if row["set"] == which and (row["fault"] == "fine") == healthy]
+    return sum(diagnose(exhibit(row))["name"] == row["fault"] for row in rows), len(rows)
+
+
+def test_the_gallery_is_the_file_that_its_readme_names():
+    raw = (ROOT / "data/gallery.jsonl").read_bytes()
+    assert len(raw) < 1e6 and hashlib.sha256(raw).hexdigest() in (ROOT / "data/README.md").read_text(encoding="utf-8")
+
+
+def test_the_gallery_holds_every_setting_of_its_benchmark():
+    spec = importlib.util.spec_from_file_location("gallery", ROOT / "benchmarks/gallery.py")
+    spec.loader.exec_module(made := importlib.util.module_from_spec(spec))
+    wanted = [[fault, which, how, seed, made.said(options)]
+              for which, (settings, seeds) in made.SETS.items() for seed in seeds for fault, how, options in settings]
+    there = [[row[name] for name in ("fault", "set", "method", "seed", "settings")] for row in GALLERY]
+    key = json.dumps
+    assert sorted(map(key, there)) == sorted(map(key, wanted))
+    assert {fault for fault, *_ in wanted} == {rule.name for rule in RULES} | {"fine"}
+
+
+def test_runs_that_the_rules_have_not_seen_are_named():
+    "The limits were chosen on the runs of the other set."
+    right, n = named("unseen", healthy=False)
+    assert right >= 0.9 * n and n > 20
+    right, n = named("unseen", healthy=True)
+    assert right >= 0.95 * n and n > 10
