@@ -18,6 +18,7 @@ import time
 from os.path import commonprefix
 from pathlib import Path
 
+from llmcourse.checkpoints import grpo_rows
 from llmcourse.core import read_jsonl
 from llmcourse.lora import lora_config
 from llmcourse.questions import reply_text
@@ -133,25 +134,34 @@ def hard(seed: int) -> list[dict]:
     return rows
 
 
+def bare(rows: list[dict]) -> list[dict]:
+    "Chats in which the answer comes at once, without working."
+    asked = [{"role": "user", "content": row["question"]} for row in rows]
+    said = [{"role": "assistant", "content": f"Answer: {row['answer']}"} for row in rows]
+    return [{"messages": list(turns)} for turns in zip(asked, said, strict=True)]
+
+
 def chats(seed: int, n: int = 160) -> list[dict]:
-    "Sums with their bare answers."
-    rows = sums(seed, n)
-    return [{"messages": [{"role": "user", "content": row["question"]},
-                          {"role": "assistant", "content": f"Answer: {row['answer']}"}]} for row in rows]   # fmt: skip
+    return bare(sums(seed, n))
 
 
-def lessons(seed: int) -> list[dict]:
-    "Sums of two digits with their working."
-    return [to_chat(p) for p in problems(40, seed, ("add", "sub"))]
+def lessons(seed: int, n: int = 40) -> list[dict]:
+    "Sums and differences of two digits with their working."
+    return [to_chat(p) for p in problems(n, seed, ("add", "sub"))]
 
 
 def pairs(seed: int) -> list[dict]:
-    "Sums of two digits."
-    return [to_chat(p, answered=False) for p in problems(40, seed, ("add", "sub"))]
+    "Sums and differences of two digits."
+    return grpo_rows(seed, n=80, tasks=("add", "sub"))
 
 
 def handful(seed: int) -> list[dict]:
-    return lessons(seed)[:12]
+    "Sums that cannot be done at once: all that can be learned is these answers."
+    return bare(problems(8, seed, ("add", "sub")))
+
+
+def other_handful(seed: int) -> list[dict]:
+    return bare(problems(12, seed, ("add", "sub"), "test"))
 
 
 def others(seed: int) -> list[dict]:
@@ -179,17 +189,18 @@ CHOSEN = [
     (CONSTANT, "grpo", dict(reward_funcs=marked)),
     (HACKED, "grpo", dict(reward_funcs=small, learning_rate=5e-4)),
     (HACKED, "grpo", dict(reward_funcs=large, learning_rate=5e-4)),
-    (LONG, "grpo", dict(reward_funcs=long, **WORKED, learning_rate=5e-4, max_steps=8)),
+    (LONG, "grpo", dict(reward_funcs=long, **WORKED, learning_rate=5e-4)),
     (CUT, "grpo", dict(max_completion_length=3)),
-    (CUT, "grpo", dict(**WORKED | dict(max_completion_length=35), max_steps=6)),
+    (CUT, "grpo", dict(**WORKED | dict(max_completion_length=24))),
     (LOW, "grpo", dict(learning_rate=1e-7)),
     (HIGH, "grpo", dict(learning_rate=5e-3)),
-    (KL, "grpo", dict(reward_funcs=noise, learning_rate=8e-4, max_steps=12)),
+    (KL, "grpo", dict(reward_funcs=noise, learning_rate=8e-4, max_steps=6)),   # seen before its entropy collapses
+    (SURE, "grpo", dict(reward_funcs=noise, learning_rate=8e-4, max_steps=12)),
     (SURE, "grpo", dict(reward_funcs=noise, learning_rate=2e-3)),
     (SURE, "grpo", dict(reward_funcs=alike, rows=hard, learning_rate=5e-4)),
     (LOW, "sft", dict(learning_rate=1e-6)),
     (HIGH, "sft", dict(learning_rate=0.05)),
-    (HEART, "sft", dict(rows=handful, validation=others, num_train_epochs=16)),
+    (HEART, "sft", dict(rows=handful, validation=other_handful, num_train_epochs=16)),
 ]
 UNSEEN = [
     ("fine", "grpo", dict(learning_rate=1.5e-4)),
@@ -204,26 +215,27 @@ UNSEEN = [
     (CONSTANT, "rloo", dict(reward_funcs=marked, max_steps=6)),
     (HACKED, "grpo", dict(reward_funcs=small, learning_rate=4e-4, max_steps=14)),
     (HACKED, "rloo", dict(reward_funcs=large, learning_rate=5e-4)),
-    (LONG, "grpo", dict(reward_funcs=steps_shown, **WORKED, learning_rate=5e-4, max_steps=8)),
+    (LONG, "grpo", dict(reward_funcs=steps_shown, **WORKED, learning_rate=5e-4)),
     (CUT, "grpo", dict(max_completion_length=4)),
     (CUT, "rloo", dict(**WORKED | dict(max_completion_length=34), max_steps=6)),
     (LOW, "grpo", dict(learning_rate=5e-7)),
     (LOW, "rloo", dict(learning_rate=1e-8)),
     (HIGH, "grpo", dict(learning_rate=1e-2)),
     (HIGH, "rloo", dict(learning_rate=4e-3)),
-    (KL, "rloo", dict(reward_funcs=noise, learning_rate=8e-4, max_steps=14)),
+    (KL, "rloo", dict(reward_funcs=noise, learning_rate=7e-4, max_steps=7)),
+    (SURE, "rloo", dict(reward_funcs=noise, learning_rate=8e-4, max_steps=14)),
     (SURE, "rloo", dict(reward_funcs=noise, learning_rate=3e-3)),
     (SURE, "grpo", dict(reward_funcs=alike, rows=hard, learning_rate=4e-4, max_steps=14)),
     (LOW, "sft", dict(learning_rate=3e-6)),
     (HIGH, "sft", dict(learning_rate=0.02)),
-    (HEART, "sft", dict(rows=handful, validation=others, num_train_epochs=12, learning_rate=2e-3)),
+    (HEART, "sft", dict(rows=handful, validation=other_handful, num_train_epochs=12, learning_rate=2e-3)),
 ]
 SETS = {"chosen": (CHOSEN, (1,)), "unseen": (UNSEEN, (11, 12))}
 
 
 def start(name: str, folder: Path) -> Path:
     "A tutor that has seen a few sums: a third right; right and sure; or of two digits, with working, and rambling."
-    rows, epochs = {"weak": (chats(1), 8), "strong": (chats(1), 20), "worked": (lessons(1), 1)}[name]
+    rows, epochs = {"weak": (chats(1), 8), "strong": (chats(1), 20), "worked": (lessons(1, 48), 1)}[name]
     return sft(rows, folder / name, seed=1, learning_rate=1e-3, **SFT | dict(num_train_epochs=epochs))
 
 
@@ -266,11 +278,11 @@ def row(fault: str, which: str, how: str, seed: int, options: dict, folder: Path
 
 def main(which: str, output: Path, settings: list, seeds: tuple) -> None:
     "Make what is missing, a line at a time."
-    made = read_jsonl(output) if output.is_file() else []
+    made = read_jsonl(output) if output.is_file() and output.stat().st_size else []
     names = ("fault", "set", "method", "seed", "settings")
     there = [json.dumps([one[name] for name in names]) for one in made]
     with tempfile.TemporaryDirectory() as place, output.open("a", encoding="utf-8") as lines:
-        for name in ("weak", "strong", "worked"):
+        for name in sorted({options.get("start", "weak") for _, how, options in settings if how != "sft"}):
             start(name, Path(place))
         for seed in seeds:
             for fault, how, options in settings:
