@@ -43,7 +43,7 @@ def panels(
         if curves: drawn[title] = curves
     return drawn
 
-# %% ../nbs/workshop/flight.ipynb #806c2e33
+# %% ../nbs/workshop/flight.ipynb #50753f6c
 def _panel(ax, title: str, curves: dict, spread: dict, marks: dict) -> None:
     "One panel: its curves, the spread of the first as a band, and a dashed line at each step that is marked."
     for color, (name, points) in zip(COLORS, curves.items()):
@@ -56,6 +56,7 @@ def _panel(ax, title: str, curves: dict, spread: dict, marks: dict) -> None:
         if name in curves: ax.axvline(step, color=DOWN, lw=1, ls="--")
     ax.set_title(title, fontsize=8, loc="left", color=INK)
     ax.tick_params(labelsize=7, colors=FAINT)
+    ax.yaxis.offsetText.set_fontsize(6)
     ax.grid(alpha=.25)
     for side in ("top", "right"): ax.spines[side].set_visible(False)
     if len(curves) > 1: ax.legend(fontsize=6, frameon=False)
