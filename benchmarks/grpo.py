@@ -7,8 +7,8 @@ a fresh process, in turn, several rounds. With `--curve`, the rewards step by st
 
 Four steps of 64 completions, 256 in all; a curve has twenty steps. Prompts and seeds are the same for each contender.
 
-On one thread of a busy machine: ours 7.8, 8.0 and 8.3 CPU-s, TRL's defaults 20.6 and 21.3, TRL in float32 17.9 and 18.9,
-so about 2.6 and 2.3 times the completions. Ours and TRL in float32 log the same: reward 0.7656, loss -0.01629.
+On one thread of a busy machine: ours 7.8, 8.0 and 8.3 CPU-s, TRL's defaults 20.6 and 21.3, TRL in float32 17.9 and
+18.9, so about 2.6 and 2.3 times the completions. Ours and TRL in float32 log the same: reward 0.7656, loss -0.01629.
 """
 
 import json

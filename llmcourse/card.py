@@ -45,7 +45,7 @@ class Run:
 
 # %% ../nbs/workshop/card.ipynb #4ff72cb9
 OURS = ("peft_config", "quantization_config", "engine", "loftq", "freeze_trainable_layers",
-        "probe_groups", "reward_funcs", "validation", "chat_template", "wake_tokens")
+        "probe_groups", "reward_funcs", "validation", "chat_template", "wake_tokens", "samples")
 
 def write_card(
     run: Run,

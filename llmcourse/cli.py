@@ -11,6 +11,7 @@ from . import __version__
 from .core import CHAPTERS, UserError, choose, is_run
 from .delivery import chat, chatlog, contract, export, push, serve
 from .exits import in_one_line
+from .explain import explain
 from .judging import agree
 from .methods import METHODS, method
 from .planreport import plan
@@ -269,7 +270,7 @@ def checkpoints(
 COMMANDS = {f.__name__: f for f in (demo, doctor, scores, course, data)} | {"reward": try_reward}
 COMMANDS |= {f.__name__: f for f in (xray, plan)}
 COMMANDS |= {name: training for name in METHODS}
-COMMANDS |= {f.__name__: f for f in (train, rehearse, eval, prompts, agree)}
+COMMANDS |= {f.__name__: f for f in (train, explain, rehearse, eval, prompts, agree)}
 COMMANDS |= {f.__name__: f for f in (export, push, serve, contract, chat, chatlog, checkpoints)}
 
 def command(name: str):

@@ -24,8 +24,8 @@ from .tutor import TASKS, is_right
 # %% auto #0
 __all__ = ['LONGEST_MATCH', 'CORRECT', 'GRADERS', 'grade_number', 'grade_tutor', 'grade_choice', 'grade_exact', 'grade_contains',
            'grade_regex', 'grade_json', 'mark_of', 'grade_judge', 'judged_by_server', 'reach_judge', 'guess',
-           'grade_tool', 'grade_mixed', 'mean_share', 'verdict_of', 'by_judge', 'grader_for', 'guessed_numbers',
-           'as_graded', 'reward', 'rewarded_rows']
+           'grade_tool', 'grade_mixed', 'mean_share', 'verdict_of', 'how_right', 'by_judge', 'grader_for',
+           'guessed_numbers', 'as_graded', 'reward', 'rewarded_rows']
 
 # %% ../nbs/workshop/graders.ipynb #dbaa42ac
 def _wanted(row: dict) -> list:
@@ -250,6 +250,12 @@ def verdict_of(name: str, row: dict, reply: str) -> bool | float:
     verdict = GRADERS[name](row, reply)
     if verdict is None: raise UserError("the judge gave no mark from 0 to 10. Take a judge that does")
     return verdict
+
+# %% ../nbs/workshop/graders.ipynb #10486f35
+def how_right(row: dict, reply: str) -> float | None:
+    "How right is a reply by its row's own answer? None if that cannot be told, or only by a judge."
+    try: return None if (name := guess(row)[0]) == "judge" else float(GRADERS[name](row, reply))
+    except UserError: return None
 
 # %% ../nbs/workshop/graders.ipynb #3c2712ec
 def _try(name: str, row: dict) -> None:

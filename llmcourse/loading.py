@@ -20,6 +20,7 @@ SETTINGS = dict(
     engine="trl",                # or "unsloth": the same trainer on Unsloth's model, on a GPU where it is installed
     loftq=False,                 # with 4 bits: start with the adapter that makes up for the rounding (LoftQ)
     freeze_trainable_layers=0,   # without an adapter: train only the last so many blocks; 0: all
+    samples=0,                   # steps between two looks at what the model says to a few fixed questions; 0: none
     chat_template=None,          # a text: the chat template to train with, and to keep, instead of the tokenizer's
     wake_tokens=0)               # steps that train the vectors of `trainable_token_indices` alone, before the rest
 

@@ -4,7 +4,7 @@
 
 # %% ../nbs/workshop/probe.ipynb #f23aa3df
 from __future__ import annotations
-import functools, math, statistics, threading
+import functools, json, math, statistics, threading
 from collections.abc import Callable
 from .core import UserError
 from .labels import TODAY, prints_today
@@ -15,7 +15,8 @@ from .questions import reply_text
 from .training import Work
 
 # %% auto #0
-__all__ = ['LONGEST_CALL', 'check_prompts', 'asked_text', 'watched', 'places_of', 'probe', 'prompt_as_taken', 'look_at_prompts']
+__all__ = ['LONGEST_CALL', 'check_prompts', 'asked_text', 'watched', 'places_of', 'also_right', 'probe', 'prompt_as_taken',
+           'look_at_prompts']
 
 # %% ../nbs/workshop/probe.ipynb #54266047
 def check_prompts(
@@ -116,6 +117,25 @@ def _total_rewards(reward_funcs: list[Callable], rows: list[dict], replies: list
         raise UserError(f"the reward {names} returned None for all {len(rows)} replies. "
                         "Return a float for those that it can grade")
     return [sum(score or 0.0 for score in each) for each in zip(*scored, strict=True)]
+
+# %% ../nbs/workshop/probe.ipynb #246d16ab
+def also_right(
+    f: Callable,       # a reward
+    grade: Callable,   # (row, reply) → how right it is by the row's own answer, from 0 to 1; None: nobody can tell
+) -> Callable:         # the same reward
+    "A reward that also logs how right the replies are, as `right`."
+    @functools.wraps(f)
+    def looked(completions, log_metric=None, **columns):
+        lists = {name: column for name, column in columns.items() if isinstance(column, list)}
+        shares = []
+        for i, said in enumerate(completions if log_metric else []):
+            row = {name: column[i] for name, column in lists.items()}
+            if "graded_against" in row: row = json.loads(row["graded_against"])   # as it was read
+            shares.append(grade(row, reply_text(said) or ""))
+        known = [share for share in shares if share is not None]
+        if known: log_metric("right", statistics.fmean(known))
+        return f(completions=completions, log_metric=log_metric, **columns)
+    return looked
 
 # %% ../nbs/workshop/probe.ipynb #290053ca
 def _silent_error(groups: int, size: int, mean: float) -> UserError:

@@ -10,10 +10,10 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from .core import UserError, choose
-from .graders import rewarded_rows
+from .graders import how_right, rewarded_rows
 from .kl import saved_start
 from .models import DATE, stop_ids
-from .probe import look_at_prompts, places_of, prompt_as_taken, watched
+from .probe import also_right, look_at_prompts, places_of, prompt_as_taken, watched
 from .questions import final_answer, reply_text
 from .scoring import without_waste
 from .training import Method, Work, measured_on, train, upstream
@@ -110,6 +110,7 @@ def _trainer(name: str) -> Callable:
         from datasets import Dataset
         work.net.generation_config.eos_token_id = stop_ids(work.tokenizer)
         rewards = [watched(f, places_of(work)) for f in work.ours["reward_funcs"]]
+        rewards[0] = also_right(rewards[0], how_right)   # how right the replies are, whatever is rewarded
         adapter = copy.deepcopy(work.ours["peft_config"])
         trainer = without_waste(upstream(name))
         with saved_start(work):
@@ -122,7 +123,7 @@ GRPO = Method(
     name="grpo", about="Reinforce by a reward: each reply against its siblings (GRPO).",
     example="llmcourse grpo --data problems.jsonl --model runs/sft --steps 100 --r 16",
     title="Reinforced by a reward", config="GRPOConfig", model="tutor/sft", own="llmcourse.checkpoints.grpo_rows",
-    take=partial(rewarded_rows, tutor=exact_reward), settings=dict(reward_funcs=None, probe_groups=8),
+    take=partial(rewarded_rows, tutor=exact_reward), settings=dict(reward_funcs=None, probe_groups=8, samples=10),
     defaults=_grpo_defaults, encode=prompt_as_taken, look=look_at_prompts, trainer=_trainer("GRPOTrainer"),
     fixed=dict(chat_template_kwargs={"date_string": DATE}), shows="reward")
 RLOO = replace(

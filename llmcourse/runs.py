@@ -17,7 +17,8 @@ __all__ = ['WRITTEN', 'check_output', 'run_folder', 'rows_hash', 'base_name', 'r
            'finish', 'open_run']
 
 # %% ../nbs/workshop/runs.ipynb #ca69526a
-WRITTEN = ("run.yaml", "README.md", "train.jsonl", "metrics.jsonl")   # beside the files that a card lists
+WRITTEN = ("run.yaml", "README.md", "train.jsonl", "metrics.jsonl", "samples.jsonl",   # beside the files that a
+           "flight.png", "flight.svg")                                                 # card lists
 
 def _files(folder: Path) -> dict[str, Path]:
     "Every file in a run folder that needs a hash, by its path there."
@@ -146,12 +147,13 @@ def finish(
     title: str,       # what the run made, for the README
     log: list[dict],  # the trainer's
 ) -> None:
-    "Write metrics.jsonl, run.yaml and README.md, and the base's name into an adapter."
+    "Write metrics.jsonl, samples.jsonl, run.yaml and README.md, and the base's name into an adapter."
     if (adapter := folder / "adapter_config.json").exists():
         config = json.loads(adapter.read_text()) | {"base_model_name_or_path": run.model}
         if isinstance(config["target_modules"], list): config["target_modules"].sort()
         adapter.write_text(json.dumps(config, indent=2, sort_keys=True))
-    write_jsonl(folder / "metrics.jsonl", log)
+    write_jsonl(folder / "metrics.jsonl", [row for row in log if "samples" not in row])
+    if said := [row for row in log if "samples" in row]: write_jsonl(folder / "samples.jsonl", said)
     files = {name: file_hash(path) for name, path in _files(folder).items()}
     run = replace(run, data="train.jsonl", files=files)
     write_card(run, folder)

@@ -15,6 +15,7 @@ from .loading import SETTINGS, four_bits, load_to_train, start_from_rounding, wa
 from .models import weights_hash
 from .ownrewards import is_own, own_rewards
 from .progress import quiet, tell
+from .recorder import recording
 from .rehearsal import rehearse
 from .resume import fit
 from .runs import base_name, check_output, finish, open_run, room_for_run, rows_hash, run_folder
@@ -284,7 +285,7 @@ def _fit(method: Method, work: Work, callbacks) -> None:
     _scalable(trainer)
     if work.ours["loftq"]: start_from_rounding(trainer.model, work.run.model, work.dial)
     rehearse(trainer)
-    log, seconds = fit(trainer, work.folder, method.name.upper(), method.shows, callbacks)
+    log, seconds = fit(trainer, work.folder, method.name.upper(), method.shows, [*recording(work), *callbacks])
     finish(work.folder, replace(work.run, seconds=seconds), method.title, log)
 
 # %% ../nbs/workshop/training.ipynb #06d5e79d

@@ -15,6 +15,7 @@ BENCHMARKS = {
     "ppo": ["--small", "ppo.jsonl"],
     "export": ["1", "--small", "--quants", "Q8_0"],
     "preference": ["--small", "preference.jsonl"],
+    "gallery": ["--small", "gallery.jsonl"],
 }
 
 
@@ -34,5 +35,6 @@ def test_a_benchmark_runs(name, more, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     said = {"sft": "ours / trl: median", "grpo": "trl / ours: ", "seeds": "seed 7, T=1:", "sweep": "1/1  method",
             "export": "small Q8_0    ours / stock:", "ppo": "mean 42: 0/2, reward [0.0]",
-            "preference": "dpo, seed 1:", "rounds": "done: 31 measurements"}
+            "preference": "dpo, seed 1:", "rounds": "done: 31 measurements",
+            "gallery": "chosen fine: grpo, seed 1"}
     assert said[name] in done.stdout

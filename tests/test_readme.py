@@ -42,6 +42,7 @@ SHOWS = {
     "eval --model runs/mine --data data/splits": ["story2"],
     "eval --model runs/mine --data data/gsm8k": ["64"],
     "rehearse": ["the same weights, to the bit", "greedy tokens equal", "the real run: 48 rows"],
+    "explain": ["runs/mine: fine: "],
     "sft": ["runs/mine"],
     "train": ["runs/mine-again"],
     "data check data/preferences": ["longer wins", "0 errors"],
