@@ -109,27 +109,27 @@ def _trainer(name: str) -> Callable:
     def build(work: Work):
         from datasets import Dataset
         work.net.generation_config.eos_token_id = stop_ids(work.tokenizer)
-        rewards = [watched(f, places_of(work)) for f in work.ours["reward_funcs"]]
-        rewards[0] = also_right(rewards[0], how_right)   # how right the replies are, whatever is rewarded
+        first, *others = [watched(f, places_of(work)) for f in work.ours["reward_funcs"]]
+        rewards = [also_right(first, how_right), *others]   # how right the replies are, whatever is rewarded
         adapter = copy.deepcopy(work.ours["peft_config"])
-        trainer = without_waste(upstream(name))
         with saved_start(work):
+            trainer = without_waste(upstream(name))
             return trainer(work.net, rewards, work.args, Dataset.from_list(work.data), measured_on(work),
                            processing_class=work.tokenizer, peft_config=adapter)
     return build
 
 # %% ../nbs/09_rl.ipynb #53b5a34e
 GRPO = Method(
-    name="grpo", about="Reinforce by a reward: each reply against its siblings (GRPO).",
-    example="llmcourse grpo --data problems.jsonl --model runs/sft --steps 100 --r 16",
-    title="Reinforced by a reward", config="GRPOConfig", model="tutor/sft", own="llmcourse.checkpoints.grpo_rows",
+    name="grpo", about="Reinforce by a reward: each reply against its siblings (GRPO).", config="GRPOConfig",
+    example="llmcourse grpo --data problems.jsonl --model runs/sft --steps 100 --r 16", model="tutor/sft",
+    title="Reinforced by a reward", own="llmcourse.checkpoints.grpo_rows", look=look_at_prompts, shows="reward",
     take=partial(rewarded_rows, tutor=exact_reward), settings=dict(reward_funcs=None, probe_groups=8, samples=10),
-    defaults=_grpo_defaults, encode=prompt_as_taken, look=look_at_prompts, trainer=_trainer("GRPOTrainer"),
-    fixed=dict(chat_template_kwargs={"date_string": DATE}), shows="reward")
+    defaults=_grpo_defaults, encode=prompt_as_taken, trainer=_trainer("GRPOTrainer"),
+    fixed=dict(chat_template_kwargs={"date_string": DATE}))
 RLOO = replace(
     GRPO, name="rloo", about="Reinforce by a reward: each reply against the mean of the others (RLOO).",
-    example="llmcourse rloo --data problems.jsonl --model runs/sft --steps 100",
-    config="RLOOConfig", defaults=rl_defaults, trainer=_trainer("RLOOTrainer"))
+    example="llmcourse rloo --data problems.jsonl --model runs/sft --steps 100", config="RLOOConfig",
+    defaults=rl_defaults, trainer=_trainer("RLOOTrainer"))
 
 # %% ../nbs/09_rl.ipynb #c014f6bb
 def grpo(

@@ -160,8 +160,7 @@ def _function(name: str) -> Callable:
     if is_own(name): return own_rewards(name)[0]
     try: return pkgutil.resolve_name(name)
     except (ImportError, AttributeError, ValueError):
-        raise UserError(f"{name!r}: cannot be imported. "
-                        "If it is a reward, hand it over: rerun(card, output, reward_funcs=…)") from None
+        raise UserError(f"{name!r}: cannot be imported. A reward? rerun(card, output, reward_funcs=…)") from None
 
 def from_card(name: str, value):
     "A setting of a card as the object that it describes."
