@@ -111,11 +111,10 @@ def _trainer(name: str) -> Callable:
         work.net.generation_config.eos_token_id = stop_ids(work.tokenizer)
         first, *others = [watched(f, places_of(work)) for f in work.ours["reward_funcs"]]
         rewards = [also_right(first, how_right), *others]   # how right the replies are, whatever is rewarded
-        adapter = copy.deepcopy(work.ours["peft_config"])
         with saved_start(work):
             trainer = without_waste(upstream(name))
             return trainer(work.net, rewards, work.args, Dataset.from_list(work.data), measured_on(work),
-                           processing_class=work.tokenizer, peft_config=adapter)
+                           processing_class=work.tokenizer, peft_config=copy.deepcopy(work.ours["peft_config"]))
     return build
 
 # %% ../nbs/09_rl.ipynb #53b5a34e
