@@ -292,8 +292,8 @@ def test_a_leak_between_files_of_one_name(capsys, tmp_path):
     "words,said",
     [
         (["scores", "--n", "0"], "--n 0: give at least 1"),
-        (["export", "--model", "runs/none"], "runs/none: no such folder here, and the Hub was not reached"),
-        (["sft", "--model", "runs/none"], "runs/none: no such folder here, and the Hub was not reached"),
+        (["export", "--model", "runs/none"], "runs/none: no such folder. Give a model folder"),
+        (["sft", "--model", "runs/none"], "runs/none: no such folder. Give a model folder"),
         (["data", "chek", "x"], "did you mean 'check'? the only one is check"),
     ],
 )
