@@ -41,7 +41,9 @@ def dpo_defaults(*about) -> dict:
 # %% ../nbs/workshop/comparing.ipynb #111349b6
 def kto_defaults(*about) -> dict:
     "KTO weighs likes and dislikes; it compares each row with its neighbours, so rows keep their order."
-    return preference_defaults(*about) | dict(beta=0.1, desirable_weight=1.0, undesirable_weight=1.0)
+    usual = preference_defaults(*about)
+    rows = max(2, usual["per_device_train_batch_size"])   # a row alone has no neighbours
+    return usual | dict(per_device_train_batch_size=rows, beta=0.1, desirable_weight=1.0, undesirable_weight=1.0)
 
 def orpo_defaults(*about) -> dict:
     "ORPO's: β is the weight of what is worse, beside the loss of an example."

@@ -14,7 +14,7 @@ from conftest import ROOT
 
 from llmcourse.card import read_card
 from llmcourse.cli import main
-from llmcourse.core import UserError, read_jsonl
+from llmcourse.core import UserError, read_jsonl, scale as read_scale
 from llmcourse.datacheck import check_data
 from llmcourse.drill import drill
 from llmcourse.intake import for_few
@@ -112,6 +112,8 @@ def test_each_is_rehearsed(name):
 
 
 def test_a_batch_of_kto_is_never_one_row():
+    for scale in ("cpu", "t4", "a100"):
+        assert method("kto").defaults(read_scale(scale), 10**9, True)["per_device_train_batch_size"] >= 2
     assert for_few(dict(desirable_weight=1.0, per_device_train_batch_size=16), 6)["per_device_train_batch_size"] == 2
 
 
