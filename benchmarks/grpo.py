@@ -7,14 +7,9 @@ a fresh process, in turn, several rounds. With `--curve`, the rewards step by st
 
 Four steps of 64 completions, 256 in all; a curve has twenty steps. Prompts and seeds are the same for each contender.
 
-<<<<<<< HEAD
-On one thread of a busy machine: ours 7.8, 8.0 and 8.3 CPU-s, TRL's defaults 20.6 and 21.3, TRL in float32 17.9 and
-18.9, so about 2.6 and 2.3 times the completions. Ours and TRL in float32 log the same: reward 0.7656, loss -0.01629.
-=======
 On one thread of a busy machine, CPU-seconds of three pairs: ours 7.7, 8.3 and 8.0, TRL in float32 17.9, 18.9 and 19.0,
 that is 2.33 times the completions (95 %: 2.21 to 2.44, n=3); TRL's defaults 20.6 and 21.3, that is 2.5 and 2.7 times.
 Ours and TRL in float32 log the same rewards: their means are 0.7656, the losses -0.01629.
->>>>>>> wt-decoder
 """
 
 import json
