@@ -122,7 +122,7 @@ def marks(name: str, seed: int, model, seconds: float) -> dict:
     plain = evals.evaluate(local, TEST, progress=False)
     kinds = {r["task"]: r["correct"] for r in evals.summary(plain)}
     format = sum(r["format"] for r in plain)
-    spread = sum(is_hint(r["reply"], r) or DECLINE in r["reply"] for r in plain)
+    spread = sum(is_hint(r["reply"], row) or DECLINE in r["reply"] for r, row in zip(plain, TEST))
     return dict(what=name, seed=seed, cpu_seconds=round(seconds, 1), hints=hints, refusals=refusals, kinds=kinds,
                 right=[r["right"] for r in plain], format=format, unwanted=spread,
                 said=[said[0], said[len(HINTS)]])
