@@ -56,8 +56,8 @@ def test_without_quarto_nothing_is_installed(tmp_path):
 
 
 def the_entry(source: str) -> dict[str, str]:
-    "The words of the call in `DPO = Method(...)`, as code."
-    nodes = [node for node in ast.parse(source).body if isinstance(node, ast.Assign) and node.targets[0].id == "DPO"]
+    "The words of the call in `READ = Method(...)`, as code."
+    nodes = [node for node in ast.parse(source).body if isinstance(node, ast.Assign) and node.targets[0].id == "READ"]
     return {word.arg: ast.unparse(word.value) for word in nodes[0].value.keywords}
 
 
