@@ -689,7 +689,6 @@ BAD = [
     (["llama-3.2-1b", "--prices", "nowhere.csv"], "no such file"),
     (["llama-3.2-1b", "--data", str(DATA / "preferences.jsonl")], "SFT takes one answer a row"),
     (["llama-3.2-1b", "--data", CHATS, "--task", "dpo"], "DPO compares"),
-    (["tutor/base", "--data", str(DATA / "tools.jsonl")], "tools"),
     (["llama-3.2-1b", "--picture", "bytes.gif"], "a .png or a .svg"),
     ([], "base"),
 ]
