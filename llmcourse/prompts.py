@@ -79,7 +79,8 @@ def asked(
         turns = [turn for turn in conversation(row, place) if turn["role"] != "system"]
         if not turns or turns[-1]["role"] != "user": raise UserError(f"{place}: no user's turn before the reply")
         if turns[1:] and prompt.form == "text": raise UserError(f"{place}: a text has no place for earlier turns")
-        values = {**row, "question": turns[-1]["content"]}
+        behind = f"\n\n{row.get('context')}" if "context" in names else ""   # has a place of its own
+        values = {**row, "question": turns[-1]["content"].removesuffix(behind)}
         try:
             for name in names: choose(name, values, f"variable of {prompt.title()}:")
             chat = prompt.messages(**{name: values[name] for name in names})
