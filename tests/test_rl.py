@@ -432,7 +432,7 @@ def test_kl_is_measured_against_the_start_and_not_its_base(tiny, rows, tmp_path)
     [
         (dict(learning_rat=1), "did you mean 'learning_rate'"),
         (dict(method="ppo"), "unknown method 'ppo'"),
-        (dict(num_generations=3), "divisible by num_generations"),
+        (dict(num_generations=3), "be a multiple of 3"),
         (dict(per_device_train_batch_size=400), "each step takes 100 different prompts"),
         (dict(scale="cp"), "did you mean 'cpu'"),
     ],

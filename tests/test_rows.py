@@ -192,10 +192,20 @@ def asked_for(path: Path) -> list[tuple]:
 LEAK = [chat("2+2?", "Answer: 4", "train"), chat("3+3?", "Answer: 6", "test"), chat("  2+2? ", "4", "test")]
 
 
+def as_taken(row: dict, command: str) -> dict:
+    "A chat as a command takes it: whole, with a second reply beside it, or with a thumb."
+    if command in ("sft", "grpo", "rloo", "eval"):
+        return row
+    prompt, said = row["messages"][:-1], row["messages"][-1:]
+    if command == "kto":
+        return dict(prompt=prompt, completion=said, label="3+3" in prompt[-1]["content"], split=row["split"])
+    return dict(prompt=prompt, chosen=said, rejected=[said[0] | {"content": "?"}], split=row["split"])
+
+
 @pytest.mark.parametrize("command", [*METHODS, "eval"])
 def test_a_planted_leak_is_refused_with_one_line(command, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    write_lines(Path("rows.jsonl"), LEAK, [0, 0, 0])
+    write_lines(Path("rows.jsonl"), [as_taken(row, command) for row in LEAK], [0, 0, 0])
     assert main([command, "--data", "rows.jsonl"]) == 2
     said = capsys.readouterr().err.strip().splitlines()
     assert said == [
