@@ -479,6 +479,10 @@ def broken_calls() -> list[tuple]:
     wrongs = {"has no name": {"name": ""}, "its parameters are no object": {"name": "add", "parameters": [1]}}
     for p, (fault, wrong) in zip(mixed(27, 17)[-2:], wrongs.items()):
         found.append((fault, chat(p["question"], reply(p), tools=[{"type": "function", "function": wrong}])))
+    twin = {"type": "function", "function": TOOLS[0]["function"] | {"description": "Adds."}}
+    twice = {"a second time, in the same words": TOOLS[0], "a second time, with another description": twin}
+    for p, (fault, other) in zip(mixed(27, 19)[-2:], twice.items()):
+        found.append((fault, chat(p["question"], reply(p), tools=[TOOLS[0], other])))
     return found
 
 

@@ -24,7 +24,7 @@ def preference_defaults(
 ) -> dict:             # fields that TRL's configs for preferences share
     "Our hyperparameters for learning from preferences."
     small, cpu = parameters < 1e8, dial["device"] == "cpu"
-    rates = (2e-3, 1e-3) if small else (5e-6, 5e-7)   # an adapter's, all weights'
+    rates = (1e-3, 5e-4) if small else (5e-6, 5e-7)   # an adapter's, all weights'
     batch = 8 if small else max(1, dial["batch_size"] // 2)   # a pair is two rows
     return dict(
         learning_rate=rates[0 if adapter else 1], num_train_epochs=1, lr_scheduler_type="cosine", warmup_steps=0.1,
