@@ -29,7 +29,7 @@ SMALL = sys.argv[1:2] == ["--small"]
 DATA = Path(__file__).parent.parent / "data"
 OUTPUT = Path(sys.argv[2]) if SMALL else DATA / "preference.jsonl"
 SEEDS = (1,) if SMALL else (1, 2, 3)
-PAIRS = 2 if SMALL else 40       # hint requests of each of four kinds; the others in proportion
+PAIRS = 2 if SMALL else 80       # hint requests of each of four kinds; the others in proportion
 EXAM = 2026                      # the seed of everything held out
 HINTS, OTHERS = hint_requests(1 if SMALL else 50, EXAM, "test"), off_topic(2 if SMALL else 100, EXAM, "test")
 TEST = problems(1 if SMALL else 20, EXAM, split="test")
@@ -99,6 +99,10 @@ def reinforced(seed, place):
 
 ARMS = {   # name → (seeds, training)
     "dpo": (SEEDS, preferred()),
+    "sft on chosen": (SEEDS[:1], examples(lambda seed: chats(manner_pairs(seed, PAIRS)))),
+    "sft on the best of 4": (SEEDS[:1], examples(best_of)),
+    "grpo": (SEEDS[:1], reinforced),
+    "kto": (SEEDS[:1], preferred(method="kto")),
     "beta 0.02": (SEEDS[:1], preferred(beta=0.02)),
     "beta 0.5": (SEEDS[:1], preferred(beta=0.5)),
     "sigmoid alone": (SEEDS[:1], preferred(loss_type=["sigmoid"])),
@@ -106,10 +110,6 @@ ARMS = {   # name → (seeds, training)
     "orpo": (SEEDS[:1], preferred(method="orpo")),
     "simpo": (SEEDS[:1], preferred(method="simpo")),
     "cpo": (SEEDS[:1], preferred(method="cpo")),
-    "kto": (SEEDS[:1], preferred(method="kto")),
-    "sft on chosen": (SEEDS[:1], examples(lambda seed: chats(manner_pairs(seed, PAIRS)))),
-    "sft on the best of 4": (SEEDS[:1], examples(best_of)),
-    "grpo": (SEEDS[:1], reinforced),
 }
 
 
