@@ -52,7 +52,7 @@ def rewarded(seed: int) -> list[dict]:
     kept = problems(max(1, 2 * PAIRS // 3), seed, ("add", "sub", "story1", "story2"))
     rows = [row | {"kind": kind, "messages": row["prompt"]} for kind, some in kinds.items() for row in some]
     rows += [row | {"kind": "plain", "messages": to_chat(row, answered=False)["messages"]} for row in kept]
-    blank = dict(question="", working="", answer="none")
+    blank = dict(question="none", working="none", answer="none")
     return [{k: (blank | row)[k] for k in ("messages", "kind", "question", "working", "answer")} for row in rows]
 
 
