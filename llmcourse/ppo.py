@@ -158,8 +158,8 @@ def improve(
     rows: list[dict], reward: Callable,    # as for `rollout`
     kind: str = "gae", steps: int = 12,    # one of `ADVANTAGES`; rollouts
     questions: int = 8, group: int = 8,    # in each rollout, and replies to each question
-    learning_rate: float = 2e-4, critic_rate: float = 1e-3,
-    beta: float = 0.01, lam: float = 0.95, # what a nat of drift costs; of `gae`
+    learning_rate: float = 5e-5, critic_rate: float = 1e-3,
+    beta: float = 0.01, lam: float = 1.0, # what a nat of drift costs; of `gae`
     max_new_tokens: int = 160, seed: int = 42,   # of a reply; of the questions
 ) -> list[dict]:                           # what was seen, one a step
     "PPO and, with another `kind` of advantage, its relatives."

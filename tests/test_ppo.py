@@ -310,7 +310,7 @@ def test_a_run_leaves_its_folder(tiny, tmp_path):
     asked = problems(6, 3, ["add"])
     run = ppo(asked, tmp_path / "ppo", tiny, likes_digits, seed=7, **SHORT)
     card, log = read_card(run), read_jsonl(run / "metrics.jsonl")
-    assert (card.method, card.seed, card.data) == ("ppo", 7, "train.jsonl") and card.hyperparameters["lam"] == 0.95
+    assert (card.method, card.seed, card.data) == ("ppo", 7, "train.jsonl") and card.hyperparameters["lam"] == 1.0
     assert {"reward", "kl", "explained", "tokens", "clipped", "cpu_seconds"} == set(log[0]) and len(log) == 2
     assert len(read_jsonl(run / "train.jsonl")) == 6 and "TRL" not in (run / "README.md").read_text()
     again = ppo(asked, tmp_path / "again", tiny, likes_digits, seed=7, **SHORT)
