@@ -483,6 +483,7 @@ def broken_calls() -> list[tuple]:
     twice = {"a second time, in the same words": TOOLS[0], "a second time, with another description": twin}
     for p, (fault, other) in zip(mixed(27, 19)[-2:], twice.items()):
         found.append((fault, chat(p["question"], reply(p), tools=[TOOLS[0], other])))
+    found.insert(-1, ("leaves out the list of tools", None))  # the template of the tutor, of what else is sound
     return found
 
 
