@@ -35,7 +35,7 @@ def quiet():
 # %% ../nbs/workshop/progress.ipynb #257504b2
 def stream():
     "Where a run talks: the cell's output in a notebook, stderr elsewhere."
-    return sys.stdout if "ipykernel" in sys.modules else sys.stderr
+    return sys.stdout if type(sys.stdout).__module__.startswith("ipykernel") else sys.stderr
 
 def tell(text: str) -> None:
     "Print one line about a run."

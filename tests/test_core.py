@@ -100,3 +100,12 @@ def test_an_error_names_the_line_of_the_file_also_behind_blank_lines(tmp_path):
     path.write_bytes(b'{"a": 1}\n\n{"b": "\xff"}\n')
     with pytest.raises(UserError, match="chats.jsonl:3: byte 8 .*UTF-8"):
         read_jsonl(path)
+
+
+def test_a_run_talks_on_stderr_also_where_a_kernel_was_imported(capsys):
+    import ipykernel.iostream  # noqa: F401  as a plot or a widget may do
+
+    from llmcourse.progress import tell
+
+    tell("SFT: 3 rows")
+    assert capsys.readouterr() == ("", "SFT: 3 rows\n")
