@@ -311,6 +311,7 @@ def main(
         return in_one_line(lambda: print(usage()))
     if argv[0] in ("-V", "--version"): return in_one_line(lambda: print(__version__))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")   # a thread that waits sleeps: other programs want the cores
     with contextlib.suppress(ValueError):   # not the main thread
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))   # so that half-written files go away
     return _run(argv[0], argv[1:])
