@@ -5,8 +5,9 @@
 # %% ../nbs/workshop/shipping.ipynb #4e7d039f
 from __future__ import annotations
 import contextlib, os, sys
+from collections.abc import Callable
 from pathlib import Path
-from .core import Scratch, UserError, begins, check_free, choose
+from .core import Scratch, UserError, begins, check_free, choose, write_aside
 from .gguf_file import NO_TEMPLATE, has_template
 from .progress import tell
 
@@ -50,12 +51,13 @@ def export_folder(
     model: str | Path,     # a checkpoint, a model or adapter folder, or a Hub name
     output: str | Path,    # folder to make
     quant: str = "Q8_0",   # F32, F16, BF16, or what `llmcourse.export.quantize` knows
+    prove: Callable | None = None,   # called with the finished file before it gets its name: `parity_check`
 ) -> list[Path]:           # the GGUF, and the Modelfile if Ollama can say the chat template
     "Export a model to a folder that Ollama, llama.cpp and LM Studio take."
     from llmcourse.converter import convert
     name, dtype = gguf_name_of(model, quant)
     [gguf] = _free(output, name)
-    tokenizer = convert(model, gguf, dtype, verify=True, threads=os.cpu_count())
+    tokenizer = convert(model, gguf, dtype, verify=True, threads=os.cpu_count(), prove=prove)
     return _with_modelfile([gguf], tokenizer)
 
 # %% ../nbs/workshop/shipping.ipynb #51154879
@@ -63,6 +65,7 @@ def export_beside(
     adapter: str | Path,   # `tutor/NAME`, the folder of an adapter, or a Hub name
     output: str | Path,    # folder to make
     quant: str = "Q8_0",   # of the base, as for `export_folder`; the adapter stays in float32
+    prove: Callable | None = None,   # called with both finished files
 ) -> list[Path]:           # the base's GGUF, the adapter's, and the Modelfile if Ollama can say the chat template
     "Export an adapter and its base as two files. Raises `UserError` for an adapter that has to be merged."
     from llmcourse.converter import convert
@@ -71,8 +74,10 @@ def export_beside(
     base = adapter_base(adapter_folder(adapter))
     name, dtype = gguf_name_of(base, quant)
     gguf, beside = _free(output, name, f"{Path(adapter).resolve().name}-lora.gguf")
-    lora_to_gguf(adapter, beside)   # first, for its refusals
-    tokenizer = convert(base, gguf, dtype, verify=True, threads=os.cpu_count(), words=adapter)
+    with write_aside(beside, begins(b"GGUF")) as aside:
+        lora_to_gguf(adapter, aside)   # first, for its refusals
+        def both(path): prove and prove(path, aside)
+        tokenizer = convert(base, gguf, dtype, verify=True, threads=os.cpu_count(), words=adapter, prove=both)
     return _with_modelfile([gguf, beside], tokenizer)
 
 # %% ../nbs/workshop/shipping.ipynb #701db594
