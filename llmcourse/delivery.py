@@ -7,31 +7,67 @@ from __future__ import annotations
 import contextlib, os
 from pathlib import Path
 from .core import UserError, choose
+from .progress import tell
 
 # %% auto #0
-__all__ = ['ACTIONS', 'export', 'push', 'serve', 'contract', 'chat', 'chatlog']
+__all__ = ['ACTIONS', 'export', 'same_model', 'push', 'serve', 'contract', 'chat', 'chatlog']
 
 # %% ../nbs/workshop/delivery.ipynb #704f897c
 def export(
     model: str = "tutor/sft",  # a checkpoint, a model or adapter folder, or a Hub name
     output: str = "runs/gguf", # folder for the .gguf and the Modelfile
     quant: str = "Q8_0",       # F32, F16, Q8_0, Q6_K, Q5_K_M, Q4_K_M, Q4_0 …
+    adapter: bool = False,     # write a LoRA as a file beside its base, instead of merging it
+    despite_parity: bool = False,  # write it even if it is not the same model, and say so
     ollama: str = None,        # make a model of this name in the Ollama that runs at $OLLAMA_HOST, ask it, and compare
 ):
-    """Write a GGUF that llama.cpp, Ollama and LM Studio run, and the Ollama Modelfile beside it.
+    """Write a GGUF that llama.cpp, Ollama and LM Studio run, and the Modelfile; exit code 1 if it is another model.
 
     llmcourse export --model runs/sft --quant Q4_K_M --output runs/gguf
+    llmcourse export --model runs/lora --adapter --output runs/beside
     """
     from llmcourse.ollama import Ollama, into_ollama
-    from llmcourse.shipping import export_folder
+    from llmcourse.paritygate import NotTheSame, parity_check
+    from llmcourse.shipping import export_beside, export_folder
     there = ollama and Ollama()
     if there: there.check_free(ollama)   # before the work
-    made = export_folder(model, output, quant)
+    ship = export_beside if adapter else export_folder
+    try: made = ship(model, output, quant, parity_check(model, despite_parity))
+    except NotTheSame as e:
+        tell(str(e))
+        return 1
     for path in made: print(f"{path}  {Path(path).stat().st_size/1e6:,.3f} MB")
     if there:
         line, good = into_ollama(there, ollama, made)
         print(line)
         return int(not good)
+
+# %% ../nbs/workshop/delivery.ipynb #f65230c8
+def same_model(
+    run: str,               # the model: a checkpoint, a model or adapter folder, or a Hub name
+    files: list,            # GGUF files, straight after it; BASE.gguf+ADAPTER.gguf for an adapter beside its base
+    url: str = None,        # OpenAI-compatible servers, with commas; the key from $LLMCOURSE_API_KEY
+    data: str = None,       # rows with the expected reply, as for eval; default: the tutor's problems, for small models
+    n: int = 20,            # problems of each kind, without --data
+    seed: int = 1,          # draws the problems
+    report: str = None,     # write the report as a page, one HTML file
+    json: bool = False,     # print JSON: a list of what was measured, one place each
+):
+    """Compare a model with its GGUF files and servers, token by token: exit code 1 if one is another model.
+
+    llmcourse parity runs/mine runs/gguf/mine-Q4_K_M.gguf --report parity.html
+    llmcourse parity runs/mine --url http://127.0.0.1:8080/v1 --data test.jsonl
+    """
+    from json import dumps
+    from llmcourse.paritygate import compare_all, to_compare
+    from llmcourse.paritypage import check_page, parity_lines, parity_page, parity_text, write_page
+    files, urls = to_compare(files, url)
+    if report: check_page(report)
+    model, places = compare_all(run, files, urls, data, n, seed)
+    lines = parity_lines(model, places)
+    print(dumps(lines) if json else parity_text(lines))
+    if report: tell(f"the report: {write_page(report, parity_page(run, model, places))}")
+    return int(any(line["faults"] for line in lines))
 
 # %% ../nbs/workshop/delivery.ipynb #a71bd1c7
 def push(
