@@ -271,7 +271,7 @@ def test_resolve(gguf, tmp_path):
         (tmp_path / "empty", None, "no config.json"),
         (tmp_path / "nowhere/x", None, "no such folder"),
         ("tutor/bsae", None, "did you mean 'tutor/base'"),
-        (gguf, "vllm", "unknown engine"),
+        (gguf, "vlm", "unknown engine"),
     ]:
         with pytest.raises(UserError, match=says) as e:
             resolve(model, engine)
