@@ -17,17 +17,19 @@ def export(
     model: str = "tutor/sft",  # a checkpoint, a model or adapter folder, or a Hub name
     output: str = "runs/gguf", # folder for the .gguf and the Modelfile
     quant: str = "Q8_0",       # F32, F16, Q8_0, Q6_K, Q5_K_M, Q4_K_M, Q4_0 …
+    adapter: bool = False,     # write a LoRA as a file beside its base, instead of merging it
     ollama: str = None,        # make a model of this name in the Ollama that runs at $OLLAMA_HOST, ask it, and compare
 ):
     """Write a GGUF that llama.cpp, Ollama and LM Studio run, and the Ollama Modelfile beside it.
 
     llmcourse export --model runs/sft --quant Q4_K_M --output runs/gguf
+    llmcourse export --model runs/lora --adapter --output runs/beside
     """
     from llmcourse.ollama import Ollama, into_ollama
-    from llmcourse.shipping import export_folder
+    from llmcourse.shipping import export_beside, export_folder
     there = ollama and Ollama()
     if there: there.check_free(ollama)   # before the work
-    made = export_folder(model, output, quant)
+    made = (export_beside if adapter else export_folder)(model, output, quant)
     for path in made: print(f"{path}  {Path(path).stat().st_size/1e6:,.3f} MB")
     if there:
         line, good = into_ollama(there, ollama, made)

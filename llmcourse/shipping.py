@@ -11,7 +11,7 @@ from .gguf_file import NO_TEMPLATE, has_template
 from .progress import tell
 
 # %% auto #0
-__all__ = ['PLAIN', 'gguf_name_of', 'export_folder', 'best_engine', 'served']
+__all__ = ['PLAIN', 'gguf_name_of', 'export_folder', 'export_beside', 'best_engine', 'served']
 
 # %% ../nbs/workshop/shipping.ipynb #78d50309
 PLAIN = ("F32", "F16", "BF16")   # types that round, and no more
@@ -25,6 +25,27 @@ def gguf_name_of(
     quant = choose(str(quant).upper(), [*PLAIN, *KINDS], "GGUF type")
     return f"{Path(model).resolve().name}-{quant}.gguf", quant.lower() if quant in PLAIN else quant
 
+def _free(output: str | Path, *names: str) -> list[Path]:
+    "The files of an export. Raises `UserError` if something else is in the place of one, or of its Modelfile."
+    from llmcourse.gguf_file import check_file
+    output = Path(output)
+    if output.is_file(): raise UserError(f"{output}: a file. Name a folder for the GGUF and its Modelfile")
+    for name in names: check_file(output / name)
+    check_free(output / "Modelfile", begins(b"# ollama create"))
+    return [output / name for name in names]
+
+def _with_modelfile(files: list[Path], tokenizer) -> list[Path]:
+    "The files, and the Modelfile beside them if Ollama can say the chat template."
+    from llmcourse.modelfile import modelfile
+    place = files[0].parent / "Modelfile"
+    try: return [*files, modelfile(files[0], tokenizer, place, adapter=files[1] if files[1:] else None)]
+    except UserError as e:
+        place.unlink(missing_ok=True)   # an earlier one would be about another model
+        print(f"no Modelfile for Ollama: {e}\nllama.cpp reads the chat template from the GGUF itself: "
+              f"llmcourse serve --model {files[0]}", file=sys.stderr)
+        return files
+
+# %% ../nbs/workshop/shipping.ipynb #cff887bd
 def export_folder(
     model: str | Path,     # a checkpoint, a model or adapter folder, or a Hub name
     output: str | Path,    # folder to make
@@ -32,21 +53,27 @@ def export_folder(
 ) -> list[Path]:           # the GGUF, and the Modelfile if Ollama can say the chat template
     "Export a model to a folder that Ollama, llama.cpp and LM Studio take."
     from llmcourse.converter import convert
-    from llmcourse.gguf_file import check_file
-    from llmcourse.modelfile import modelfile
-    output = Path(output)
-    if output.is_file(): raise UserError(f"{output}: a file. Name a folder for the GGUF and its Modelfile")
     name, dtype = gguf_name_of(model, quant)
-    gguf, place = output / name, output / "Modelfile"
-    check_file(gguf)
-    check_free(place, begins(b"# ollama create"))
+    [gguf] = _free(output, name)
     tokenizer = convert(model, gguf, dtype, verify=True, threads=os.cpu_count())
-    try: return [gguf, modelfile(gguf, tokenizer, place)]
-    except UserError as e:
-        place.unlink(missing_ok=True)   # an earlier one would be about another model
-        print(f"no Modelfile for Ollama: {e}\nllama.cpp reads the chat template from the GGUF itself: "
-              f"llmcourse serve --model {gguf}", file=sys.stderr)
-        return [gguf]
+    return _with_modelfile([gguf], tokenizer)
+
+# %% ../nbs/workshop/shipping.ipynb #51154879
+def export_beside(
+    adapter: str | Path,   # `tutor/NAME`, the folder of an adapter, or a Hub name
+    output: str | Path,    # folder to make
+    quant: str = "Q8_0",   # of the base, as for `export_folder`; the adapter stays in float32
+) -> list[Path]:           # the base's GGUF, the adapter's, and the Modelfile if Ollama can say the chat template
+    "Export an adapter and its base as two files. Raises `UserError` for an adapter that has to be merged."
+    from llmcourse.converter import convert
+    from llmcourse.gguf_adapter import adapter_folder, lora_to_gguf
+    from llmcourse.pretrained import adapter_base
+    base = adapter_base(adapter_folder(adapter))
+    name, dtype = gguf_name_of(base, quant)
+    gguf, beside = _free(output, name, f"{Path(adapter).resolve().name}-lora.gguf")
+    lora_to_gguf(adapter, beside)   # first, for its refusals
+    tokenizer = convert(base, gguf, dtype, verify=True, threads=os.cpu_count(), words=adapter)
+    return _with_modelfile([gguf, beside], tokenizer)
 
 # %% ../nbs/workshop/shipping.ipynb #701db594
 def _no_folder(model: str | Path) -> None:
