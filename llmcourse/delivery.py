@@ -10,7 +10,7 @@ from pathlib import Path
 from .core import UserError, choose
 
 # %% auto #0
-__all__ = ['ACTIONS', 'export', 'push', 'named_folder', 'how_to_ask', 'serve', 'contract', 'chat', 'chatlog']
+__all__ = ['ACTIONS', 'export', 'push', 'named_folder', 'how_to_ask', 'serve', 'contract', 'bench', 'chat', 'chatlog']
 
 # %% ../nbs/workshop/delivery.ipynb #704f897c
 def export(
@@ -121,6 +121,36 @@ def contract(
         if not json: print(f"{one.state:<10} {one.name:<20} {one.why or one.about}", flush=True)
     if json: print(dumps([one._asdict() for one in found]))
     return int(any(one.state == "wrong" for one in found))
+
+# %% ../nbs/workshop/delivery.ipynb #ad9f09bd
+def bench(
+    server: str,            # URL of an OpenAI-compatible server; ends in /v1
+    model: str = None,      # which of its models; by default the first that it lists
+    key: str = None,        # the server's API key; better in $LLMCOURSE_API_KEY, where nobody sees it
+    clients: str = "1,4,16,64",  # how many ask at the same time
+    n: int = 64,            # requests at each of these numbers, all different
+    max_tokens: int = 32,   # longest reply, in tokens
+    seed: int = 1,          # draws the questions
+    json: bool = False,     # print JSON: a list of what is measured at each number of clients
+):
+    """Measure a server: tokens a second, time to the first token, and how long half and 95 % of the replies take.
+
+    llmcourse bench http://127.0.0.1:8080/v1 --clients 1,8,32
+    """
+    from llmcourse import serve as lesson
+    from llmcourse.tutor import problems, to_chat
+    numbers = [int(word) if word.isdigit() else 0 for word in clients.split(",")]
+    if min(numbers) < 1: raise UserError(f"--clients {clients}: give whole numbers from 1 up, such as 1,4,16")
+    chats = [to_chat(p, answered=False)["messages"] for p in problems(n, seed, ("story1",), "test")]
+    options = dict(model=model, key=key or os.environ.get("LLMCOURSE_API_KEY"), max_tokens=max_tokens)
+    lesson.bench(server, chats[:2], **options)     # the first requests warm it up
+    found = []
+    if not json: print("clients  tokens/s  first token (median)  reply: half within  95 % within")
+    for number in numbers:
+        found.append(one := lesson.bench(server, chats, number, **options))
+        line = "{clients:7}  {tokens_per_second:8,.0f}  {ttft_ms:17,.0f} ms  {p50_ms:15,.0f} ms  {p95_ms:8,.0f} ms"
+        if not json: print(line.format(**one), flush=True)
+    if json: print(dumps(found))
 
 # %% ../nbs/workshop/delivery.ipynb #bc18bd7d
 def chat(

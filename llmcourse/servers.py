@@ -117,7 +117,7 @@ def _set(params, name: str, value) -> None:
     setattr(params, name, value)
 
 def llama_params(
-    job: dict,   # path, name, host, port, key, n_ctx, n_parallel, n_threads, options; and adapters: name → GGUF
+    job: dict,   # path, name, host, port, key, n_ctx, n_parallel, n_threads, adapters, and options
 ):               # an `xllamacpp.CommonParams`
     "llama.cpp's settings. Raises `UserError` for an option that it does not have."
     import xllamacpp
@@ -132,7 +132,13 @@ def llama_params(
     params.cors_origins = ""               # and nobody else's page may call us
     paths = job.get("adapters", {}).values()
     params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(path, 0.0) for path in paths]   # loaded, and none applied
-    for name, value in job["options"].items(): _set(params, name, value)
+    if paths: params.cache_ram_mib = 0     # of earlier prompts: it forgets whose they were
+    options = dict(job["options"])
+    if draft := options.pop("draft", None):
+        params.speculative.types = [xllamacpp.common_speculative_type.COMMON_SPECULATIVE_TYPE_DRAFT_SIMPLE]
+        params.speculative.draft.mparams.path = _gguf(draft)
+        params.speculative.draft.n_max = options.pop("draft_tokens", 3)
+    for name, value in options.items(): _set(params, name, value)
     return params
 
 # %% ../nbs/workshop/servers.ipynb #67c07f59
@@ -144,6 +150,7 @@ def run_llama(job: dict) -> None:
         threading.Event().wait()
     import uvicorn
     server = xllamacpp.Server(llama_params(job | {"host": "127.0.0.1", "port": 0}))
+    print("behind the door:", server.listening_address, flush=True)
     names = [job["name"], *job["adapters"]]
     scales = lambda chosen: [{"id": i, "scale": float(name == chosen)} for i, name in enumerate(job["adapters"])]
     app = forward(server.listening_address, by_name({name: {"lora": scales(name)} for name in names}), names)
@@ -263,7 +270,7 @@ def serve(
     n_threads: int | None = None,  # CPU threads; by default half of the cores
     timeout: float = 300,       # seconds to wait for the model to load
     adapters: dict | None = None,  # name → LoRA adapter over `model`: a GGUF for llama.cpp, a folder for vLLM
-    **options,                  # the engine's: settings of xllamacpp's `CommonParams`, or flags of the others
+    **options,                  # the engine's flags; for llama.cpp `CommonParams` of xllamacpp, draft and draft_tokens
 ) -> Server:                    # ready to answer; a context manager
     "Start an OpenAI-compatible server and wait until it answers. Raises `UserError`, and then leaves nothing behind."
     engine, path = resolve(model, engine)

@@ -102,6 +102,7 @@ def best_engine(
     import torch
     return "vllm" if torch.cuda.is_available() else "llama.cpp"
 
+# %% ../nbs/workshop/shipping.ipynb #f04dcfca
 def _fit(model: str | Path, engine: str, quant: str, folder: Path) -> str | Path:
     "The model as its engine takes it, written to `folder` if need be."
     from llmcourse.export import to_gguf
@@ -116,6 +117,16 @@ def _fit_adapters(adapters: dict, engine: str, folder: Path) -> dict:
     from llmcourse.gguf_adapter import lora_to_gguf
     return {name: path if str(path).endswith(".gguf") else lora_to_gguf(path, folder / f"{i}-adapter.gguf")
             for i, (name, path) in enumerate(adapters.items())}
+
+def _words_of(adapters: dict) -> dict:
+    "The chat template that adapters were trained in, as an engine's option. Raises `UserError` for several."
+    from llmcourse.models import load_tokenizer
+    found = {load_tokenizer(path).chat_template: name for name, path in adapters.items() if not Path(path).is_file()}
+    if len(found) > 1:
+        raise UserError(f"adapters {', '.join(found.values())}: trained with different chat templates, and an engine "
+                        "has one for all. Serve them apart")
+    template = next(iter(found), None)
+    return {"chat_template": template} if template else {}
 
 # %% ../nbs/workshop/shipping.ipynb #f402efbb
 @contextlib.contextmanager
@@ -139,7 +150,9 @@ def served(
     check_engine(chosen, adapters or {})
     options = dict(port=port, host=host, key=key, n_parallel=n_parallel, timeout=timeout)
     with Scratch() as folder:
-        try: ready = _fit(model, chosen, quant, folder), _fit_adapters(adapters or {}, chosen, folder)
+        try:
+            options |= _words_of(adapters or {})
+            ready = _fit(model, chosen, quant, folder), _fit_adapters(adapters or {}, chosen, folder)
         except UserError as e:
             if engine != "auto" or adapters: raise
             tell(f"{e}\nso transformers serves it")
