@@ -5,12 +5,14 @@
 # %% ../nbs/workshop/delivery.ipynb #b53475a6
 from __future__ import annotations
 import contextlib, os
+from json import dumps
 from pathlib import Path
 from .core import UserError, choose
 from .progress import tell
 
 # %% auto #0
-__all__ = ['ACTIONS', 'export', 'same_model', 'push', 'serve', 'contract', 'chat', 'chatlog']
+__all__ = ['ACTIONS', 'export', 'same_model', 'push', 'named_folder', 'how_to_ask', 'serve', 'contract', 'bench', 'chat',
+           'chatlog']
 
 # %% ../nbs/workshop/delivery.ipynb #704f897c
 def export(
@@ -90,21 +92,48 @@ def push(
     print("nothing was sent: --dry-run" if dry_run else sent(parcel, name, public))
 
 # %% ../nbs/workshop/delivery.ipynb #d3d45b02
+def named_folder(
+    words: str,            # "name=folder"
+) -> tuple[str, str]:      # (name, folder)
+    "Raises `UserError` for anything else."
+    name, _, folder = words.partition("=")
+    if not name or not folder: raise UserError(f"--adapter {words}: say what it is called and where it is: NAME=FOLDER")
+    return name, folder
+
+def how_to_ask(
+    server,                # an `llmcourse.servers.Server`
+    key: str,              # how its key is written in a shell
+) -> str:
+    "Where a server is, its key, and a request that can be pasted into a shell."
+    head = f' -H "Authorization: Bearer {key}"' if server.key else ""
+    ask = dumps({"model": server.names[-1], "messages": [{"role": "user", "content": "What is 25 plus 31?"}]})
+    return (f"serving {', '.join(server.names)} at {server.url} by {server.engine}\n"
+            f"  OPENAI_BASE_URL={server.url}\n  OPENAI_API_KEY={key if server.key else 'none'}\n"
+            f"  curl {server.url}/chat/completions{head} -H 'Content-Type: application/json' -d '{ask}'")
+
+# %% ../nbs/workshop/delivery.ipynb #0c7ea898
 def serve(
-    model: str = "tutor/sft",  # a .gguf, a checkpoint, a folder, or a Hub name
+    base: str = None,          # what to serve: a .gguf, a checkpoint, a folder, or a Hub name; by default tutor/sft
+    model: str = None,         # the same, as an option
     port: int = 8080,          # TCP port
     host: str = "127.0.0.1",   # address; any other than loopback needs --key
     key: str = None,           # API key that clients must send; better in $LLMCOURSE_API_KEY, where nobody sees it
-    engine: str = "llama.cpp", # llama.cpp or transformers
-    quant: str = "Q8_0",       # with llama.cpp and a model that is not a GGUF yet
+    engine: str = "auto",      # llama.cpp, transformers, vllm, ollama or tgi; auto: the best that is installed
+    quant: str = "Q8_0",       # with llama.cpp or Ollama, and a model that is not a GGUF yet
+    adapter: list[str] = None, # a LoRA over the model, by the name that requests give; may be repeated
+    timeout: float = 600,      # seconds that the model may take to load
 ):
-    """Serve a model behind an OpenAI-compatible URL until Ctrl-C.
+    """Serve a model, or one base with several adapters, behind an OpenAI-compatible URL until Ctrl-C.
 
-    llmcourse serve --model runs/gguf/sft-Q4_K_M.gguf --port 9000
+    llmcourse serve runs/gguf/sft-Q4_K_M.gguf --port 9000
+    llmcourse serve tutor/base --adapter sums=tutor/sft --adapter mine=runs/mine
     """
     from llmcourse.shipping import served
-    with served(model, port, host, key or os.environ.get("LLMCOURSE_API_KEY"), engine, quant) as server:
-        print(f"serving {model} at {server.url}\n  OPENAI_BASE_URL={server.url}\nCtrl-C stops it", flush=True)
+    if base and model: raise UserError(f"{base} or {model}? Name one model")
+    model, secret = base or model or "tutor/sft", key or os.environ.get("LLMCOURSE_API_KEY")
+    adapters = dict(named_folder(words) for words in adapter or [])
+    with served(model, port, host, secret, engine, quant, adapters=adapters, timeout=timeout) as server:
+        print(how_to_ask(server, "$LLMCOURSE_API_KEY" if not key else key), "Ctrl-C stops it", sep="\n", flush=True)
         try: server.wait()
         except KeyboardInterrupt: print("stopped")
 
@@ -120,7 +149,6 @@ def contract(
 
     llmcourse contract http://127.0.0.1:8080/v1
     """
-    from json import dumps
     from llmcourse.contract import asked_everything
     found = []
     for one in asked_everything(server, model, key or os.environ.get("LLMCOURSE_API_KEY"), (only or "").split(",")):
@@ -128,6 +156,36 @@ def contract(
         if not json: print(f"{one.state:<10} {one.name:<20} {one.why or one.about}", flush=True)
     if json: print(dumps([one._asdict() for one in found]))
     return int(any(one.state == "wrong" for one in found))
+
+# %% ../nbs/workshop/delivery.ipynb #ad9f09bd
+def bench(
+    server: str,            # URL of an OpenAI-compatible server; ends in /v1
+    model: str = None,      # which of its models; by default the first that it lists
+    key: str = None,        # the server's API key; better in $LLMCOURSE_API_KEY, where nobody sees it
+    clients: str = "1,4,16,64",  # how many ask at the same time
+    n: int = 64,            # requests at each of these numbers, all different
+    max_tokens: int = 32,   # longest reply, in tokens
+    seed: int = 1,          # draws the questions
+    json: bool = False,     # print JSON: a list of what is measured at each number of clients
+):
+    """Measure a server: tokens a second, time to the first token, and how long half and 95 % of the replies take.
+
+    llmcourse bench http://127.0.0.1:8080/v1 --clients 1,8,32
+    """
+    from llmcourse import serve as lesson
+    from llmcourse.tutor import problems, to_chat
+    numbers = [int(word) if word.isdigit() else 0 for word in clients.split(",")]
+    if min(numbers) < 1: raise UserError(f"--clients {clients}: give whole numbers from 1 up, such as 1,4,16")
+    chats = [to_chat(p, answered=False)["messages"] for p in problems(n, seed, ("story1",), "test")]
+    options = dict(model=model, key=key or os.environ.get("LLMCOURSE_API_KEY"), max_tokens=max_tokens)
+    lesson.bench(server, chats[:2], **options)     # the first requests warm it up
+    found = []
+    if not json: print("clients  tokens/s  first token (median)  reply: half within  95 % within")
+    for number in numbers:
+        found.append(one := lesson.bench(server, chats, number, **options))
+        line = "{clients:7}  {tokens_per_second:8,.0f}  {ttft_ms:17,.0f} ms  {p50_ms:15,.0f} ms  {p95_ms:8,.0f} ms"
+        if not json: print(line.format(**one), flush=True)
+    if json: print(dumps(found))
 
 # %% ../nbs/workshop/delivery.ipynb #bc18bd7d
 def chat(

@@ -24,7 +24,7 @@ def option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 def _add(options: argparse.ArgumentParser, parameter: inspect.Parameter, kind: type, note: str) -> None:
-    "Add one parameter: a word, a switch, or an option with a value."
+    "Add one parameter: a word, a switch, an option that may be repeated, or one with a value."
     name, default = parameter.name, parameter.default
     shown = "" if default in (None, False, parameter.empty) else f" (default: {default})"
     text = (note + shown).replace("%", "%%")
@@ -32,6 +32,7 @@ def _add(options: argparse.ArgumentParser, parameter: inspect.Parameter, kind: t
     if kind is list: options.add_argument(name, nargs="*" if name == "files" else argparse.REMAINDER, help=text)
     elif name in WORDS: options.add_argument(name, type=kind, help=text, **optional)
     elif kind is bool: options.add_argument(option(name), action="store_true", help=text)
+    elif kind == list[str]: options.add_argument(option(name), action="append", metavar="NAME=FOLDER", help=text)
     else: options.add_argument(option(name), type=kind, default=default, metavar=kind.__name__.upper(), help=text)
 
 # %% ../nbs/workshop/options.ipynb #b39beb8c
