@@ -9,7 +9,8 @@ from json import dumps
 from pathlib import Path
 from . import __version__
 from .core import CHAPTERS, UserError, choose, is_run
-from .delivery import chat, chatlog, contract, export, push, serve
+from .chatting import chat, chatlog, passwd
+from .delivery import contract, export, push, serve
 from .exits import in_one_line
 from .explain import explain
 from .judging import agree
@@ -271,7 +272,7 @@ COMMANDS = {f.__name__: f for f in (demo, doctor, scores, course, data)} | {"rew
 COMMANDS |= {f.__name__: f for f in (xray, plan)}
 COMMANDS |= {name: training for name in METHODS}
 COMMANDS |= {f.__name__: f for f in (train, explain, rehearse, eval, prompts, agree)}
-COMMANDS |= {f.__name__: f for f in (export, push, serve, contract, chat, chatlog, checkpoints)}
+COMMANDS |= {f.__name__: f for f in (export, push, serve, contract, chat, passwd, chatlog, checkpoints)}
 
 def command(name: str):
     "One command as a function of its options; the methods share `training`. `UserError` for an unknown name."

@@ -23,11 +23,12 @@ from llmcourse.chat import feel, thumbs
 from llmcourse.chatdb import as_text, export_votes, newest, open_db, path_to, save_turn, save_vote, votes, writing
 from llmcourse.cli import main
 from llmcourse.core import UserError, read_jsonl, weights
-from llmcourse.desk import FLAG, TUTOR_QUESTIONS, Desk, view, welcome
+from llmcourse.desk import Desk
 from llmcourse.page import READ_ALOUD, launch
 from llmcourse.replies import shorten, stream_reply, take_turn
 from llmcourse.serve import connect
 from llmcourse.tutor import SYSTEM
+from llmcourse.views import FLAG, TUTOR_QUESTIONS, view, welcome
 
 REPLY = "47+38: ones 7+8=15, carry 1, tens 4+3+1=8, so 85.\nAnswer: 85"
 CHAT = [{"role": "system", "content": "You are a tutor."}, {"role": "user", "content": "What is 47 + 38?"}]
