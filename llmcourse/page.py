@@ -61,13 +61,12 @@ def _settings(p: types.SimpleNamespace, desk: Desk) -> None:
                              label="Temperature (0: always the likeliest word)")
         p.system = gr.Textbox(desk.system, label="System prompt of the next new chat", lines=2)
 
-def _history(p: types.SimpleNamespace) -> None:
-    "What the browser keeps, and the list of earlier chats."
+def _kept(p: types.SimpleNamespace) -> None:
+    "What the page and the browser keep."
     import gradio as gr
     p.leaf, p.target = gr.State(None), gr.State(None)
     p.memory = gr.BrowserState(None, storage_key="llmcourse-chat", secret="llmcourse")
     p.me = gr.BrowserState(None, storage_key="llmcourse-me", secret="llmcourse")
-    with gr.Sidebar(label="Earlier chats", open=False): p.past = gr.Radio([], label="Earlier chats")
 
 # %% ../nbs/workshop/page.ipynb #160c041a
 def layout(
@@ -81,7 +80,7 @@ def layout(
     greeting, questions = welcome(desk.tutor, desk.server.label, blind)
     who = "**Two models**, blind" if blind else f"**{desk.server.label}** at `{desk.server.url}`"
     gr.Markdown(f"{who}. Everything that is said is kept in `{db_name(desk.db)}` and nowhere else.")
-    _history(p)
+    _kept(p)
     p.shown = gr.Chatbot(label="Conversation", buttons=["copy"], editable="all", height="55vh", placeholder=greeting,
                          examples=[{"text": q} for q in examples or questions], group_consecutive_messages=False,
                          latex_delimiters=MATHS)
@@ -96,6 +95,7 @@ def layout(
     with gr.Row():
         p.read = gr.Button("Read aloud", size="sm")
         p.fresh = gr.Button("New chat", size="sm")
+    with gr.Accordion("Earlier chats", open=False): p.past = gr.Radio([], label="Earlier chats", show_label=False)
     _settings(p, desk)
     data_buttons(p)
     return p

@@ -682,6 +682,11 @@ def say(page, text):
     page.get_by_placeholder("Ask, and press Enter").press("Enter")
 
 
+def said_in(page, text):
+    "A text in the conversation: a question is also the title of an earlier chat."
+    return page.get_by_role("log", name="chatbot conversation").first.get_by_text(text)
+
+
 def shoot(page, name):
     "A picture of the page in artifacts/, or with UPDATE_PICTURES=1 where the chapter shows it."
     folder = Path(__file__).parent.parent / ("nbs/images" if os.environ.get("UPDATE_PICTURES") else "artifacts")
@@ -797,7 +802,7 @@ def test_browser_keeps_the_page_when_the_question_is_empty(page, fake, db):
     settled(page, "Answer: 85")
     page.get_by_text("Type a question first.").wait_for(state="hidden")
     say_nothing("  ")
-    assert page.get_by_text("Answer: 85").is_visible() and page.get_by_text("What is 47 + 38?").is_visible()
+    assert page.get_by_text("Answer: 85").is_visible() and said_in(page, "What is 47 + 38?").is_visible()
     say(page, "And 30 + 41?")
     until(lambda: sql(db, "SELECT count(*) FROM messages") == [(4,)])
     assert [m["content"] for m in fake.requests[-1]["messages"]] == ["What is 47 + 38?", REPLY, "And 30 + 41?"]
@@ -808,7 +813,7 @@ def test_browser_reload_brings_a_streaming_answer_back(page, fake, db):
     say(page, "What is 47 + 38?")
     page.get_by_text("47+38: ones").wait_for(timeout=30_000)
     page.reload()
-    page.get_by_text("What is 47 + 38?").wait_for(timeout=30_000)
+    said_in(page, "What is 47 + 38?").wait_for(timeout=30_000)
     page.get_by_text("47+38: ones").wait_for(timeout=10_000)
     assert "Answer: 85" not in page.content() and sql(db, "SELECT count(*) FROM messages") == [(1,)], (
         "it should still stream"
@@ -838,7 +843,7 @@ def test_browser_finds_an_answer_that_came_while_it_was_away(page, fake, db):
     until(lambda: sql(db, "SELECT content, status FROM messages WHERE role = 'assistant'") == [(REPLY, "done")])
     page.goto(home)
     page.get_by_text("Answer: 85").wait_for(timeout=30_000)
-    assert page.get_by_text("What is 47 + 38?").is_visible()
+    assert said_in(page, "What is 47 + 38?").is_visible()
 
 
 def test_browser_shows_a_question_that_lost_its_answer(page, fake, db):
