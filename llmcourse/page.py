@@ -43,9 +43,12 @@ MATHS = [{"left": "$$", "right": "$$", "display": True}, {"left": "\\[", "right"
 def _sides(p: types.SimpleNamespace) -> None:
     "Two answers side by side, and four buttons. On a phone they stand one below the other."
     import gradio as gr
-    with gr.Group(visible=False) as p.duel, gr.Row():
-        p.a, p.b = (gr.Chatbot(label=f"Answer {name}", height="40vh", buttons=["copy"], latex_delimiters=MATHS,
-                               feedback_options=None, min_width=300) for name in "AB")
+    with gr.Row(visible=False) as p.duel:
+        for name in "ab":
+            with gr.Column(min_width=300):
+                gr.Markdown(f"### Answer {name.upper()}")
+                side = gr.Markdown(container=True, padding=True, line_breaks=True, latex_delimiters=MATHS)
+                setattr(p, name, side)
     with gr.Row(visible=False) as p.verdicts:
         words = ("A is better", "B is better", "Equally good", "Both are bad")
         p.choices = [gr.Button(word, size="sm", min_width=120) for word in words]
@@ -81,17 +84,17 @@ def layout(
     who = "**Two models**, blind" if blind else f"**{desk.server.label}** at `{desk.server.url}`"
     gr.Markdown(f"{who}. Everything that is said is kept in `{db_name(desk.db)}` and nowhere else.")
     _kept(p)
-    p.shown = gr.Chatbot(label="Conversation", buttons=["copy"], editable="all", height="55vh", placeholder=greeting,
+    p.shown = gr.Chatbot(label="Conversation", buttons=["copy"], editable="all", placeholder=greeting,
                          examples=[{"text": q} for q in examples or questions], group_consecutive_messages=False,
-                         latex_delimiters=MATHS)
+                         latex_delimiters=MATHS, height="35vh" if blind else "55vh")
     p.branch = gr.Dropdown([], label="Branches of this conversation", visible=False)
     _sides(p)
     with gr.Group(visible=False) as p.form:
         p.better = gr.Textbox(label="What should it have said? (optional)", lines=3)
         p.save = gr.Button("Save correction", size="sm")
     p.said = gr.Markdown(elem_id="said")
-    p.box = gr.Textbox(label="Question", show_label=False, placeholder="Ask, and press Enter", submit_btn=True,
-                       autofocus=True)
+    p.box = gr.Textbox(label="Question", show_label=False, placeholder="Ask, and press Enter", autofocus=True,
+                       submit_btn="Send")     # a word: Gradio's arrow has no name for a screen reader
     with gr.Row():
         p.read = gr.Button("Read aloud", size="sm")
         p.fresh = gr.Button("New chat", size="sm")

@@ -82,8 +82,8 @@ def as_chatbot(path: list[dict], more: tuple = ()):   # a saved path, and messag
 def side_by_side(both: list[dict], choose: bool) -> dict:   # A and B; can somebody choose now?
     "What two replies change on the page."
     import gradio as gr
-    a, b = (gr.Chatbot(value=view([reply])) for reply in both)
-    return {"duel": gr.Group(visible=True), "a": a, "b": b, "verdicts": gr.Row(visible=choose)}
+    a, b = (view([reply])[0]["content"] for reply in both)
+    return {"duel": gr.Row(visible=True), "a": a, "b": b, "verdicts": gr.Row(visible=choose)}
 
 # %% ../nbs/workshop/views.ipynb #23a09d88
 def changes(
@@ -104,13 +104,13 @@ def changes(
     still = waits and running and not two
     both = duel_of(desk.db, end["id"]) if waits and not still else None
     if both and both["verdict"]: both = None
-    box = gr.Textbox(submit_btn=True, stop_btn=False)
-    if still or two: box = gr.Textbox(value="", submit_btn=not still, stop_btn=still)
+    box = gr.Textbox(submit_btn="Send", stop_btn=False)
+    if still or two: box = gr.Textbox(value="", submit_btn=not still and "Send", stop_btn=still and "Stop")
     ends = branches(desk.db, end["id"]) if path and not still else []
     here = end.get("id") if end.get("id") in [id for _, id in ends] else None
     branch = gr.Dropdown(choices=ends, value=here, visible=len(ends) > 1)
     around = side_by_side([both["a"], both["b"]], True) if both else {
-        "duel": gr.Group(visible=False), "verdicts": gr.Row(visible=False)}
+        "duel": gr.Row(visible=False), "verdicts": gr.Row(visible=False)}
     lost = (LOST,) if waits and not still and not both else ()
     said = said or ("Which answer is better?" if both else pace_of(end) if running else "")
     return only(leaf=end.get("id"), shown=as_chatbot(path, lost), box=box, memory=end.get("token"), branch=branch,
@@ -128,7 +128,7 @@ def unsaved(
     *before, last = path
     late = {"status": "failed", "note": "this answer is not saved yet"}
     leaf = next((m["id"] for m in reversed(path) if "id" in m), None)
-    box = gr.Textbox(submit_btn=True, stop_btn=False)
+    box = gr.Textbox(submit_btn="Send", stop_btn=False)
     if "replies" in last:
         around = side_by_side([reply | late for reply in last["replies"]], False)
         return only(leaf=leaf, shown=gr.Chatbot(value=view(before)), box=box, said=said, **around)
