@@ -9,8 +9,9 @@ from json import dumps
 from pathlib import Path
 from . import __version__
 from .core import CHAPTERS, UserError, choose, is_run
+from .chatting import chat, chatlog, passwd
 from .collect import collect
-from .delivery import bench, chat, chatlog, contract, export, push, same_model, serve
+from .delivery import bench, contract, export, push, same_model, serve
 from .exits import in_one_line
 from .explain import explain
 from .judging import agree
@@ -273,7 +274,7 @@ COMMANDS |= {f.__name__: f for f in (xray, plan)}
 COMMANDS |= {name: training for name in METHODS}
 COMMANDS |= {f.__name__: f for f in (train, explain, rehearse, eval, prompts, agree)}
 COMMANDS |= {"export": export, "parity": same_model}
-COMMANDS |= {f.__name__: f for f in (push, serve, contract, bench, chat, chatlog, collect, checkpoints)}
+COMMANDS |= {f.__name__: f for f in (push, serve, contract, bench, chat, passwd, chatlog, collect, checkpoints)}
 
 def command(name: str):
     "One command as a function of its options; the methods share `training`. `UserError` for an unknown name."
