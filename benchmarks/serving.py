@@ -1,7 +1,7 @@
 """What our wrapper costs over the raw engine, and what a draft model brings: alternated, with n and interval.
 
     python benchmarks/serving.py overhead [rounds]    llama.cpp and transformers, ours against the engine alone
-    python benchmarks/serving.py door [rounds]        one adapter, by name through the door, against its number at the engine
+    python benchmarks/serving.py door [rounds]        one adapter: by name through the door, or its number at the engine
     python benchmarks/serving.py draft [steps]        train a one-layer draft on the tutor's replies, then measure it
 """
 import re

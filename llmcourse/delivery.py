@@ -4,10 +4,10 @@
 
 # %% ../nbs/workshop/delivery.ipynb #b53475a6
 from __future__ import annotations
-import contextlib, os
+import os
 from json import dumps
 from pathlib import Path
-from .core import UserError, choose
+from .core import UserError
 from .progress import tell
 
 # %% auto #0
