@@ -233,7 +233,7 @@ def findings(
 ) -> list[Finding]:   # the first is the headline
     "Everything that the rules see in a run."
     seen = [(rule, rule.see(run, rule.limit)) for rule in RULES]
-    found = [Finding(r.name, what, f"{r.limit:g} {r.unit}", r.way) for r, what in seen if what]
+    found = [Finding(r.name, what, f"{r.limit:.2g} {r.unit}", r.way) for r, what in seen if what]
     return found or [Finding("fine", _healthy(run), "", "")]
 
 # %% ../nbs/workshop/explain.ipynb #998b9d77
