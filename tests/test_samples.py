@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from llmcourse import faults, files
+from llmcourse import faults, files, redact
 from llmcourse.cli import main
 from llmcourse.core import check_messages
 from llmcourse.files import lines, numbered
@@ -325,7 +325,7 @@ def test_the_sick_file_has_every_fault(capsys):
     known = spoken(faults)
     assert len(known) >= 14
     assert [what for what in known if what not in said] == []
-    assert set(make.SECRETS) == set(faults.SECRETS)
+    assert set(make.SECRETS) == set(redact.SECRETS)
 
 
 def test_lines_that_are_no_rows():
