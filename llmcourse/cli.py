@@ -17,6 +17,7 @@ from .methods import METHODS, method
 from .planreport import plan
 from .promptgate import prompts
 from .options import parse
+from .turning import flywheel
 
 # %% auto #0
 __all__ = ['COMMANDS', 'demo', 'doctor', 'scores', 'course', 'data', 'try_reward', 'xray', 'training', 'train', 'rehearse',
@@ -271,7 +272,7 @@ COMMANDS = {f.__name__: f for f in (demo, doctor, scores, course, data)} | {"rew
 COMMANDS |= {f.__name__: f for f in (xray, plan)}
 COMMANDS |= {name: training for name in METHODS}
 COMMANDS |= {f.__name__: f for f in (train, explain, rehearse, eval, prompts, agree)}
-COMMANDS |= {f.__name__: f for f in (export, push, serve, contract, chat, chatlog, checkpoints)}
+COMMANDS |= {f.__name__: f for f in (export, push, serve, contract, chat, chatlog, flywheel, checkpoints)}
 
 def command(name: str):
     "One command as a function of its options; the methods share `training`. `UserError` for an unknown name."

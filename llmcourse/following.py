@@ -9,7 +9,7 @@ from pathlib import Path
 from .core import UserError
 from .live import live_model
 from .progress import tell
-from .servers import Server, check_address, serve
+from .servers import check_address, serve
 
 # %% auto #0
 __all__ = ['HOP', 'Seats', 'forwarding', 'Following']
@@ -52,7 +52,7 @@ class Seats:
     def close(self) -> None:
         for server, _ in self.engines: server.stop()
 
-# %% ../nbs/workshop/following.ipynb #beedda88
+# %% ../nbs/workshop/following.ipynb #775bd7dc
 HOP = {"host", "connection", "content-length", "transfer-encoding", "date", "server"}   # belong to one connection
 
 def _passed(headers) -> dict: return {k: v for k, v in headers.items() if k.lower() not in HOP}
@@ -73,14 +73,15 @@ def forwarding(seats: Seats):   # → an ASGI app
             asked = client.build_request(request.method, url, headers=_passed(request.headers), content=body)
             try: answer = await client.send(asked, stream=True)
             except httpx.TransportError as e:
-                return await JSONResponse({"error": {"message": f"the engine is gone ({e})"}}, 502)(scope, receive, send)
+                gone = {"error": {"message": f"the engine is gone ({e})"}}
+                return await JSONResponse(gone, 502)(scope, receive, send)
             try:
                 reply = StreamingResponse(answer.aiter_raw(), answer.status_code, _passed(answer.headers))
                 await reply(scope, receive, send)
             finally: await answer.aclose()
     return app
 
-# %% ../nbs/workshop/following.ipynb #d962d4f6
+# %% ../nbs/workshop/following.ipynb #e9975c97
 class Following:
     "A server whose URL stays while the model behind it follows the pointer of a folder, until `.stop()`."
     def __init__(self,
@@ -98,7 +99,8 @@ class Following:
         self.over = threading.Event()
         config = uvicorn.Config(forwarding(self.seats), host=host, port=port, log_level="error", lifespan="off")
         self.door = uvicorn.Server(config)
-        self.threads = [threading.Thread(target=f, args=a, daemon=True) for f, a in ((self.door.run, ()), (self.watch, (every,)))]
+        work = ((self.door.run, ()), (self.watch, (every,)))
+        self.threads = [threading.Thread(target=f, args=args, daemon=True) for f, args in work]
         for thread in self.threads: thread.start()
         while not self.door.started and self.threads[0].is_alive(): time.sleep(0.01)
 

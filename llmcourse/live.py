@@ -22,15 +22,16 @@ def follows(
 
 def read_live(
     folder: str | Path,   # of a flywheel
-) -> dict:                # live: the model's path in the folder; why; before: those that were live until then, newest first
+) -> dict:                # live (a path in the folder), why, before (those that were live, newest first), left (rolled back)
     "What is live. Raises `UserError` if nothing is, or if the file is damaged."
     place = Path(folder) / LIVE
-    if not place.is_file(): raise UserError(f"{place}: not there, so nothing is live. Turn a round: llmcourse flywheel run")
+    if not place.is_file():
+        raise UserError(f"{place}: not there, so nothing is live. Turn a round: llmcourse flywheel run")
     try:
         found = json.loads(place.read_bytes())
         assert isinstance(found["live"], str) and isinstance(found["before"], list)
     except (ValueError, KeyError, TypeError, AssertionError):
-        raise UserError(f"{place}: not a pointer. Remove it and run the flywheel again: it goes on where it was") from None
+        raise UserError(f"{place}: not a pointer. Remove it: the next llmcourse flywheel run writes another") from None
     return found
 
 def live_model(
@@ -41,7 +42,7 @@ def live_model(
     if not path.exists(): raise UserError(f"{path}: live, and not there. Go back: llmcourse flywheel rollback")
     return path
 
-# %% ../nbs/workshop/live.ipynb #4725c52f
+# %% ../nbs/workshop/live.ipynb #5b7722ff
 def _point(folder: Path, found: dict) -> dict:
     with write_aside(folder / LIVE, begins(MARK_OF_LIVE)) as aside: aside.write_text(json.dumps(found) + "\n")
     return found
@@ -51,13 +52,14 @@ def swap(
     model: str | Path,   # a file or folder inside `folder`
     why: str = "",
 ) -> dict:               # the new pointer
-    "Make a model live. Nothing is copied, and doing it twice is doing it once. Raises `UserError` for one that is not there."
+    "Make a model live; twice is once. Raises `UserError` for one that is not there."
     folder, path = Path(folder), Path(model)
     if not path.exists(): raise UserError(f"{path}: no such model, so it cannot go live")
     name = path.resolve().relative_to(folder.resolve()).as_posix()
     now = read_live(folder) if follows(folder) else {"live": None, "before": []}
     if now["live"] == name: return now
-    return _point(folder, {"live": name, "why": why, "before": [now["live"], *now["before"]] if now["live"] else []})
+    before = [now["live"], *now["before"]] if now["live"] else []
+    return _point(folder, now | {"live": name, "why": why, "before": before})
 
 def rollback(
     folder: str | Path,
@@ -66,5 +68,7 @@ def rollback(
     now = read_live(folder)
     if not now["before"]: raise UserError(f"{folder}: {now['live']} is the first model, so there is no way back")
     back, *older = now["before"]
-    if not (Path(folder) / back).exists(): raise UserError(f"{Path(folder) / back}: not there any more, so there is no way back")
-    return _point(Path(folder), {"live": back, "why": f"rolled back from {now['live']}", "before": older})
+    if not (Path(folder) / back).exists():
+        raise UserError(f"{Path(folder) / back}: not there any more, so there is no way back")
+    left = [*now.get("left", []), now["live"]]
+    return _point(Path(folder), {"live": back, "why": f"rolled back from {now['live']}", "before": older, "left": left})

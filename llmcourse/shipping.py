@@ -7,7 +7,9 @@ from __future__ import annotations
 import contextlib, os, sys
 from pathlib import Path
 from .core import Scratch, UserError, begins, check_free, choose
+from .following import Following
 from .gguf_file import NO_TEMPLATE, has_template
+from .live import follows
 from .progress import tell
 
 # %% auto #0
@@ -59,7 +61,7 @@ def _no_folder(model: str | Path) -> None:
 
 @contextlib.contextmanager
 def served(
-    model: str | Path = "tutor/sft",  # a .gguf, a checkpoint, a folder, or a Hub name
+    model: str | Path = "tutor/sft",  # a .gguf, a checkpoint, a folder, a Hub name, or the folder of a flywheel
     port: int = 0,                    # 0: any free one
     host: str = "127.0.0.1",          # any other than loopback needs a key
     key: str | None = None,           # clients must send it
@@ -73,6 +75,9 @@ def served(
     check_address(host, port, key)
     choose(engine, ["llama.cpp", "transformers"], "engine")
     _no_folder(model)
+    if follows(model):
+        with Following(model, port, host, key, n_parallel=n_parallel) as server: yield server
+        return
     found = list(Path(model).glob("*.gguf"))
     if len(found) == 1: model = found[0]      # the folder that `export_folder` made
     if len(found) > 1: raise UserError(f"{model}: holds {len(found)} GGUF files. Name one, such as {min(found)}")
