@@ -44,7 +44,10 @@ def main() -> None:
                 if any({k: line[k] for k in said} == said for line in there):
                     continue
                 with tempfile.TemporaryDirectory() as folder:
-                    turns(folder, 1 if SMALL else rounds, n=N, seed=seed, told=lambda line, said=said: note(said | line), **how)
+                    def tell(line, said=said):
+                        note(said | line)
+
+                    turns(folder, 1 if SMALL else rounds, n=N, seed=seed, told=tell, **how)
     print(f"done: {len(LINES)} measurements")
 
 

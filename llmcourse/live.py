@@ -22,7 +22,7 @@ def follows(
 
 def read_live(
     folder: str | Path,   # of a flywheel
-) -> dict:                # live (a path in the folder), why, before (those that were live, newest first), left (rolled back)
+) -> dict:                # live (a path inside), why, before (those that were live, newest first), left (rolled back)
     "What is live. Raises `UserError` if nothing is, or if the file is damaged."
     place = Path(folder) / LIVE
     if not place.is_file():

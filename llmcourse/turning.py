@@ -108,6 +108,7 @@ def _carried(folder: Path, i: int) -> list[dict]:
         if not spoiled and f"round{k}/round{k}.gguf" not in left: rows += read_jsonl(folder / f"round{k}/rows.jsonl")
     return rows
 
+# %% ../nbs/workshop/turning.ipynb #f8467d86
 def learn(rows: list[dict], method: str, model: str, output: Path, seed: int, replay: list[dict], **options) -> Path:
     "Train by one of the methods of the course, with its card."
     made = MAKES[method](rows)
@@ -121,7 +122,7 @@ def replay_of(file: str | None, model: str, seed: int) -> list[dict]:
     if file: return [row for _, row in lines(file)]
     return sft_rows(seed)[:500] if str(model).startswith("tutor/") else []
 
-# %% ../nbs/workshop/turning.ipynb #cc5b75f6
+# %% ../nbs/workshop/turning.ipynb #1386780e
 def best_answers(folder: Path) -> list[dict]:
     "The answers of what is live."
     return read_jsonl((folder / read_live(folder)["live"]).parent / "answers.jsonl")
@@ -158,7 +159,7 @@ def turn(
     write_jsonl(done, [line])
     return line
 
-# %% ../nbs/workshop/turning.ipynb #02873fef
+# %% ../nbs/workshop/turning.ipynb #5b932f90
 def heard(server: Following, n: int, seed: int, i: int, **users) -> list[dict]:
     "What simulated users say in a round, once the live model answers."
     while server.answers != live_model(server.seats.folder): time.sleep(.05)
@@ -193,7 +194,7 @@ def turns(
             told(history[-1])
     return history
 
-# %% ../nbs/workshop/turning.ipynb #49717eb8
+# %% ../nbs/workshop/turning.ipynb #e26297e0
 def history_of(folder: str | Path) -> list[dict]:
     "The rounds that are done."
     found = sorted(Path(folder).glob("round*/done.jsonl"), key=lambda p: int(p.parent.name.removeprefix("round")))
@@ -205,7 +206,7 @@ def said(line: dict) -> str:
     what = f"live: {line['why']}" if line["passed"] else f"stopped by the gate: {line['why']}"
     return f"round {line['round']}: {line['opinions']:,} opinions, {line['kept']:,} rows, {gain}, {what}"
 
-# %% ../nbs/workshop/turning.ipynb #0583feca
+# %% ../nbs/workshop/turning.ipynb #1b027ae1
 def plot_rounds(history: list[dict], ax=None):   # → the axes
     "Each kind of question over the rounds, with 95 % intervals; hollow: the gate let nothing through."
     import matplotlib.pyplot as plt
@@ -223,7 +224,7 @@ def plot_rounds(history: list[dict], ax=None):   # → the axes
     ax.legend(frameon=False, ncols=2)
     return ax
 
-# %% ../nbs/workshop/turning.ipynb #3492beb4
+# %% ../nbs/workshop/turning.ipynb #1fc2c5e0
 @contextlib.contextmanager
 def alone(folder: Path):
     "Nobody else turns this wheel meanwhile."
@@ -233,6 +234,7 @@ def alone(folder: Path):
     except Timeout:
         raise UserError(f"{folder}: another process is turning it. Wait, or give another --output") from None
 
+# %% ../nbs/workshop/turning.ipynb #ea3d92ab
 def _heard_from(folder: Path, source, database: bool, way: tuple, exam: tuple, replay: str | None) -> None:
     "One round with what real people said; `way` is model, method, type of the file and seed."
     opinions, hidden = read_feedback(source, database)
@@ -250,7 +252,8 @@ def _judge(folder: Path, model: str, exam: tuple, quant: str) -> int:
     with Scratch() as room:
         name, dtype = gguf_name_of(model, quant)
         gguf = to_gguf(model, room / name, dtype)
-        verdict = judged(read_jsonl(folder / "round0/answers.jsonl"), best, asked_of(gguf, exam), model, old, gguf, exam)
+        first = read_jsonl(folder / "round0/answers.jsonl")
+        verdict = judged(first, best, asked_of(gguf, exam), model, old, gguf, exam)
     columns = ("kind", "n", "before", "after", "gain", "low", "high")
     print(show([{name: row[name] for name in columns} for row in verdict["kinds"]]).to_string(index=False))
     print(f"{model}: {'may go live' if verdict['passed'] else 'stopped'}: {verdict['why']}")
@@ -265,7 +268,7 @@ def _status(folder: Path) -> None:
     plot_rounds(history).figure.savefig(folder / "rounds.svg", bbox_inches="tight")
     print(f"the rounds as a picture: {folder / 'rounds.svg'}")
 
-# %% ../nbs/workshop/turning.ipynb #8e671760
+# %% ../nbs/workshop/turning.ipynb #81b2fcae
 WHEEL = ("run", "gate", "rollback", "status")
 
 def _check(action: str, method: str, hostile: float, n: int) -> None:
@@ -293,14 +296,12 @@ def flywheel(
     rounds: int = 3,                # with simulated users
     n: int = 60,                    # questions of each kind, of simulated users and of the gate
     hostile: float = 0.0,           # share of simulated users who want to spoil it
-    uncleaned: bool = False,        # train on all opinions as they are, to see what comes of it
     quant: str = "Q8_0",            # of the file that goes live
     seed: int = 42,
 ):
     """Turn feedback into a better model: clean, train, gate, swap it in under a running chat, or go back.
 
     llmcourse flywheel run --data runs/votes.jsonl
-    llmcourse flywheel rollback
     """
     _check(action, method, hostile, n)
     folder, way = Path(output), (model, method, quant, seed)
@@ -310,5 +311,5 @@ def flywheel(
     with alone(folder):
         if action == "gate": return _judge(folder, model, questions, quant)
         if data or database: _heard_from(folder, data or database, not data, way, questions, replay)
-        else: turns(folder, rounds, model, method, n, seed, quant, not uncleaned, {"hostile": hostile}, tell_round)
+        else: turns(folder, rounds, model, method, n, seed, quant, True, {"hostile": hostile}, tell_round)
     _status(folder)
