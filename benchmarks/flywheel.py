@@ -6,22 +6,20 @@ Each round is a line of JSON, added to the file as it is made; chapter 12 draws 
 minutes for three honest rounds on one busy core. What was measured already is not measured again.
 """
 import json
+import shutil
 import sys
 import tempfile
 from pathlib import Path
 
 from llmcourse.core import read_jsonl
-from llmcourse.turning import turns
+from llmcourse.following import Following
+from llmcourse.turning import exam_of, heard, replay_of, turn, turns
 
 SMALL = "--small" in sys.argv
 WORDS = [word for word in sys.argv[1:] if not word.startswith("--")]
 FILE = next((word for word in WORDS if word.endswith(".jsonl")), None)
 N = 4 if SMALL else 60
-PARTS = {  # part → rounds and settings of `turns`
-    "honest": [(3, {})],
-    "hostile": [(1, {"users": {"hostile": 0.3}, "clean": True}), (1, {"users": {"hostile": 0.3}, "clean": False})],
-    "methods": [(1, {"method": "dpo"}), (1, {"method": "kto"})],
-}
+HOSTILE = {"hostile": 0.3}
 LINES = []
 
 
@@ -34,20 +32,44 @@ def note(line: dict) -> None:
             f.write(json.dumps(line) + "\n")
 
 
+def wheel(folder: Path, seed: int, method: str = "sft", rounds: int = 1) -> list[dict]:
+    "Honest rounds."
+    return turns(folder, 1 if SMALL else rounds, method=method, n=N, seed=seed)
+
+
+def attacked(folder: Path, seed: int, clean: bool) -> dict:
+    "One round with hostile users, after an honest one."
+    exam = exam_of(None, "tutor/sft", N, seed)
+    with Following(folder, n_parallel=8) as server:
+        said = heard(server, N, seed, 2, **HOSTILE)
+    replay = replay_of(None, "tutor/sft", seed)
+    return turn(folder, 2, lambda: said, exam, "tutor/sft", "sft", "Q8_0", seed, replay, clean)
+
+
+def measure(part: str, seed: int, room: Path) -> None:
+    "All rounds of one part."
+    if part == "honest":
+        for line in wheel(room / "honest", seed, rounds=3):
+            note({"part": part, "seed": seed} | line)
+    if part == "hostile":
+        wheel(room / "cleaned", seed)
+        shutil.copytree(room / "cleaned", room / "as it came")
+        for name in ("cleaned", "as it came"):
+            note({"part": part, "seed": seed, "rows": name} | attacked(room / name, seed, name == "cleaned"))
+    if part == "methods":
+        for method in ("dpo", "kto"):
+            note({"part": part, "seed": seed, "method": method} | wheel(room / method, seed, method)[0])
+
+
 def main() -> None:
     parts, seeds = (WORDS[0] if WORDS else "honest").split(","), (WORDS[1] if len(WORDS) > 1 else "1").split(",")
-    there = read_jsonl(FILE) if FILE and Path(FILE).is_file() else []
+    there = {(line["part"], line["seed"]) for line in read_jsonl(FILE)} if FILE and Path(FILE).is_file() else set()
     for part in parts:
         for seed in map(int, seeds):
-            for rounds, how in PARTS[part]:
-                said = {"part": part, "seed": seed, "method": how.get("method", "sft"), "clean": how.get("clean", True)}
-                if any({k: line[k] for k in said} == said for line in there):
-                    continue
-                with tempfile.TemporaryDirectory() as folder:
-                    def tell(line, said=said):
-                        note(said | line)
-
-                    turns(folder, 1 if SMALL else rounds, n=N, seed=seed, told=tell, **how)
+            if (part, seed) in there:
+                continue
+            with tempfile.TemporaryDirectory() as room:
+                measure(part, seed, Path(room))
     print(f"done: {len(LINES)} measurements")
 
 

@@ -986,6 +986,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'llmcourse.flywheel.agreed': ('flywheel.html#agreed', 'llmcourse/flywheel.py'),
                                     'llmcourse.flywheel.capped': ('flywheel.html#capped', 'llmcourse/flywheel.py'),
                                     'llmcourse.flywheel.cleaned': ('flywheel.html#cleaned', 'llmcourse/flywheel.py'),
+                                    'llmcourse.flywheel.confirmed': ('flywheel.html#confirmed', 'llmcourse/flywheel.py'),
                                     'llmcourse.flywheel.latest': ('flywheel.html#latest', 'llmcourse/flywheel.py'),
                                     'llmcourse.flywheel.may_serve': ('flywheel.html#may_serve', 'llmcourse/flywheel.py'),
                                     'llmcourse.flywheel.trusted': ('flywheel.html#trusted', 'llmcourse/flywheel.py')},

@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 from .feedback import about, says
 
 # %% auto #0
-__all__ = ['BOUNDS', 'latest', 'agreed', 'trusted', 'capped', 'cleaned', 'may_serve']
+__all__ = ['BOUNDS', 'latest', 'agreed', 'confirmed', 'trusted', 'capped', 'cleaned', 'may_serve']
 
 # %% ../nbs/12_flywheel.ipynb #a54eb6e1
 def latest(opinions: list[dict]) -> list[dict]:
@@ -37,21 +37,30 @@ def agreed(
         rows.append(row | ({"vote": says(row), "correction": _better(side)} if "reply" in row else {}))
     return rows
 
-# %% ../nbs/12_flywheel.ipynb #dde1a53d
-def trusted(
+# %% ../nbs/12_flywheel.ipynb #d5739e87
+def confirmed(
     opinions: list[dict],   # from `read_feedback`
     least: int = 5,         # opinions that others share or contradict, before somebody is judged by them
-) -> tuple[list[dict], dict[str, float]]:   # those of raters who mostly agree with the rest; the others' agreement
-    "Leave out raters who mostly contradict the majority of the others."
+) -> dict[str, float]:      # rater → how often the majority of the others said the same
+    "Who agrees with the rest?"
     said, agree = defaultdict(dict), defaultdict(list)
     for opinion in opinions: said[about(opinion)][opinion["rater"]] = says(opinion)
     for rater, vote, total in ((*one, sum(votes.values())) for votes in said.values() for one in votes.items()):
         if total != vote: agree[rater].append((total - vote) * vote > 0)
-    share = {rater: statistics.fmean(found) for rater, found in agree.items() if len(found) >= least}
-    bad = {rater: x for rater, x in share.items() if x < .5}
-    return [opinion for opinion in opinions if opinion["rater"] not in bad], bad
+    return {rater: statistics.fmean(found) for rater, found in agree.items() if len(found) >= least}
 
-# %% ../nbs/12_flywheel.ipynb #a9dea29c
+# %% ../nbs/12_flywheel.ipynb #e8b99916
+def trusted(opinions: list[dict]) -> tuple[list[dict], dict[str, float]]:   # those that are left; who went, and why
+    "Leave out whoever contradicts the others most, and look again, until nobody mostly contradicts them."
+    bad = {}
+    while True:
+        left = [opinion for opinion in opinions if opinion["rater"] not in bad]
+        share = confirmed(left)
+        worst = min(share, key=share.get, default=None)
+        if worst is None or share[worst] >= .5: return left, bad
+        bad[worst] = share[worst]
+
+# %% ../nbs/12_flywheel.ipynb #f875b569
 def capped(
     opinions: list[dict],
     most: int,         # opinions that one rater may have
@@ -64,7 +73,7 @@ def capped(
     kept = {i for places in by.values() for i in rng.sample(places, min(most, len(places)))}
     return [opinion for i, opinion in enumerate(opinions) if i in kept]
 
-# %% ../nbs/12_flywheel.ipynb #f7160bb9
+# %% ../nbs/12_flywheel.ipynb #521f21c2
 def cleaned(
     opinions: list[dict],    # from `read_feedback`
     most: float = .2,        # of all opinions, the share that one rater may have

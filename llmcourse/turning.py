@@ -15,7 +15,6 @@ from .evals import evaluate, wilson
 from .exam import exam_grader, exam_rows
 from .export import parity, to_gguf
 from .feedback import MAKES, read_feedback, says
-from .files import lines
 from .flywheel import cleaned, may_serve
 from .following import Following
 from .live import follows, live_model, read_live, rollback, swap
@@ -23,6 +22,7 @@ from .models import load
 from .preference import prefer
 from .progress import tell
 from .rounds import gate
+from .rows import prompt, read
 from .serve import remote
 from .servers import serve
 from .sft import sft
@@ -119,7 +119,7 @@ def learn(rows: list[dict], method: str, model: str, output: Path, seed: int, re
 
 def replay_of(file: str | None, model: str, seed: int) -> list[dict]:
     "Rows that the model was trained on before."
-    if file: return [row for _, row in lines(file)]
+    if file: return [{"messages": prompt(row) + row.data["messages"][-1:]} for row in read(file, "train", "replay")]
     return sft_rows(seed)[:500] if str(model).startswith("tutor/") else []
 
 # %% ../nbs/workshop/turning.ipynb #1386780e
@@ -134,6 +134,7 @@ def begin(folder: Path, model: str, exam: tuple, quant: str) -> None:
     once(start.parent / "answers.jsonl", lambda: asked_of(start, exam))
     if not follows(folder): swap(folder, start, "the start")
 
+# %% ../nbs/workshop/turning.ipynb #a0ab5454
 def turn(
     folder: Path, i: int,
     listen: Callable,          # () → opinions
@@ -159,7 +160,7 @@ def turn(
     write_jsonl(done, [line])
     return line
 
-# %% ../nbs/workshop/turning.ipynb #5b932f90
+# %% ../nbs/workshop/turning.ipynb #ece470e1
 def heard(server: Following, n: int, seed: int, i: int, **users) -> list[dict]:
     "What simulated users say in a round, once the live model answers."
     while server.answers != live_model(server.seats.folder): time.sleep(.05)
@@ -179,6 +180,7 @@ def turns(
     quant: str = "Q8_0",
     clean: bool = True,
     users: dict | None = None, # for `users.rated`: noise, hostile, raters, each
+    before: str | None = None, # chats that the model was trained on before, as for `replay_of`
     told: Callable = lambda line: None,   # gets each line as it comes
     **options,                 # of the training
 ) -> list[dict]:               # a line a round
@@ -186,7 +188,7 @@ def turns(
     folder, exam = Path(folder), exam_of(None, model, n, seed)
     same_settings(folder, model=model, method=method, n=n, seed=seed, quant=quant, clean=clean, **users or {})
     begin(folder, model, exam, quant)
-    replay, history = replay_of(None, model, seed), []
+    replay, history = replay_of(before, model, seed), []
     with Following(folder, n_parallel=8) as server:
         for i in range(1, rounds + 1):
             listen = lambda: heard(server, n, seed, i, **users or {})
@@ -194,7 +196,7 @@ def turns(
             told(history[-1])
     return history
 
-# %% ../nbs/workshop/turning.ipynb #e26297e0
+# %% ../nbs/workshop/turning.ipynb #e8c68fef
 def history_of(folder: str | Path) -> list[dict]:
     "The rounds that are done."
     found = sorted(Path(folder).glob("round*/done.jsonl"), key=lambda p: int(p.parent.name.removeprefix("round")))
@@ -206,7 +208,7 @@ def said(line: dict) -> str:
     what = f"live: {line['why']}" if line["passed"] else f"stopped by the gate: {line['why']}"
     return f"round {line['round']}: {line['opinions']:,} opinions, {line['kept']:,} rows, {gain}, {what}"
 
-# %% ../nbs/workshop/turning.ipynb #1b027ae1
+# %% ../nbs/workshop/turning.ipynb #1f6add30
 def plot_rounds(history: list[dict], ax=None):   # → the axes
     "Each kind of question over the rounds, with 95 % intervals; hollow: the gate let nothing through."
     import matplotlib.pyplot as plt
@@ -224,7 +226,7 @@ def plot_rounds(history: list[dict], ax=None):   # → the axes
     ax.legend(frameon=False, ncols=2)
     return ax
 
-# %% ../nbs/workshop/turning.ipynb #1fc2c5e0
+# %% ../nbs/workshop/turning.ipynb #25d4e187
 @contextlib.contextmanager
 def alone(folder: Path):
     "Nobody else turns this wheel meanwhile."
@@ -234,7 +236,7 @@ def alone(folder: Path):
     except Timeout:
         raise UserError(f"{folder}: another process is turning it. Wait, or give another --output") from None
 
-# %% ../nbs/workshop/turning.ipynb #ea3d92ab
+# %% ../nbs/workshop/turning.ipynb #862905f0
 def _heard_from(folder: Path, source, database: bool, way: tuple, exam: tuple, replay: str | None) -> None:
     "One round with what real people said; `way` is model, method, type of the file and seed."
     opinions, hidden = read_feedback(source, database)
@@ -268,7 +270,7 @@ def _status(folder: Path) -> None:
     plot_rounds(history).figure.savefig(folder / "rounds.svg", bbox_inches="tight")
     print(f"the rounds as a picture: {folder / 'rounds.svg'}")
 
-# %% ../nbs/workshop/turning.ipynb #81b2fcae
+# %% ../nbs/workshop/turning.ipynb #0b53cbdd
 WHEEL = ("run", "gate", "rollback", "status")
 
 def _check(action: str, method: str, hostile: float, n: int) -> None:
@@ -284,6 +286,7 @@ def first_model(folder: Path) -> str:
 
 def tell_round(line: dict) -> None: tell(said(line))
 
+# %% ../nbs/workshop/turning.ipynb #cc590043
 def flywheel(
     action: str,                    # run: from feedback to a live model; gate: would --model pass; rollback; status
     output: str = "runs/flywheel",  # folder of the wheel; llmcourse chat --model runs/flywheel follows what is live
@@ -311,5 +314,5 @@ def flywheel(
     with alone(folder):
         if action == "gate": return _judge(folder, model, questions, quant)
         if data or database: _heard_from(folder, data or database, not data, way, questions, replay)
-        else: turns(folder, rounds, model, method, n, seed, quant, True, {"hostile": hostile}, tell_round)
+        else: turns(folder, rounds, model, method, n, seed, quant, True, {"hostile": hostile}, replay, tell_round)
     _status(folder)
