@@ -4,7 +4,7 @@
 
 # %% ../nbs/workshop/chatdb.ipynb #0c86b0c3
 from __future__ import annotations
-import contextlib, secrets
+import contextlib, hashlib, secrets
 from collections.abc import Iterator
 from pathlib import Path
 import sqlalchemy as sa
@@ -224,7 +224,7 @@ def as_text(
 
 def votes(
     db: str | Path,   # a file, or a URL
-) -> list[dict]:      # prompt (messages), reply, vote (1, -1, None), correction, model, status, message (its id)
+) -> list[dict]:      # prompt (messages), reply, vote (1, -1, None), correction, model, status, message (its id), rater
     "Every reply that somebody voted on or corrected, with the prompt that led to it."
     given = sa.or_(VOTES.c.vote.is_not(None), VOTES.c.correction.is_not(None))
     with reading(db) as con: ids = con.scalars(sa.select(VOTES.c.message).where(given).order_by(VOTES.c.message)).all()
@@ -234,7 +234,8 @@ def votes(
         *before, reply = path
         facts = {k: reply[k] for k in ("vote", "correction", "model", "status")}
         prompt = as_text(before, reply["dropped"])
-        rows.append({"prompt": prompt, "reply": reply["content"], **facts, "message": reply["id"]})
+        rater = hashlib.sha256(reply["token"].encode()).hexdigest()[:12]     # a conversation; its token would open it
+        rows.append({"prompt": prompt, "reply": reply["content"], **facts, "message": reply["id"], "rater": rater})
     return rows
 
 def export_votes(

@@ -19,6 +19,7 @@ from .methods import METHODS, method
 from .planreport import plan
 from .promptgate import prompts
 from .options import parse
+from .turning import flywheel
 
 # %% auto #0
 __all__ = ['COMMANDS', 'demo', 'doctor', 'scores', 'course', 'data', 'try_reward', 'xray', 'training', 'train', 'rehearse',
@@ -274,7 +275,8 @@ COMMANDS |= {f.__name__: f for f in (xray, plan)}
 COMMANDS |= {name: training for name in METHODS}
 COMMANDS |= {f.__name__: f for f in (train, explain, rehearse, eval, prompts, agree)}
 COMMANDS |= {"export": export, "parity": same_model}
-COMMANDS |= {f.__name__: f for f in (push, serve, contract, bench, chat, passwd, chatlog, collect, checkpoints)}
+COMMANDS |= {f.__name__: f for f in (push, serve, contract, bench, chat, passwd, chatlog, collect)}
+COMMANDS |= {f.__name__: f for f in (flywheel, checkpoints)}
 
 def command(name: str):
     "One command as a function of its options; the methods share `training`. `UserError` for an unknown name."

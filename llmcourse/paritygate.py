@@ -30,7 +30,7 @@ __all__ = ['LIMITS', 'OTHERS_MAY', 'FEW_BYTES', 'allowed', 'interval', 'task_los
 LIMITS = {   # the beginning of a file's kind → (nats on average, share of places with the same likeliest token)
     "F32": (.001, .99), "F16": (.001, .99), "transformers": (.001, .99),
     "BF16": (.01, .97), "Q8": (.01, .97), "Q6": (.03, .95), "Q5": (.05, .9)}
-OTHERS_MAY = (.1, .85)   # four bits and fewer; and servers, which do not say what they serve
+OTHERS_MAY = (.15, .8)   # four bits and fewer; and servers, which do not say what they serve
 
 def allowed(kind: str) -> tuple[float, float]:
     "The limits of a kind of file."
@@ -62,7 +62,7 @@ def unlike(
     if found.top1 and wilson(agree, len(found.top1))[1] < share:
         said.append(f"another likeliest token in {1 - agree / len(found.top1):.0%} of {len(found.top1)} places")
     if found.kind == "server" and not found.top1 and not all(found.replies):
-        said.append(f"{found.replies.count(False)} of {len(found.replies)} replies differ, and no probabilities are given")
+        said.append(f"{found.replies.count(False)} of {len(found.replies)} replies differ, and no probabilities given")
     lost = task_loss(found, before)
     if lost and lost["gain"] < 0 and lost["p"] < .01:
         said.append(f"answers {lost['after']:.0%} right, not {lost['before']:.0%} (n={lost['n']}, p={lost['p']:.1g})")
@@ -121,7 +121,8 @@ def refer(
     rows, grade = task_rows(model, data, n, seed, size < FEW_BYTES)
     some = list(enumerate(rows, 1))[::max(1, len(rows) // 6)][:6]
     asked = [conversation(row, place_of(row, i)) for i, row in some]
-    cases = reference_cases(net, tokenizer, asked_of_all(tokenizer, asked))
+    room = min(320, net.config.max_position_embeddings - 80)
+    cases = reference_cases(net, tokenizer, asked_of_all(tokenizer, asked, room))
     results = evaluate(Local(net, tokenizer), rows, grade, progress=False) if rows else []
     merged = None
     if hasattr(net, "merge_and_unload"):

@@ -18,7 +18,7 @@ from .models import Local, stop_ids
 from .serve import remote
 
 # %% auto #0
-__all__ = ['Case', 'asked_of_all', 'spread', 'prompt_of', 'reference_cases', 'divergence', 'Found', 'last_words', 'text_parts',
+__all__ = ['Case', 'prompt_of', 'asked_of_all', 'spread', 'reference_cases', 'divergence', 'Found', 'last_words', 'text_parts',
            'kind_of_file', 'measure_file', 'measure_net', 'measure_url']
 
 # %% ../nbs/workshop/parityruns.ipynb #9d68719d
@@ -31,22 +31,6 @@ class Case(NamedTuple):
     places: list         # how many tokens of the reply stand before each measured place
     expected: object     # float32 array (places, vocabulary): natural log-probabilities
 
-def asked_of_all(
-    tokenizer,           # of transformers
-    more: list = (),     # conversations beside the golden ones
-    long: int = 400,     # characters of the long one, at least
-) -> list:               # conversations; texts, for a tokenizer without a chat template
-    "What to ask."
-    if not tokenizer.chat_template: return [text for text in TEXTS if text.strip()]
-    story = " ".join([TEXTS[0], TEXTS[4], TEXTS[5], TEXTS[-1]])
-    return [*(chat for chat, _ in golden_chats(tokenizer)), *more,
-            [{"role": "user", "content": story * math.ceil(long / len(story))}]]
-
-def spread(n: int, most: int) -> list[int]:
-    "At most `most` of the places 0 … n - 1, evenly."
-    return sorted({round(i * (n - 1) / max(1, most - 1)) for i in range(min(n, most))})
-
-# %% ../nbs/workshop/parityruns.ipynb #4b7099c1
 def prompt_of(tokenizer, chat: list | str) -> tuple[str, list[int]]:
     "The text and the token ids of a prompt."
     from llmcourse.gguf_tokens import chat_text
@@ -54,16 +38,34 @@ def prompt_of(tokenizer, chat: list | str) -> tuple[str, list[int]]:
     text = chat_text(tokenizer, chat)
     return text, tokenizer(text, add_special_tokens=False)["input_ids"]
 
+def asked_of_all(
+    tokenizer,           # of transformers
+    more: list = (),     # conversations beside the golden ones
+    room: int = 320,     # tokens of the long one, at most
+) -> list:               # conversations; texts, for a tokenizer without a chat template
+    "What to ask: also words with blanks around them, which a template may cut off, and a long conversation."
+    if not tokenizer.chat_template: return [text for text in TEXTS if text.strip()]
+    say = lambda text: [{"role": "user", "content": text}]
+    words = " ".join([TEXTS[0], TEXTS[4], TEXTS[5], TEXTS[-1]] * 9).split(" ")
+    while len(prompt_of(tokenizer, say(" ".join(words)))[1]) > room: words = words[:len(words) * 4 // 5]
+    return [*(chat for chat, _ in golden_chats(tokenizer)), *more, say(" 1 + 2 \n"), say(" ".join(words))]
+
+def spread(n: int, most: int) -> list[int]:
+    "At most `most` of the places 0 … n - 1, evenly."
+    return sorted({round(i * (n - 1) / max(1, most - 1)) for i in range(min(n, most))})
+
+# %% ../nbs/workshop/parityruns.ipynb #4b7099c1
 def reference_cases(
     net, tokenizer,    # of transformers
     chats: list,       # from `asked_of_all`
     n: int = 64,       # tokens of a reply, at most
     most: int = 12,    # measured places in each reply
 ) -> list[Case]:
-    "What transformers makes of conversations."
-    out = []
+    "What transformers makes of conversations, of those that leave it room for a reply."
+    out, room = [], net.config.max_position_embeddings - n - 8
     for chat in chats:
         text, ids = prompt_of(tokenizer, chat)
+        if len(ids) > room: continue
         full, logprobs = greedy(net, tokenizer, ids, n)
         places = spread(len(full) - len(ids), most)
         expected = logprobs[[len(ids) - 1 + j for j in places]].float().cpu().numpy()

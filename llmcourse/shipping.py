@@ -8,7 +8,9 @@ import contextlib, os, shutil, sys
 from collections.abc import Callable
 from pathlib import Path
 from .core import Scratch, UserError, begins, check_free, choose, write_aside
+from .following import Following
 from .gguf_file import NO_TEMPLATE, has_template
+from .live import follows
 from .progress import tell
 
 # %% auto #0
@@ -134,9 +136,20 @@ def _words_of(adapters: dict) -> dict:
     return {"chat_template": template} if template else {}
 
 # %% ../nbs/workshop/shipping.ipynb #f402efbb
+def _ready(model: str | Path, engine: str, auto: bool, quant: str, adapters: dict, folder: Path) -> dict:
+    "What `serve` takes. With `auto`, a model that llama.cpp cannot have goes to transformers."
+    try:
+        words = _words_of(adapters)
+        taken = _fit(model, engine, quant, folder), _fit_adapters(adapters, engine, folder)
+    except UserError as e:
+        if not auto or adapters: raise
+        tell(f"{e}\nso transformers serves it")
+        words, taken, engine = {}, (model, {}), "transformers"
+    return {"model": taken[0], "adapters": taken[1], "engine": engine} | words
+
 @contextlib.contextmanager
 def served(
-    model: str | Path = "tutor/sft",  # a .gguf, a checkpoint, a folder, or a Hub name
+    model: str | Path = "tutor/sft",  # a .gguf, a checkpoint, a folder, a Hub name, or the folder of a flywheel
     port: int = 0,                    # 0: any free one
     host: str = "127.0.0.1",          # any other than loopback needs a key
     key: str | None = None,           # clients must send it
@@ -151,15 +164,12 @@ def served(
     from llmcourse.servers import ENGINES, check_engine
     check_address(host, port, key)
     choose(engine, ["auto", *ENGINES], "engine")
+    options = dict(port=port, host=host, key=key, n_parallel=n_parallel)
+    if follows(model):
+        with Following(model, **options) as server: yield server
+        return
     model, chosen = _one_model(model), best_engine(model) if engine == "auto" else engine
     check_engine(chosen, adapters or {})
-    options = dict(port=port, host=host, key=key, n_parallel=n_parallel, timeout=timeout)
     with Scratch() as folder:
-        try:
-            options |= _words_of(adapters or {})
-            ready = _fit(model, chosen, quant, folder), _fit_adapters(adapters or {}, chosen, folder)
-        except UserError as e:
-            if engine != "auto" or adapters: raise
-            tell(f"{e}\nso transformers serves it")
-            ready, chosen = (model, {}), "transformers"
-        with serve(ready[0], engine=chosen, adapters=ready[1], **options) as server: yield server
+        ready = _ready(model, chosen, engine == "auto", quant, adapters or {}, folder)
+        with serve(ready.pop("model"), timeout=timeout, **options, **ready) as server: yield server

@@ -31,7 +31,7 @@ MODELS = {"t4": "llama-3.2-1b", "mps": "llama-3.2-1b", "l4": "llama-3.2-3b", "a1
           "h100": "llama-3.1-8b"}  # fmt: skip
 OTHERS = itertools.cycle(["a100", "l4", "h100", "mps"])
 EVERY = os.environ.get("LLMCOURSE_SCALES") == "all"
-TUTOR = ("09b_ppo", "09c_rounds")
+TUTOR = ("09b_ppo", "09c_rounds", "12_flywheel")
 PAIRS = [(path, name) for path in notebooks.chapters()
          for name in (MODELS if EVERY else ["t4"] if path.stem in TUTOR else ["t4", next(OTHERS)])]  # fmt: skip
 SPEED = "batch_size = 32\ngrad_accum = 1\n"  # one pass of a laptop's CPU holds more than a real 8B on its card
