@@ -201,8 +201,9 @@ def test_every_command_is_shown():
     for name, why in ELSEWHERE.items():
         assert f"make {name}" in TEXT
         print(f"llmcourse {name} has no line of its own: {why}")
-    assert shown == COMMANDS.keys() - ELSEWHERE.keys() - {"contract", "collect"}
+    assert shown == COMMANDS.keys() - ELSEWHERE.keys() - {"contract", "bench", "collect"}
     assert "`llmcourse contract URL`" in TEXT  # it needs a server: tests/test_server_contract.py
+    assert "`llmcourse bench URL`" in " ".join(TEXT.split())  # and so does this: tests/test_serve.py
     assert "`llmcourse collect --url " in TEXT and "`llmcourse collect rows " in TEXT  # tests/test_collect.py
     assert len(LINES) == len(re.findall(r"^ +llmcourse ", TEXT, re.M))
 
