@@ -224,6 +224,27 @@ def _request(ask, case: Case, n: int):
             return ask.client.chat.completions.create(**about)
     except openai.APIError as e: raise UserError(f"{ask.url}: {' '.join(str(e).split())[:120]}") from None
 
+def _shown(ask, case: Case) -> list[int] | None:
+    "The token ids of the prompt, from a server of llama.cpp; None from any other."
+    import httpx
+    about = {"base_url": ask.url.removesuffix("/").removesuffix("/v1"), "timeout": 60, "trust_env": False}
+    with httpx.Client(**about, headers={"Authorization": f"Bearer {ask.client.api_key}"}) as http:
+        try:
+            text = http.post("/apply-template", json={"messages": case.chat}).raise_for_status().json()["prompt"]
+            read = {"content": text, "add_special": True, "parse_special": True}
+            return http.post("/tokenize", json=read).raise_for_status().json()["tokens"]
+        except (httpx.HTTPError, ValueError, KeyError, TypeError): return None
+
+def _prompt(found: Found, ask, case: Case, count: int | None) -> None:
+    "Compare one prompt, by its tokens or, where nobody shows them, by their number."
+    ids = _shown(ask, case)
+    found.prompts.append(ids == case.ids if ids else count == len(case.ids) if count else None)
+    if found.prompts[-1] is False and not found.template:
+        at = parts_at(ids or [], case.ids)
+        said = f"token {at + 1}: {ids[at:at + 3]}, not {case.ids[at:at + 3]}" if ids else f"{count} tokens"
+        found.template = f"{said} for {last_words(case)!r:.60}" + ("" if ids else f", not {len(case.ids)}")
+
+# %% ../nbs/workshop/parityruns.ipynb #cf9f75c6
 def _compared(found: Found, tokenizer, ids_of: dict, case: Case, choice) -> None:
     "Compare one reply, and its likeliest tokens up to where it parts from ours."
     ours = [tokenizer.decode([i]) for i in case.reply if i not in stop_ids(tokenizer)]
@@ -259,9 +280,7 @@ def measure_url(
         found.seconds += time.perf_counter() - start
         count = reply.usage and reply.usage.prompt_tokens
         found.tokens += reply.usage.completion_tokens if reply.usage else 0
-        found.prompts.append(count == len(case.ids) if count else None)
-        if count and count != len(case.ids) and not found.template:
-            found.template = f"{count} tokens for {last_words(case)!r:.60}, not {len(case.ids)}"
+        _prompt(found, ask, case, count)
         _compared(found, tokenizer, texts, case, reply.choices[0])
     if rows: found.results = evaluate(ask, rows, grade, 4, progress=False)
     return found
