@@ -18,7 +18,7 @@ from .models import Local, stop_ids
 from .serve import remote
 
 # %% auto #0
-__all__ = ['Case', 'prompt_of', 'asked_of_all', 'spread', 'reference_cases', 'divergence', 'Found', 'last_words', 'text_parts',
+__all__ = ['Case', 'prompt_of', 'asked_of_all', 'spread', 'reference_cases', 'divergence', 'last_words', 'text_parts', 'Found',
            'kind_of_file', 'measure_file', 'measure_net', 'measure_url']
 
 # %% ../nbs/workshop/parityruns.ipynb #9d68719d
@@ -85,6 +85,17 @@ def divergence(
     rest = [max(1e-9, 1 - np.exp(x).sum()) for x in (logp, logq)]
     return float(max(0, (np.exp(logp) * (logp - logq)).sum() + rest[0] * math.log(rest[0] / rest[1])))
 
+# %% ../nbs/workshop/parityruns.ipynb #b73c176b
+def last_words(case: Case) -> str:
+    "The last words before the reply."
+    return case.chat if isinstance(case.chat, str) else case.chat[-1]["content"]
+
+def text_parts(ours: str, theirs: str) -> str:
+    "Where two texts part, in one line."
+    at = next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), min(len(ours), len(theirs)))
+    cut = lambda text: repr(text[max(0, at - 12):at + 24])
+    return f"{cut(theirs)}, not {cut(ours)}"
+
 # %% ../nbs/workshop/parityruns.ipynb #af628cd5
 @dataclass
 class Found:
@@ -121,17 +132,6 @@ class Found:
             self.ends = self.ends or f"goes on behind {tokenizer.decode(got[ended])!r}"
         if got and len(got) < n and ended is None:
             self.ends = self.ends or f"ends at {tokenizer.decode(got[-1])!r}, which is no end token"
-
-# %% ../nbs/workshop/parityruns.ipynb #b73c176b
-def last_words(case: Case) -> str:
-    "The last words before the reply."
-    return case.chat if isinstance(case.chat, str) else case.chat[-1]["content"]
-
-def text_parts(ours: str, theirs: str) -> str:
-    "Where two texts part, in one line."
-    at = next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), min(len(ours), len(theirs)))
-    cut = lambda text: repr(text[max(0, at - 12):at + 24])
-    return f"{cut(theirs)}, not {cut(ours)}"
 
 # %% ../nbs/workshop/parityruns.ipynb #d5465517
 def kind_of_file(path: str | Path) -> str:
