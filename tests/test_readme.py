@@ -58,6 +58,7 @@ SHOWS = {
     "prompts test": ["tutor 2: measurably worse than tutor 1", "tokens in"],
     "push": ["adapter_model.safetensors", "the rows; --with-rows sends them", "nothing was sent: --dry-run"],
     "export": ["runs/gguf/reinforced-Q4_K_M.gguf", "Modelfile"],
+    "parity": ["same       reinforced-Q4_K_M.gguf", "reference  transformers, in float32"],
     "doctor": ["checkpoints"],
     "chatlog expire": ["0 conversations deleted"],
 }
@@ -72,6 +73,7 @@ MAKES = {
     "grpo": "runs/reinforced/run.yaml",
     "rloo": "runs/rloo/run.yaml",
     "export": "runs/gguf/reinforced-Q4_K_M.gguf",
+    "parity": "runs/parity.html",
 }
 
 
