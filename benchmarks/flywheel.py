@@ -13,7 +13,7 @@ from pathlib import Path
 
 from llmcourse.core import read_jsonl
 from llmcourse.following import Following
-from llmcourse.turning import exam_of, heard, replay_of, turn, turns
+from llmcourse.turning import exam_of, heard, replay_of, turn, turn_rounds
 
 SMALL = "--small" in sys.argv
 WORDS = [word for word in sys.argv[1:] if not word.startswith("--")]
@@ -34,7 +34,7 @@ def note(line: dict) -> None:
 
 def wheel(folder: Path, seed: int, method: str = "sft", rounds: int = 1) -> list[dict]:
     "Honest rounds."
-    return turns(folder, 1 if SMALL else rounds, method=method, n=N, seed=seed)
+    return turn_rounds(folder, 1 if SMALL else rounds, method=method, n=N, seed=seed)
 
 
 def attacked(folder: Path, seed: int, clean: bool) -> dict:

@@ -4,20 +4,62 @@
 
 # %% ../nbs/workshop/children.ipynb #67566a24
 from __future__ import annotations
-import atexit, contextlib, json, os, pkgutil, re, shutil, subprocess, sys, threading, time, traceback
+import atexit, contextlib, ctypes, json, os, pkgutil, re, shutil, signal, subprocess, sys, threading, time, traceback
 from collections.abc import Callable
 from pathlib import Path
 from .core import Scratch, UserError
 
 # %% auto #0
-__all__ = ['run_child', 'cause', 'Child']
+__all__ = ['PROGRAMS', 'start_program', 'end_programs', 'run_child', 'cause', 'Child']
+
+# %% ../nbs/workshop/children.ipynb #c974540b
+PROGRAMS = []                  # what this child has started, to end with it
+_ending = threading.Lock()     # one thread at a time ends them
+
+def start_program(
+    argv: list[str],           # the program and its arguments
+    env: dict,                 # environment variables, on top of ours
+) -> subprocess.Popen:
+    "Start a program, in a child of ours, that `end_programs` will end. It writes into our log."
+    if sys.platform == "linux": ctypes.CDLL(None).prctl(36, 1)    # PR_SET_CHILD_SUBREAPER: orphans below us become ours
+    process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, env=os.environ | env)
+    PROGRAMS.append(process)
+    return process
+
+def _below(top: int) -> set[int]:
+    "The processes that descend from one, where Linux tells."
+    parent = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parent[int(stat.parent.name)] = int(stat.read_text().rsplit(")", 1)[1].split()[1])
+    found = {top}
+    while more := {pid for pid, above in parent.items() if above in found} - found: found |= more
+    return found - {top}
+
+def end_programs(
+    seconds: float = 4,        # that they have to end by themselves
+) -> None:
+    "End what `start_program` has started, and everything else below this process."
+    with _ending:
+        if not PROGRAMS: return
+        end = time.monotonic() + seconds
+        for process in PROGRAMS: process.terminate()
+        for process in PROGRAMS:
+            with contextlib.suppress(subprocess.TimeoutExpired): process.wait(max(0, end - time.monotonic()))
+            process.kill()
+        for pid in _below(os.getpid()):
+            with contextlib.suppress(OSError): os.kill(pid, signal.SIGKILL)
+        PROGRAMS.clear()
 
 # %% ../nbs/workshop/children.ipynb #e1caacd2
 def run_child() -> None:
     "What the child does: read an order from standard input, carry it out, and end when standard input closes."
     order = json.loads(sys.stdin.readline())
+    closed = threading.Event()
     def lifeline():
         while os.read(0, 4096): pass      # not sys.stdin: its lock would be held while Python shuts down
+        closed.set()
+        end_programs()
         shutil.rmtree(order["folder"], ignore_errors=True)
         os._exit(0)
     threading.Thread(target=lifeline, daemon=True).start()
@@ -27,6 +69,7 @@ def run_child() -> None:
         (Path(order["folder"]) / "error.txt").write_text(why)
         sys.exit(1)
     finally:
+        if closed.is_set(): threading.Event().wait()    # the lifeline ends us, after it has tidied up
         late = threading.Timer(3, os._exit, [1])    # llama.cpp writes the rest of its log while Python shuts down,
         late.daemon = True                          # but a thread that hangs must not keep us
         late.start()
@@ -98,7 +141,7 @@ class Child:
         "End it, and remove its folder. Twice is once."
         atexit.unregister(self.stop)
         with contextlib.suppress(OSError): self.process.stdin.close()     # the lifeline
-        try: self.process.wait(5)
+        try: self.process.wait(8)     # longer than a program's time to end
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()

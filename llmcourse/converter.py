@@ -4,7 +4,8 @@
 
 # %% ../nbs/workshop/converter.ipynb #fd2c1ca7
 from __future__ import annotations
-import contextlib, functools, math, sys
+import contextlib, functools, math, shutil, sys
+from collections.abc import Callable
 from pathlib import Path
 from .adapted import merged_tensors
 from .core import Scratch, UserError, choose, model_path, need_space
@@ -18,7 +19,7 @@ from .tensors import check_tensors, check_values, expected_tensors, slabs, tenso
 # %% auto #0
 __all__ = ['ROPE_NUMBERS', 'DTYPES', 'TINY', 'merge_whole', 'plain_model', 'read_config', 'gguf_name', 'permute', 'rope_factors',
            'add_general', 'add_sizes', 'add_attention', 'add_config', 'stored_as', 'file_plan', 'converted',
-           'file_data', 'check_words', 'convert', 'to_gguf']
+           'file_data', 'check_words', 'speaking', 'convert', 'to_gguf']
 
 # %% ../nbs/workshop/converter.ipynb #822e7983
 def merge_whole(
@@ -133,14 +134,16 @@ def add_general(
     writer,             # `gguf.GGUFWriter` that knows its tensors already
     folder: Path,       # config and model card are read from here
     name: str | None,   # of the model, if the folder's does not say it
+    kind: str = "model",   # or "adapter"
 ) -> None:
     "Add what the model is called and who made it."
     import gguf
     count, before = writer.get_total_parameter_count(), set(writer.kv_data[0])
     about = _card(folder, name, count[0])
     about.name = about.name or folder.name
-    about.size_label = about.size_label or gguf.size_label(*count)
-    writer.add_type(gguf.GGUFType.MODEL)
+    if kind == "model": about.size_label = about.size_label or gguf.size_label(*count)
+    writer.add_type(kind)
+    if kind == "adapter": writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     about.set_gguf_meta_model(writer)
     for key in writer.kv_data[0].keys() - before:   # a card may hold anything; only text and lists of texts are for us
         value = writer.kv_data[0][key].value
@@ -259,22 +262,37 @@ def check_words(
     check_tokens(write_gguf(path.parent / "words" / path.name, about, plan, zeros), tokenizer)
 
 # %% ../nbs/workshop/converter.ipynb #6a45b63b
+@contextlib.contextmanager
+def speaking(
+    folder: Path,               # of a model
+    words: str | Path | None,   # the model or adapter whose tokenizer is wanted; None: its own
+):                              # yields a folder with config, card and tokenizer
+    "A model's folder with another's tokenizer and chat template: an adapter may have been trained with its own."
+    if words is None:
+        yield folder
+        return
+    with Scratch() as room:
+        there = room / folder.name
+        load_tokenizer(words).save_pretrained(there)
+        for file in ("config.json", "README.md"):
+            if (folder / file).is_file(): shutil.copy(folder / file, there)
+        yield there
+
+# %% ../nbs/workshop/converter.ipynb #868684d2
 def convert(
-    model: str | Path,
-    output: str | Path,
-    dtype: str,
-    verify: bool,
-    threads: int,
-):   # the model's tokenizer
+    model: str | Path, output: str | Path, dtype: str, verify: bool, threads: int,   # as for `to_gguf`
+    words: str | Path | None = None,   # as for `speaking`
+    prove: Callable[[Path], None] | None = None,   # called with the finished file, before it gets its name
+):   # the tokenizer
     "What `to_gguf` does, for whoever needs the tokenizer too: a large one takes a second to read."
     choose(dtype, [*DTYPES, *KINDS], "GGUF type")
     check_file(output)   # before an adapter is merged
-    with plain_model(model) as (folder, name, index):
+    with plain_model(model) as (weights, name, index), speaking(weights, words) as folder:
         config = read_config(folder)
         tokenizer = load_tokenizer(folder)
         tokenizer.name_or_path = str(model)   # for errors
-        index = index or tensor_index(folder)
-        check_tensors(folder, config, index)
+        index = index or tensor_index(weights)
+        check_tensors(weights, config, index)
         pre = pre_tokenizer(tokenizer)
         plan, said = file_plan(config, index, dtype), {}
         def about(writer):
@@ -283,10 +301,13 @@ def convert(
             add_tokenizer(writer, folder, tokenizer, config["vocab_size"], pre)
             if dtype in KINDS: add_kind(writer, dtype)
             said.update(writer.kv_data[0])
-        def check(path): check_words(path, config, said, tokenizer)
-        write_gguf(output, about, plan, file_data(plan, index, config, threads), check if verify else None)
+        def check(path):
+            if verify: check_words(path, config, said, tokenizer)
+            if prove: prove(path)
+        write_gguf(output, about, plan, file_data(plan, index, config, threads), check)
         return tokenizer
 
+# %% ../nbs/workshop/converter.ipynb #99246671
 def to_gguf(
     model: str | Path,     # `tutor/NAME`, a folder (model or adapter), or a Hub name
     output: str | Path,    # the .gguf file to write

@@ -23,6 +23,7 @@ def run_engine(job: dict) -> None:
     params.hostnames, params.port, params.n_parallel = ["127.0.0.1"], 0, 1
     params.warmup = params.fit_params = False
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = job["n_threads"]
+    if job["adapter"]: params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(job["adapter"])]
     if job["exact"]:
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
@@ -39,9 +40,11 @@ class Engine:
         n_threads: int = 1,     # CPU threads
         exact: bool = True,     # keep keys and values in float32, no flash attention: comparable with transformers
         max_tokens: int = 256,  # of a reply
+        adapter: str | Path | None = None,   # a LoRA beside the file: an adapter's GGUF
     ):
         self.gguf, self.max_tokens = str(Path(gguf).resolve()), max_tokens
-        self.job = {"gguf": self.gguf, "n_ctx": n_ctx, "n_threads": n_threads, "exact": exact}
+        beside = str(Path(adapter).resolve()) if adapter else ""
+        self.job = {"gguf": self.gguf, "n_ctx": n_ctx, "n_threads": n_threads, "exact": exact, "adapter": beside}
 
     def __enter__(self):
         import httpx

@@ -119,11 +119,17 @@ def missing(tokenizer) -> list[str]:
     if takes_system(tokenizer): return []
     return ["Its chat template takes no system prompt, so Ollama's SYSTEM changes nothing."]
 
+def _near(file: str | Path, output: Path) -> str:
+    "A file as the Modelfile names it: from its own folder."
+    near = Path(os.path.relpath(file, output.parent)).as_posix()
+    return near if near.startswith(".") else "./" + near
+
 def modelfile(
     gguf: str | Path,
     tokenizer,                     # of transformers, or the name or folder of a model
     output: str | Path,            # the Modelfile to write
     num_ctx: int | None = None,    # tokens of context; what the model was made for by default, up to 8192
+    adapter: str | Path | None = None,   # a LoRA beside the weights: an adapter's GGUF
 ) -> Path:                         # `output`
     "Write a Modelfile: weights, chat template, where to stop. Raises `UserError` for a template that Go cannot say."
     output = Path(output)
@@ -131,13 +137,13 @@ def modelfile(
     if isinstance(tokenizer, (str, Path)): tokenizer = load_tokenizer(tokenizer)
     if num_ctx and num_ctx > made_for:
         raise UserError(f"num_ctx {num_ctx}: {Path(gguf).name} was made for {made_for} tokens. Give at most that")
-    near = Path(os.path.relpath(gguf, output.parent)).as_posix()
     template, lacks = "{{ .Prompt }}", missing(tokenizer)
     if tokenizer.chat_template:
         pieces, about = with_tools(tokenizer, chat_pieces(tokenizer))
         template, lacks = go_template(pieces), lacks + about
     lines = [f"# ollama create NAME -f {output.name}", *(f"# {line}" for line in lacks),
-             f"FROM {near if near.startswith('.') else './' + near}", f'TEMPLATE """{template}"""']
+             f"FROM {_near(gguf, output)}", *([f"ADAPTER {_near(adapter, output)}"] if adapter else []),
+             f'TEMPLATE """{template}"""']
     lines += [f'PARAMETER stop "{token}"' for token in tokenizer.convert_ids_to_tokens(stop_ids(tokenizer))]
     lines += [f"PARAMETER num_ctx {num_ctx or min(made_for, 8192)}"]
     with write_aside(output, begins(b"# ollama create")) as aside:

@@ -22,6 +22,7 @@ class Parts(NamedTuple):
     gguf: Path          # the weights
     template: str       # in Go's template language
     parameters: dict    # stop: texts; num_ctx: tokens
+    adapter: Path | None = None   # a LoRA beside the weights
 
 def read_modelfile(
     place: str | Path,  # a Modelfile that `llmcourse export` has written
@@ -39,7 +40,9 @@ def read_modelfile(
     stops = re.findall(r'^PARAMETER stop "(.*)"$', rest, re.M)
     context = re.search(r"^PARAMETER num_ctx (\d+)$", rest, re.M)
     parameters = {"stop": stops} | ({"num_ctx": int(context[1])} if context else {})
-    return Parts((place.parent / weights[1]).resolve(), template[1], parameters)
+    beside = re.search(r"^ADAPTER (\S.*)$", text[:template.start()], re.M)
+    adapter = (place.parent / beside[1]).resolve() if beside else None
+    return Parts((place.parent / weights[1]).resolve(), template[1], parameters, adapter)
 
 # %% ../nbs/workshop/ollama.ipynb #5b19bc4d
 @contextlib.contextmanager
@@ -87,7 +90,8 @@ class Ollama:
         self.check_free(name)
         with _explained(self.host):
             digest = self.client.create_blob(parts.gguf)
-            steps = self.client.create(name, files={parts.gguf.name: digest}, template=parts.template,
+            beside = {parts.adapter.name: self.client.create_blob(parts.adapter)} if parts.adapter else None
+            steps = self.client.create(name, files={parts.gguf.name: digest}, adapters=beside, template=parts.template,
                                        parameters=parts.parameters, stream=True)
             for step in dict.fromkeys(one.status for one in steps): say(f"Ollama: {step}")
         return digest
@@ -117,10 +121,11 @@ def asked_both(
     name: str,                     # of the model there
     gguf: str | Path,              # the file that it was made of
     n: int = 48,                   # tokens of a reply
+    adapter: str | Path | None = None,   # the LoRA beside it
 ) -> list[Both]:
     "Ask llama.cpp and Ollama the conversations that every export is tried on, of which the template takes some."
     out = []
-    with Engine(gguf, max_tokens=n) as engine:
+    with Engine(gguf, max_tokens=n, adapter=adapter) as engine:
         for chat in CHATS:
             try: prompt = engine.template(chat)
             except UserError: continue
@@ -148,11 +153,13 @@ def verdict(
 def into_ollama(
     ollama: Ollama,
     name: str,             # of the model to make
-    made: list[Path],      # a GGUF and its Modelfile, from `shipping.export_folder`
+    made: list[Path],      # a GGUF (and an adapter's), and at the end the Modelfile, as `shipping` makes them
 ) -> tuple[str, bool]:     # one line, and whether Ollama reads prompts as they were trained
     "Make a model in Ollama, ask it, and compare. Raises `UserError` for an export without a Modelfile."
-    if len(made) < 2: raise UserError(f"{made[0]}: no Modelfile, so no model in Ollama. llama.cpp can serve it: "
-                                      f"llmcourse serve --model {made[0]}")
-    ollama.create(name, read_modelfile(made[1]))
-    line, good = verdict(asked_both(ollama, name, made[0]))
+    if made[-1].name != "Modelfile":
+        raise UserError(f"{made[0]}: no Modelfile, so no model in Ollama. llama.cpp can serve it: "
+                        f"llmcourse serve --model {made[0]}")
+    parts = read_modelfile(made[-1])
+    ollama.create(name, parts)
+    line, good = verdict(asked_both(ollama, name, parts.gguf, adapter=parts.adapter))
     return f"{name} in Ollama: {line}", good

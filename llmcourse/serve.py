@@ -74,8 +74,8 @@ def remote(
     return Remote(url, model, key, **options)
 
 # %% ../nbs/02_serve.ipynb #dd205583
-def _timed(ask: Remote, messages: list[Message]) -> tuple[float | None, int]:
-    "Seconds to the first token of one streamed request, and how many tokens came."
+def _timed(ask: Remote, messages: list[Message]) -> tuple[float | None, float, int]:
+    "Seconds to the first token of one streamed request and to its end, and how many tokens came."
     start = time.perf_counter()
     first = None
     tokens = 0
@@ -86,20 +86,23 @@ def _timed(ask: Remote, messages: list[Message]) -> tuple[float | None, int]:
                 first = first or time.perf_counter() - start
                 tokens += 1
             if chunk.usage: tokens = chunk.usage.completion_tokens
-    return first, tokens
+    return first, time.perf_counter() - start, tokens
 
 def bench(
     url: str,                    # the server; ends in /v1
     conversations: list,         # what to ask, one request each
     clients: int = 1,            # how many ask at the same time
     **options,                   # as for `remote`: model, key, max_tokens, …
-) -> dict:                       # clients, requests, tokens, seconds, tokens_per_second, ttft_ms (median)
-    "Measure throughput and the time to the first token, through the official client."
+) -> dict:                       # clients, requests, tokens, seconds, tokens_per_second; ttft_ms, p50_ms, p95_ms
+    "Measure throughput, the time to the first token and that to the last, through the official client."
     ask = Remote(url, **options)
     start = time.perf_counter()
     with ThreadPoolExecutor(clients) as pool: runs = list(pool.map(lambda m: _timed(ask, m), conversations))
     seconds = time.perf_counter() - start
-    tokens = sum(n for _, n in runs)
-    ttft = statistics.median([first for first, _ in runs if first] or [seconds])
+    tokens = sum(n for *_, n in runs)
+    ttft = statistics.median([first for first, *_ in runs if first] or [seconds])
+    whole = sorted(last for _, last, _ in runs)
+    p50, p95 = (round(1000 * whole[min(len(whole) - 1, int(share * len(whole)))], 1) for share in (0.5, 0.95))
     return {"clients": clients, "requests": len(runs), "tokens": tokens, "seconds": round(seconds, 2),
-            "tokens_per_second": round(tokens / seconds, 1), "ttft_ms": round(1000 * ttft, 1)}
+            "tokens_per_second": round(tokens / seconds, 1), "ttft_ms": round(1000 * ttft, 1),
+            "p50_ms": p50, "p95_ms": p95}

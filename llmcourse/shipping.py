@@ -4,16 +4,17 @@
 
 # %% ../nbs/workshop/shipping.ipynb #4e7d039f
 from __future__ import annotations
-import contextlib, os, sys
+import contextlib, os, shutil, sys
+from collections.abc import Callable
 from pathlib import Path
-from .core import Scratch, UserError, begins, check_free, choose
+from .core import Scratch, UserError, begins, check_free, choose, write_aside
 from .following import Following
 from .gguf_file import NO_TEMPLATE, has_template
 from .live import follows
 from .progress import tell
 
 # %% auto #0
-__all__ = ['PLAIN', 'gguf_name_of', 'export_folder', 'served']
+__all__ = ['PLAIN', 'gguf_name_of', 'export_folder', 'export_beside', 'best_engine', 'served']
 
 # %% ../nbs/workshop/shipping.ipynb #78d50309
 PLAIN = ("F32", "F16", "BF16")   # types that round, and no more
@@ -27,28 +28,59 @@ def gguf_name_of(
     quant = choose(str(quant).upper(), [*PLAIN, *KINDS], "GGUF type")
     return f"{Path(model).resolve().name}-{quant}.gguf", quant.lower() if quant in PLAIN else quant
 
+def _free(output: str | Path, *names: str) -> list[Path]:
+    "The files of an export. Raises `UserError` if something else is in the place of one, or of its Modelfile."
+    from llmcourse.gguf_file import check_file
+    output = Path(output)
+    if output.is_file(): raise UserError(f"{output}: a file. Name a folder for the GGUF and its Modelfile")
+    for name in names: check_file(output / name)
+    check_free(output / "Modelfile", begins(b"# ollama create"))
+    return [output / name for name in names]
+
+def _with_modelfile(files: list[Path], tokenizer) -> list[Path]:
+    "The files, and the Modelfile beside them if Ollama can say the chat template."
+    from llmcourse.modelfile import modelfile
+    place = files[0].parent / "Modelfile"
+    try: return [*files, modelfile(files[0], tokenizer, place, adapter=files[1] if files[1:] else None)]
+    except UserError as e:
+        place.unlink(missing_ok=True)   # an earlier one would be about another model
+        print(f"no Modelfile for Ollama: {e}\nllama.cpp reads the chat template from the GGUF itself: "
+              f"llmcourse serve --model {files[0]}", file=sys.stderr)
+        return files
+
+# %% ../nbs/workshop/shipping.ipynb #cff887bd
 def export_folder(
     model: str | Path,     # a checkpoint, a model or adapter folder, or a Hub name
     output: str | Path,    # folder to make
     quant: str = "Q8_0",   # F32, F16, BF16, or what `llmcourse.export.quantize` knows
+    prove: Callable | None = None,   # called with the finished file before it gets its name: `parity_check`
 ) -> list[Path]:           # the GGUF, and the Modelfile if Ollama can say the chat template
     "Export a model to a folder that Ollama, llama.cpp and LM Studio take."
     from llmcourse.converter import convert
-    from llmcourse.gguf_file import check_file
-    from llmcourse.modelfile import modelfile
-    output = Path(output)
-    if output.is_file(): raise UserError(f"{output}: a file. Name a folder for the GGUF and its Modelfile")
     name, dtype = gguf_name_of(model, quant)
-    gguf, place = output / name, output / "Modelfile"
-    check_file(gguf)
-    check_free(place, begins(b"# ollama create"))
-    tokenizer = convert(model, gguf, dtype, verify=True, threads=os.cpu_count())
-    try: return [gguf, modelfile(gguf, tokenizer, place)]
-    except UserError as e:
-        place.unlink(missing_ok=True)   # an earlier one would be about another model
-        print(f"no Modelfile for Ollama: {e}\nllama.cpp reads the chat template from the GGUF itself: "
-              f"llmcourse serve --model {gguf}", file=sys.stderr)
-        return [gguf]
+    [gguf] = _free(output, name)
+    tokenizer = convert(model, gguf, dtype, verify=True, threads=os.cpu_count(), prove=prove)
+    return _with_modelfile([gguf], tokenizer)
+
+# %% ../nbs/workshop/shipping.ipynb #51154879
+def export_beside(
+    adapter: str | Path,   # `tutor/NAME`, the folder of an adapter, or a Hub name
+    output: str | Path,    # folder to make
+    quant: str = "Q8_0",   # of the base, as for `export_folder`; the adapter stays in float32
+    prove: Callable | None = None,   # called with both finished files
+) -> list[Path]:           # the base's GGUF, the adapter's, and the Modelfile if Ollama can say the chat template
+    "Export an adapter and its base as two files. Raises `UserError` for an adapter that has to be merged."
+    from llmcourse.converter import convert
+    from llmcourse.gguf_adapter import adapter_folder, lora_to_gguf
+    from llmcourse.pretrained import adapter_base
+    base = adapter_base(adapter_folder(adapter))
+    name, dtype = gguf_name_of(base, quant)
+    gguf, beside = _free(output, name, f"{Path(adapter).resolve().name}-lora.gguf")
+    with write_aside(beside, begins(b"GGUF")) as aside:
+        lora_to_gguf(adapter, aside)   # first, for its refusals
+        def both(path): prove and prove(path, aside)
+        tokenizer = convert(base, gguf, dtype, verify=True, threads=os.cpu_count(), words=adapter, prove=both)
+    return _with_modelfile([gguf, beside], tokenizer)
 
 # %% ../nbs/workshop/shipping.ipynb #701db594
 def _no_folder(model: str | Path) -> None:
@@ -59,32 +91,85 @@ def _no_folder(model: str | Path) -> None:
         raise UserError(f"{name}: no such folder. `llmcourse export --output {name}` makes one with a GGUF, "
                         f"`llmcourse sft --output {name}` a trained model")
 
+def _one_model(model: str | Path) -> str | Path:
+    "The GGUF in a folder that `export_folder` made; any other model as it is. `UserError` for one that is not there."
+    _no_folder(model)
+    found = list(Path(model).glob("*.gguf"))
+    if len(found) > 1: raise UserError(f"{model}: holds {len(found)} GGUF files. Name one, such as {min(found)}")
+    model = found[0] if found else model
+    if Path(model).is_file() and not has_template(model): tell(NO_TEMPLATE.format(model))
+    return model
+
+# %% ../nbs/workshop/shipping.ipynb #f639c58d
+def best_engine(
+    model: str | Path,   # a .gguf, a checkpoint, a folder, or a Hub name
+) -> str:                # one of `llmcourse.servers.ENGINES`
+    "What `auto` means for this model on this machine."
+    if str(model).endswith(".gguf") or not shutil.which("vllm"): return "llama.cpp"
+    import torch
+    return "vllm" if torch.cuda.is_available() else "llama.cpp"
+
+# %% ../nbs/workshop/shipping.ipynb #f04dcfca
+def _fit(model: str | Path, engine: str, quant: str, folder: Path) -> str | Path:
+    "The model as its engine takes it, written to `folder` if need be."
+    from llmcourse.export import to_gguf
+    if engine not in ("llama.cpp", "ollama") or str(model).endswith(".gguf") or Path(model).is_file(): return model
+    if engine == "ollama": return export_folder(model, folder, quant)[0]
+    name, dtype = gguf_name_of(model, quant)
+    return to_gguf(model, folder / name, dtype, threads=os.cpu_count())
+
+def _fit_adapters(adapters: dict, engine: str, folder: Path) -> dict:
+    "Adapters as their engine takes them."
+    if engine != "llama.cpp": return adapters
+    from llmcourse.gguf_adapter import lora_to_gguf
+    return {name: path if str(path).endswith(".gguf") else lora_to_gguf(path, folder / f"{i}-adapter.gguf")
+            for i, (name, path) in enumerate(adapters.items())}
+
+def _words_of(adapters: dict) -> dict:
+    "The chat template that adapters were trained in, as an engine's option. Raises `UserError` for several."
+    from llmcourse.models import load_tokenizer
+    found = {load_tokenizer(path).chat_template: name for name, path in adapters.items() if not Path(path).is_file()}
+    if len(found) > 1:
+        raise UserError(f"adapters {', '.join(found.values())}: trained with different chat templates, and an engine "
+                        "has one for all. Serve them apart")
+    template = next(iter(found), None)
+    return {"chat_template": template} if template else {}
+
+# %% ../nbs/workshop/shipping.ipynb #f402efbb
+def _ready(model: str | Path, engine: str, auto: bool, quant: str, adapters: dict, folder: Path) -> dict:
+    "What `serve` takes. With `auto`, a model that llama.cpp cannot have goes to transformers."
+    try:
+        words = _words_of(adapters)
+        taken = _fit(model, engine, quant, folder), _fit_adapters(adapters, engine, folder)
+    except UserError as e:
+        if not auto or adapters: raise
+        tell(f"{e}\nso transformers serves it")
+        words, taken, engine = {}, (model, {}), "transformers"
+    return {"model": taken[0], "adapters": taken[1], "engine": engine} | words
+
 @contextlib.contextmanager
 def served(
     model: str | Path = "tutor/sft",  # a .gguf, a checkpoint, a folder, a Hub name, or the folder of a flywheel
     port: int = 0,                    # 0: any free one
     host: str = "127.0.0.1",          # any other than loopback needs a key
     key: str | None = None,           # clients must send it
-    engine: str = "llama.cpp",        # or "transformers"
-    quant: str = "Q8_0",              # for llama.cpp and a model that is not a GGUF yet
+    engine: str = "llama.cpp",        # "auto", or one of `llmcourse.servers.ENGINES`
+    quant: str = "Q8_0",              # for llama.cpp or Ollama, and a model that is not a GGUF yet
     n_parallel: int = 4,              # conversations at once (llama.cpp)
+    adapters: dict | None = None,     # name → folder of a LoRA adapter over `model`
+    timeout: float = 600,             # seconds to wait for the model to load
 ):
     "Serve any model, exporting it first where the engine needs that. Yields the server. `UserError` for a bad address."
-    from llmcourse.export import to_gguf
     from llmcourse.serve import check_address, serve
+    from llmcourse.servers import ENGINES, check_engine
     check_address(host, port, key)
-    choose(engine, ["llama.cpp", "transformers"], "engine")
-    _no_folder(model)
+    choose(engine, ["auto", *ENGINES], "engine")
+    options = dict(port=port, host=host, key=key, n_parallel=n_parallel)
     if follows(model):
-        with Following(model, port, host, key, n_parallel=n_parallel) as server: yield server
+        with Following(model, **options) as server: yield server
         return
-    found = list(Path(model).glob("*.gguf"))
-    if len(found) == 1: model = found[0]      # the folder that `export_folder` made
-    if len(found) > 1: raise UserError(f"{model}: holds {len(found)} GGUF files. Name one, such as {min(found)}")
-    if Path(model).is_file() and not has_template(model): tell(NO_TEMPLATE.format(model))
+    model, chosen = _one_model(model), best_engine(model) if engine == "auto" else engine
+    check_engine(chosen, adapters or {})
     with Scratch() as folder:
-        if engine == "llama.cpp" and not Path(model).is_file() and not str(model).endswith(".gguf"):
-            name, dtype = gguf_name_of(model, quant)
-            model = to_gguf(model, folder / name, dtype, threads=os.cpu_count())
-        with serve(model, port=port, engine=engine, host=host, key=key, n_parallel=n_parallel) as server:
-            yield server
+        ready = _ready(model, chosen, engine == "auto", quant, adapters or {}, folder)
+        with serve(ready.pop("model"), timeout=timeout, **options, **ready) as server: yield server

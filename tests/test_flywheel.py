@@ -15,8 +15,8 @@ import pytest
 from llmcourse.cli import main
 from llmcourse.core import UserError, is_run, read_jsonl
 from llmcourse.export import to_gguf
-from llmcourse.feedback import chats_of, pairs_of, read_feedback, thumbs_of
-from llmcourse.flywheel import agreed, capped, cleaned, latest, may_serve, trusted
+from llmcourse.opinions import chats_of, pairs_of, read_feedback, thumbs_of
+from llmcourse.flywheel import capped, cleaned, latest, majority, may_serve, trusted
 from llmcourse.following import Following
 from llmcourse.live import LIVE, live_model, read_live, rollback, swap
 from llmcourse.pairs import take_pairs, take_thumbs
@@ -45,21 +45,21 @@ def test_the_last_word_counts_once():
 
 
 def test_a_tie_is_nobodys_opinion():
-    assert agreed(opinions(vote("a"), vote("b", up=-1))) == []
-    (row,) = agreed(opinions(vote("a"), vote("b", up=-1), vote("c", up=-1, correction="85.")))
+    assert majority(opinions(vote("a"), vote("b", up=-1))) == []
+    (row,) = majority(opinions(vote("a"), vote("b", up=-1), vote("c", up=-1, correction="85.")))
     assert row["vote"] == -1 and row["raters"] == ["b", "c"] and row["correction"] == "85."
 
 
 def test_corrections_that_contradict_each_other_are_left_out():
-    (row,) = agreed(opinions(vote("a", up=-1, correction="85."), vote("b", up=-1, correction="58.")))
+    (row,) = majority(opinions(vote("a", up=-1, correction="85."), vote("b", up=-1, correction="58.")))
     assert row["correction"] is None and chats_of([row]) == []
 
 
 def test_comparisons_that_contradict_each_other_are_left_out():
     one = {"prompt": QUESTION, "chosen": "85", "rejected": "58", "rater": "a"}
     other = one | {"chosen": "58", "rejected": "85", "rater": "b"}
-    assert agreed(opinions(one, other)) == []
-    assert agreed(opinions(one, one | {"rater": "c"}, other))[0]["chosen"] == "85"
+    assert majority(opinions(one, other)) == []
+    assert majority(opinions(one, one | {"rater": "c"}, other))[0]["chosen"] == "85"
 
 
 def test_people_nobody_knows_are_many():

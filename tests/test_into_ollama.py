@@ -59,8 +59,9 @@ class Served(BaseHTTPRequestHandler):
 
     def create(self, job: dict):
         [digest] = job["files"].values()
-        if digest not in self.server.blobs:
-            return self.answer(400, {"error": f"blob {digest} not found"})
+        for needed in (digest, *job.get("adapters", {}).values()):
+            if needed not in self.server.blobs:
+                return self.answer(400, {"error": f"blob {needed} not found"})
         if self.server.twist == "template":
             job["template"] = job["template"].replace("user", "usr")
         if self.server.twist == "space":
@@ -71,7 +72,8 @@ class Served(BaseHTTPRequestHandler):
     def chat(self, job: dict):
         made = self.server.models[f"{job['model']}:latest"]
         [text] = self.server.go(made["template"], [(job["messages"], None)])
-        with Engine(self.server.blobs[next(iter(made["files"].values()))]) as engine:
+        base, *beside = (self.server.blobs[d] for d in (*made["files"].values(), *made.get("adapters", {}).values()))
+        with Engine(base, adapter=beside[0] if beside else None) as engine:
             ids = engine.tokenize(text)
             body = {"prompt": ids, "n_predict": job["options"]["num_predict"], "temperature": 0}
             reply = engine.post("/completion", stop=made["parameters"]["stop"], **body)["content"]
@@ -104,6 +106,17 @@ def test_from_a_checkpoint_to_ollama(server, tmp_path, capsys):
     assert sent["parameters"] == {"stop": ["<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"], "num_ctx": 1024}
     [blob] = server.blobs.values()
     assert blob.read_bytes() == (tmp_path / "out/sft-Q8_0.gguf").read_bytes()
+
+
+def test_an_adapter_beside_its_base(server, tmp_path, capsys):
+    words = ["export", "--model", "tutor/sft", "--adapter", "--output", str(tmp_path / "out"), "--ollama", "tutor"]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert "tutor in Ollama: prompts as long as in training: 4 of 4; replies equal: 4 of 4" in said
+    sent = server.models["tutor:latest"]
+    kept = {name: server.blobs[digest] for name, digest in (sent["files"] | sent["adapters"]).items()}
+    assert set(kept) == {"base-Q8_0.gguf", "sft-lora.gguf"}
+    assert all(blob.read_bytes() == (tmp_path / "out" / name).read_bytes() for name, blob in kept.items())
 
 
 @pytest.mark.parametrize("twist", ["template", "space"])
