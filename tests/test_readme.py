@@ -60,6 +60,8 @@ SHOWS = {
     "export": ["runs/gguf/reinforced-Q4_K_M.gguf", "Modelfile"],
     "doctor": ["checkpoints"],
     "chatlog expire": ["0 conversations deleted"],
+    "flywheel run": ["live: runs/flywheel/round", "the rounds as a picture: runs/flywheel/rounds.svg"],
+    "flywheel status": ["round 1: 72 opinions", "live: runs/flywheel/round"],
 }
 MAKES = {
     "sft": "runs/mine/run.yaml",
