@@ -61,6 +61,8 @@ SHOWS = {
     "parity": ["same       reinforced-Q4_K_M.gguf", "reference  transformers, in float32"],
     "doctor": ["checkpoints"],
     "chatlog expire": ["0 conversations deleted"],
+    "flywheel run": ["live: runs/flywheel/round", "the rounds as a picture: runs/flywheel/rounds.svg"],
+    "flywheel status": ["round 1: 72 opinions", "live: runs/flywheel/round"],
 }
 MAKES = {
     "sft": "runs/mine/run.yaml",
