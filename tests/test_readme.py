@@ -147,7 +147,7 @@ def ask_page(port: int, folder: Path) -> None:
     box = next(c["id"] for c in config["components"] if c["type"] == "textbox" and c["props"].get("placeholder"))
     submit = next(d for d in config["dependencies"] if [box, "submit"] in d["targets"])
     body = dict(
-        data=[QUESTION[0]["content"], None, "You are a maths tutor."],
+        data=[QUESTION[0]["content"], None, "You are a maths tutor.", 0, None, None],
         fn_index=submit["id"],
         session_hash="readme",
         trigger_id=box,
@@ -205,7 +205,8 @@ def test_every_command_is_shown():
     for name, why in ELSEWHERE.items():
         assert f"make {name}" in TEXT
         print(f"llmcourse {name} has no line of its own: {why}")
-    assert shown == COMMANDS.keys() - ELSEWHERE.keys() - {"contract", "bench", "collect"}
+    assert shown == COMMANDS.keys() - ELSEWHERE.keys() - {"contract", "bench", "collect", "passwd"}
+    assert "`llmcourse passwd ada people.txt`" in TEXT  # it asks for a password: tests/test_shared_chat.py
     assert "`llmcourse contract URL`" in TEXT  # it needs a server: tests/test_server_contract.py
     assert "`llmcourse bench URL`" in " ".join(TEXT.split())  # and so does this: tests/test_serve.py
     assert "`llmcourse collect --url " in TEXT and "`llmcourse collect rows " in TEXT  # tests/test_collect.py
