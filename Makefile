@@ -6,6 +6,7 @@ VENV   := .venv$(if $(filter-out default,$(LOCK)),-$(LOCK))
 BIN    := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM := false
+export OMP_WAIT_POLICY ?= passive
 
 .PHONY: help setup hooks demo test browser lab course gpu check fold levels docs checkpoints clean
 help:            ## show this list

@@ -1,7 +1,8 @@
 """Runs that are healthy and runs that are ill, each by a setting of its own, to data/gallery.jsonl.
 
     python benchmarks/gallery.py chosen         the runs that the limits of `llmcourse explain` were chosen on
-    python benchmarks/gallery.py unseen         the runs that they are tried on: other seeds, other sizes of each fault
+    python benchmarks/gallery.py tried          the runs that the first limits were tried on, before some were mended
+    python benchmarks/gallery.py unseen         the runs that these are tried on: other seeds, other sizes of each fault
     python benchmarks/gallery.py --small FILE   one small run, to another file: does it run at all?
 
 A row says what was set, what is wrong with it (a name of `explain`), and what was logged. Runs that the file has are
@@ -202,7 +203,7 @@ CHOSEN = [
     (HIGH, "sft", dict(learning_rate=0.05)),
     (HEART, "sft", dict(rows=handful, validation=other_handful, num_train_epochs=16)),
 ]
-UNSEEN = [
+TRIED = [
     ("fine", "grpo", dict(learning_rate=1.5e-4)),
     ("fine", "grpo", dict(beta=0.02, num_generations=8)),
     ("fine", "grpo", dict(loss_type="dr_grpo", max_steps=14)),
@@ -230,7 +231,39 @@ UNSEEN = [
     (HIGH, "sft", dict(learning_rate=0.02)),
     (HEART, "sft", dict(rows=handful, validation=other_handful, num_train_epochs=12, learning_rate=2e-3)),
 ]
-SETS = {"chosen": (CHOSEN, (1,)), "unseen": (UNSEEN, (11, 12))}
+UNSEEN = [   # sizes of the faults that neither of the two has
+    ("fine", "grpo", dict(learning_rate=1.2e-4)),
+    ("fine", "grpo", dict(max_steps=16)),
+    ("fine", "grpo", dict(beta=0.01, max_steps=8)),
+    ("fine", "grpo", dict(loss_type="bnpo", num_generations=8)),
+    ("fine", "grpo", dict(loss_type="dr_grpo", learning_rate=2.5e-4, max_steps=12)),
+    ("fine", "rloo", dict(learning_rate=1.5e-4, max_steps=14)),
+    ("fine", "rloo", dict(num_generations=8)),
+    ("fine", "sft", dict(learning_rate=7e-4)),
+    ("fine", "sft", dict(num_train_epochs=3)),
+    ("fine", "sft", dict(learning_rate=3e-3, r=8, validation=others)),
+    (SILENT, "rloo", dict(start="strong", max_steps=12)),
+    (SILENT, "grpo", dict(rows=hard, num_generations=8, max_steps=12)),
+    (CONSTANT, "grpo", dict(reward_funcs=marked, learning_rate=4e-4)),
+    (CONSTANT, "rloo", dict(reward_funcs=answered, max_steps=8)),
+    (HACKED, "grpo", dict(reward_funcs=large, learning_rate=6e-4)),
+    (HACKED, "rloo", dict(reward_funcs=small, learning_rate=4.5e-4, max_steps=12)),
+    (LONG, "rloo", dict(reward_funcs=steps_shown, **WORKED, learning_rate=6e-4)),
+    (CUT, "rloo", dict(max_completion_length=3, max_steps=8)),
+    (CUT, "grpo", dict(**WORKED | dict(max_completion_length=30), max_steps=8)),
+    (LOW, "grpo", dict(learning_rate=8e-7)),
+    (LOW, "rloo", dict(learning_rate=2e-7, max_steps=12)),
+    (HIGH, "grpo", dict(learning_rate=7e-3)),
+    (HIGH, "rloo", dict(learning_rate=6e-3, max_steps=8)),
+    (KL, "grpo", dict(reward_funcs=noise, learning_rate=9e-4, max_steps=6)),
+    (SURE, "grpo", dict(reward_funcs=noise, learning_rate=1e-3, max_steps=13)),
+    (SURE, "rloo", dict(reward_funcs=noise, learning_rate=2.5e-3)),
+    (SURE, "rloo", dict(reward_funcs=alike, rows=hard, learning_rate=6e-4, max_steps=12)),
+    (LOW, "sft", dict(learning_rate=2e-6)),
+    (HIGH, "sft", dict(learning_rate=0.03)),
+    (HEART, "sft", dict(rows=handful, validation=other_handful, num_train_epochs=14, learning_rate=1.5e-3)),
+]
+SETS = {"chosen": (CHOSEN, (1,)), "tried": (TRIED, (11, 12)), "unseen": (UNSEEN, (21, 22))}
 
 
 STARTS = {   # name → the rows that it has seen, how often

@@ -59,8 +59,8 @@ def noise(policy, critic, tokenizer, seed: int) -> dict[str, float]:
     taken = rollout(policy, critic, policy, tokenizer, asked, exact_reward, 0.0, SIZE.get("max_new_tokens", 160))
     paid, values, mask = taken["rewards"], taken["values"], taken["completion_mask"]
     found = {}
-    for kind in ("raw", "mean", "rloo", "gae"):
-        gains = gae(paid, values, mask) if kind == "gae" else credit(kind, paid, values, mask, group)   # not whitened
+    for kind in ("raw", "mean", "rloo", "gae"):   # PPO's as in training, λ = 1, but not whitened
+        gains = credit(kind, paid, values, mask, group) if kind != "gae" else gae(paid, values, mask, lam=1.0)
         parts = torch.arange(len(asked)).chunk(PARTS)
         each = torch.stack([gradient(policy.train(), taken, gains, part) for part in parts])
         found[kind] = each.var(0).sum().item()

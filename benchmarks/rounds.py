@@ -2,8 +2,8 @@
 
     python benchmarks/rounds.py rounds,tools,agents 1,2,3 [--small] [rounds.jsonl]
 
-Each measurement is a line of JSON, added to the file as it is made; chapter 09c draws `data/rounds.jsonl`. About ten
-minutes a seed on one idle core. What was measured already is not measured again.
+Each measurement is a line of JSON, added to the file when its part is done; chapter 09c draws `data/rounds.jsonl`.
+About ten minutes a seed on one idle core. What the file has is not measured again.
 """
 import json
 import random
@@ -26,7 +26,8 @@ from llmcourse.tutor import problems, stories, to_chat
 SMALL = "--small" in sys.argv
 WORDS = [word for word in sys.argv[1:] if not word.startswith("--")]
 FILE = next((word for word in WORDS if word.endswith(".jsonl")), None)
-LINES = []
+LINES = read_jsonl(FILE) if FILE and Path(FILE).is_file() else []
+KEPT = len(LINES)    # of these the file has so many
 ONE_STEP = dict(max_steps=1, warmup_steps=0, per_device_train_batch_size=8) if SMALL else {}
 
 
@@ -34,9 +35,20 @@ def note(**line) -> None:
     "Print a measurement and keep it."
     LINES.append(line)
     print(json.dumps(line), flush=True)
+
+
+def made(**about) -> bool:
+    "Is there such a measurement?"
+    return any(about.items() <= line.items() for line in LINES)
+
+
+def keep() -> None:
+    "Write what is new to the file."
+    global KEPT
     if FILE:
         with open(FILE, "a", encoding="utf-8") as f:
-            f.write(json.dumps(line) + "\n")
+            f.writelines(json.dumps(line) + "\n" for line in LINES[KEPT:])
+    KEPT = len(LINES)
 
 
 def asked(model, rows: list[dict], temperature: float = 0.0) -> list[dict]:
@@ -153,7 +165,7 @@ def tools_of(seed: int, folder: str) -> None:
 
     set_seed(seed)
     net, tokenizer = load("tutor/tools")
-    if seed == SEEDS[0]: measure_tools((net, tokenizer), model="before", seed=0)
+    if not made(part="tools", seed=0): measure_tools((net, tokenizer), model="before", seed=0)
     tokenizer.response_template = llama3_template
     net.generation_config.eos_token_id = stop_ids(tokenizer)
     size = 8 if SMALL else 64
@@ -200,7 +212,7 @@ def agents_of(seed: int, folder: str) -> None:
     def student_reward(completions, prompts, answer, **columns):
         return student(prompts, [first_step(c[-1]["content"]) for c in completions], answer)
 
-    if seed == SEEDS[0]:
+    if not made(part="agents"):
         score("no plan", [""] * len(test))
         score("untrained teacher", plans_of("tutor/sft"))
         score("right first step", [first_step(row["working"]) for row in test])
@@ -212,20 +224,27 @@ def agents_of(seed: int, folder: str) -> None:
     score("shuffled plans", plans[1:] + plans[:1])
 
 
-PARTS = {"rounds": rounds_of, "tools": tools_of, "agents": agents_of}
+PARTS = {   # name → (what makes it, its last measurement)
+    "rounds": (rounds_of, dict(part="sealed", round=1 if SMALL else 3)),
+    "tools": (tools_of, dict(part="tools", digits=3, tool="lying")),
+    "agents": (agents_of, dict(part="agents", plan="shuffled plans")),
+}
 SEEDS = [int(word) for word in re.findall(r"\d+", next((w for w in WORDS if re.fullmatch(r"[\d,]+", w)), "1,2,3"))]
 
 
 def main() -> None:
     parts = next((w for w in WORDS if w.split(",")[0] in PARTS), ",".join(PARTS)).split(",")
+    before = len(LINES)
     with tempfile.TemporaryDirectory() as folder:
-        if "rounds" in parts and SEEDS[0] == 1:
+        if "rounds" in parts and not made(part="sealed", seed=0):
             for name in ("sft",) if SMALL else ("base", "sft", "grpo", "rl"):
                 about = {"round": 0} if name == "sft" else {}
                 measure_sealed(f"tutor/{name}", model="round 0" if name == "sft" else f"tutor/{name}", seed=0, **about)
         for seed in SEEDS:
-            for part in parts: PARTS[part](seed, folder)
-    print(f"done: {len(LINES)} measurements")
+            for make, last in (PARTS[part] for part in parts):
+                if not made(seed=seed, **last): make(seed, folder)
+                keep()
+    print(f"done: {len(LINES) - before} measurements")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 
 # %% ../nbs/workshop/chatdb.ipynb #0c86b0c3
 from __future__ import annotations
-import contextlib, secrets
+import contextlib, hashlib, secrets
 from collections.abc import Iterator
 from pathlib import Path
 import sqlalchemy as sa
@@ -12,8 +12,9 @@ from .core import Message, UserError, choose, write_jsonl
 from .database import connect_db, one_line, db_name, upgrade, use_wal, writer
 
 # %% auto #0
-__all__ = ['MIGRATIONS', 'CONVERSATIONS', 'MESSAGES', 'VOTES', 'DETAILS', 'PATH', 'open_db', 'reading', 'writing', 'save_turn',
-           'saved_reply', 'path_to', 'newest', 'save_vote', 'as_text', 'votes', 'export_votes']
+__all__ = ['MIGRATIONS', 'CONVERSATIONS', 'MESSAGES', 'VOTES', 'COMPARISONS', 'DETAILS', 'PATH', 'open_db', 'reading', 'writing',
+           'save_turn', 'save_pair', 'saved_reply', 'path_to', 'newest', 'save_vote', 'as_text', 'votes',
+           'export_votes']
 
 # %% ../nbs/workshop/chatdb.ipynb #e52351dd
 MIGRATIONS = ["""
@@ -35,16 +36,25 @@ UPDATE votes SET correction = NULL WHERE vote = 1""",     # a thumb up withdraws
 """
 CREATE INDEX by_token ON conversations (token);
 CREATE INDEX by_conversation ON messages (conversation);
-CREATE INDEX by_parent ON messages (parent)"""]
+CREATE INDEX by_parent ON messages (parent)""",
+"""
+ALTER TABLE conversations ADD COLUMN owner TEXT;
+CREATE INDEX by_owner ON conversations (owner);
+CREATE TABLE comparisons (
+  id {key}, a INTEGER NOT NULL REFERENCES messages, b INTEGER NOT NULL REFERENCES messages,
+  verdict TEXT CHECK (verdict IN ('a', 'b', 'tie', 'neither')), decided TEXT);
+CREATE INDEX by_a ON comparisons (a);
+CREATE INDEX by_b ON comparisons (b)"""]
 
 # %% ../nbs/workshop/chatdb.ipynb #4518d863
 def _table(name: str, columns: str) -> sa.TableClause:
     return sa.table(name, *map(sa.column, columns.split()))
 
-CONVERSATIONS = _table("conversations", "id token created")
+CONVERSATIONS = _table("conversations", "id token created owner")
 MESSAGES = _table("messages", "id conversation parent role content model status ttft seconds prompt_tokens "
                               "completion_tokens created dropped note")
 VOTES = _table("votes", "message vote correction changed")
+COMPARISONS = _table("comparisons", "id a b verdict decided")
 
 # %% ../nbs/workshop/chatdb.ipynb #22d546aa
 def open_db(
@@ -83,11 +93,11 @@ def _text(said: str) -> str:
     "What both databases can hold: not a zero character, nor half of one that takes two."
     return said.replace("\0", "\ufffd").encode("utf-8", "replace").decode()
 
-def _conversation(con: sa.Connection, path: list[dict]) -> int:
-    "The conversation that saved messages belong to, or a new one."
+def _conversation(con: sa.Connection, path: list[dict], owner: str | None = None) -> int:
+    "The conversation that saved messages belong to, or a new one of this owner."
     saved = [m["id"] for m in path if "id" in m]
     if not saved:
-        row = sa.insert(CONVERSATIONS).values(token=secrets.token_hex(16))
+        row = sa.insert(CONVERSATIONS).values(token=secrets.token_hex(16), owner=owner)
         return con.scalar(row.returning(CONVERSATIONS.c.id))
     of_it = sa.select(MESSAGES.c.conversation).where(MESSAGES.c.id == saved[-1]).scalar_subquery()
     found = con.scalar(sa.select(CONVERSATIONS.c.id).where(CONVERSATIONS.c.id == of_it).with_for_update())
@@ -104,16 +114,30 @@ def _insert(con: sa.Connection, message: dict, conversation: int, parent: int | 
 def save_turn(
     db: str | Path,        # a file, or a URL
     messages: list[dict],  # the conversation so far, oldest first; those with an "id" are saved already
+    owner: str | None = None,  # of a new conversation
 ) -> list[dict]:           # the same messages, each with its id
     "Save the new messages, each under the one before it, with the `DETAILS` that they carry."
     if all("id" in m for m in messages): return messages
     saved = []
     with writing(db) as con:
-        conversation = _conversation(con, messages)
+        conversation = _conversation(con, messages, owner)
         for m in messages:
             parent = saved[-1]["id"] if saved else None
             saved.append(m if "id" in m else m | {"id": _insert(con, m, conversation, parent)})
     return saved
+
+# %% ../nbs/workshop/chatdb.ipynb #bc04e376
+def save_pair(
+    db: str | Path,         # a file, or a URL
+    path: list[dict],       # a saved conversation that ends in a question
+    replies: list[dict],    # two: what is shown as A, and what is shown as B
+) -> list[dict]:            # both, with their ids
+    "Save two replies to the same question, to be compared."
+    with writing(db) as con:
+        conversation = _conversation(con, path)
+        ids = [_insert(con, reply, conversation, path[-1]["id"]) for reply in replies]
+        con.execute(sa.insert(COMPARISONS).values(a=ids[0], b=ids[1]))
+    return [reply | {"id": id} for reply, id in zip(replies, ids)]
 
 # %% ../nbs/workshop/chatdb.ipynb #52cc8e07
 def saved_reply(
@@ -148,10 +172,13 @@ def newest(
     db: str | Path,        # a file, or a URL
     token: str | None,     # of a conversation
 ) -> int | None:           # the id of its newest message
-    "Where a browser left off: the token is all that it keeps."
+    "Where a browser left off: the token is all that it keeps. Not a reply that lost a comparison, or waits for one."
     of_it = sa.select(CONVERSATIONS.c.id).where(CONVERSATIONS.c.token == token)
+    c, m = COMPARISONS.c, MESSAGES.c
+    beside = sa.union_all(sa.select(c.a).where(sa.func.coalesce(c.verdict, "b") == "b"),
+                          sa.select(c.b).where(sa.func.coalesce(c.verdict, "a") != "b"))
     with reading(db) as con:
-        return con.scalar(sa.select(sa.func.max(MESSAGES.c.id)).where(MESSAGES.c.conversation.in_(of_it)))
+        return con.scalar(sa.select(sa.func.max(m.id)).where(m.conversation.in_(of_it), m.id.not_in(beside)))
 
 # %% ../nbs/workshop/chatdb.ipynb #9c941a6a
 def _check_vote(changes: dict) -> None:
@@ -197,7 +224,7 @@ def as_text(
 
 def votes(
     db: str | Path,   # a file, or a URL
-) -> list[dict]:      # prompt (messages), reply, vote (1, -1, None), correction, model, status, message (its id)
+) -> list[dict]:      # prompt (messages), reply, vote (1, -1, None), correction, model, status, message (its id), rater
     "Every reply that somebody voted on or corrected, with the prompt that led to it."
     given = sa.or_(VOTES.c.vote.is_not(None), VOTES.c.correction.is_not(None))
     with reading(db) as con: ids = con.scalars(sa.select(VOTES.c.message).where(given).order_by(VOTES.c.message)).all()
@@ -207,7 +234,8 @@ def votes(
         *before, reply = path
         facts = {k: reply[k] for k in ("vote", "correction", "model", "status")}
         prompt = as_text(before, reply["dropped"])
-        rows.append({"prompt": prompt, "reply": reply["content"], **facts, "message": reply["id"]})
+        rater = hashlib.sha256(reply["token"].encode()).hexdigest()[:12]     # a conversation; its token would open it
+        rows.append({"prompt": prompt, "reply": reply["content"], **facts, "message": reply["id"], "rater": rater})
     return rows
 
 def export_votes(

@@ -9,7 +9,9 @@ from json import dumps
 from pathlib import Path
 from . import __version__
 from .core import CHAPTERS, UserError, choose, is_run
-from .delivery import bench, chat, chatlog, contract, export, push, serve
+from .chatting import chat, chatlog, passwd
+from .collect import collect
+from .delivery import bench, contract, export, push, same_model, serve
 from .exits import in_one_line
 from .explain import explain
 from .judging import agree
@@ -17,6 +19,7 @@ from .methods import METHODS, method
 from .planreport import plan
 from .promptgate import prompts
 from .options import parse
+from .turning import flywheel
 
 # %% auto #0
 __all__ = ['COMMANDS', 'demo', 'doctor', 'scores', 'course', 'data', 'try_reward', 'xray', 'training', 'train', 'rehearse',
@@ -271,7 +274,9 @@ COMMANDS = {f.__name__: f for f in (demo, doctor, scores, course, data)} | {"rew
 COMMANDS |= {f.__name__: f for f in (xray, plan)}
 COMMANDS |= {name: training for name in METHODS}
 COMMANDS |= {f.__name__: f for f in (train, explain, rehearse, eval, prompts, agree)}
-COMMANDS |= {f.__name__: f for f in (export, push, serve, contract, bench, chat, chatlog, checkpoints)}
+COMMANDS |= {"export": export, "parity": same_model}
+COMMANDS |= {f.__name__: f for f in (push, serve, contract, bench, chat, passwd, chatlog, collect)}
+COMMANDS |= {f.__name__: f for f in (flywheel, checkpoints)}
 
 def command(name: str):
     "One command as a function of its options; the methods share `training`. `UserError` for an unknown name."
@@ -311,6 +316,7 @@ def main(
         return in_one_line(lambda: print(usage()))
     if argv[0] in ("-V", "--version"): return in_one_line(lambda: print(__version__))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")   # a thread that waits sleeps: other programs want the cores
     with contextlib.suppress(ValueError):   # not the main thread
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))   # so that half-written files go away
     return _run(argv[0], argv[1:])

@@ -5,6 +5,7 @@
 # %% ../nbs/workshop/converter.ipynb #fd2c1ca7
 from __future__ import annotations
 import contextlib, functools, math, shutil, sys
+from collections.abc import Callable
 from pathlib import Path
 from .adapted import merged_tensors
 from .core import Scratch, UserError, choose, model_path, need_space
@@ -279,12 +280,9 @@ def speaking(
 
 # %% ../nbs/workshop/converter.ipynb #868684d2
 def convert(
-    model: str | Path,
-    output: str | Path,
-    dtype: str,
-    verify: bool,
-    threads: int,
+    model: str | Path, output: str | Path, dtype: str, verify: bool, threads: int,   # as for `to_gguf`
     words: str | Path | None = None,   # as for `speaking`
+    prove: Callable[[Path], None] | None = None,   # called with the finished file, before it gets its name
 ):   # the tokenizer
     "What `to_gguf` does, for whoever needs the tokenizer too: a large one takes a second to read."
     choose(dtype, [*DTYPES, *KINDS], "GGUF type")
@@ -303,10 +301,13 @@ def convert(
             add_tokenizer(writer, folder, tokenizer, config["vocab_size"], pre)
             if dtype in KINDS: add_kind(writer, dtype)
             said.update(writer.kv_data[0])
-        def check(path): check_words(path, config, said, tokenizer)
-        write_gguf(output, about, plan, file_data(plan, index, config, threads), check if verify else None)
+        def check(path):
+            if verify: check_words(path, config, said, tokenizer)
+            if prove: prove(path)
+        write_gguf(output, about, plan, file_data(plan, index, config, threads), check)
         return tokenizer
 
+# %% ../nbs/workshop/converter.ipynb #99246671
 def to_gguf(
     model: str | Path,     # `tutor/NAME`, a folder (model or adapter), or a Hub name
     output: str | Path,    # the .gguf file to write

@@ -13,8 +13,8 @@ from filelock import FileLock, Timeout
 # %% auto #0
 __all__ = ['Message', 'Generate', 'MARK', 'ROLES', 'CHAPTERS', 'UserError', 'choose', 'scale', 'set_seed', 'weights',
            'checkpoint_names', 'model_path', 'begins', 'is_run', 'no_way', 'check_free', 'sweep', 'Scratch',
-           'write_aside', 'check_writable', 'need_space', 'write_jsonl', 'json_lines', 'read_jsonl', 'check_messages',
-           'file_hash', 'stopwatch', 'home']
+           'write_aside', 'check_writable', 'need_space', 'write_jsonl', 'json_lines', 'read_jsonl', 'once',
+           'same_settings', 'check_messages', 'file_hash', 'stopwatch', 'home']
 
 # %% ../nbs/workshop/core.ipynb #a71c98b3
 Message = dict[str, str]                     # {"role": "user", "content": "What is 2 + 2?"}
@@ -264,6 +264,20 @@ def read_jsonl(path: str | Path) -> list[dict]:
     if not rows: raise UserError(f"{path}: empty. Give at least one row")
     return rows
 
+# %% ../nbs/workshop/core.ipynb #1c312193
+def once(
+    path: Path,
+    make: Callable,   # () → rows
+) -> list[dict]:
+    "The rows of a file, which is made, in one piece, if it is not there."
+    if not path.is_file(): write_jsonl(path, make())
+    return read_jsonl(path)
+
+def same_settings(folder: Path, **said) -> None:
+    "Raises `UserError` if the folder holds rounds with other settings."
+    if once(folder / "settings.jsonl", lambda: [said]) == [said]: return
+    raise UserError(f"{folder}: rounds with other settings. Repeat those, or choose another folder")
+
 # %% ../nbs/workshop/core.ipynb #d74057f8
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -317,7 +331,7 @@ def stopwatch():
 # %% ../nbs/workshop/core.ipynb #5f59e28c
 CHAPTERS = {"01": "models", "02": "serve", "03": "prompts", "04": "evals", "05": "data", "06": "sft", "07": "lora",
             "08": "preference", "09": "rl", "09b": "ppo", "09c": "rounds",
-            "10": "export", "11": "chat", "14": "plan"}
+            "10": "export", "11": "chat", "12": "flywheel", "14": "plan"}
 
 def home() -> Path:
     "Where progress and the chat database live: `$LLMCOURSE_HOME`, else `~/.llmcourse`."

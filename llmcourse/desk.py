@@ -4,86 +4,22 @@
 
 # %% ../nbs/workshop/desk.ipynb #bcb3499b
 from __future__ import annotations
-import contextlib, json, threading, time
+import contextlib, threading
 from collections.abc import Iterator
 from pathlib import Path
-from .chatdb import newest, open_db, path_to, save_turn, saved_reply
-from .core import UserError, weights
+from .chatdb import newest, open_db, path_to, save_pair, save_turn, saved_reply
+from .core import UserError
+from .duels import chosen_side, duel_of, save_verdict, take_duel
+from .earlier import branches, may_open
+from .fleet import Fleet, is_tutor, rival_of
 from .keeping import expire, forget
+from .passwords import Pace
 from .replies import take_turn
-from .serve import Remote
+from .turns import Turn
 from .tutor import SYSTEM
 
 # %% auto #0
-__all__ = ['RETRY', 'FLAG', 'ENDINGS', 'TUTOR_CAN', 'MODEL_CAN', 'THUMBS', 'TUTOR_QUESTIONS', 'QUESTIONS', 'reach', 'is_tutor',
-           'Turn', 'answered', 'Desk', 'view', 'welcome']
-
-# %% ../nbs/workshop/desk.ipynb #09a3f764
-def reach(
-    url: str,                   # an OpenAI-compatible server; ends in /v1
-    model: str | None = None,   # by default the first that the server lists
-    key: str | None = None,     # the server's API key
-) -> Remote:
-    "Connect to a model's server. Raises `UserError` if nothing answers there, or something else than such a server."
-    if not url.startswith(("http://", "https://")):
-        raise UserError(f"{url!r}: not the URL of a server. Give one like http://127.0.0.1:8080/v1")
-    try: return Remote(url, model, key)
-    except (AttributeError, IndexError, TypeError, ValueError):
-        raise UserError(f"{url}: something answers, but it lists no models. "
-                        "Give the URL of an OpenAI-compatible server; it usually ends in /v1") from None
-
-def is_tutor(
-    server: Remote,   # from `reach`
-) -> bool:
-    "Is this the course's tutor? Known by the sizes that llama.cpp lists; False where a server lists none."
-    config = json.loads((weights() / "base/config.json").read_text())
-    sizes = {"n_vocab": config["vocab_size"], "n_embd": config["hidden_size"]}
-    try: listed = server.client.models.list().data
-    except Exception: return False
-    meta = next((getattr(m, "meta", None) for m in listed if m.id == server.model), None) or {}
-    return all(meta.get(k) == n for k, n in sizes.items())
-
-# %% ../nbs/workshop/desk.ipynb #7ed621b6
-class Turn:
-    "One running turn. It goes on until it is saved, whoever watches. `question` is the id of the question."
-    def __init__(self, looks: Iterator[list[dict]], tab: str, stop: threading.Event):
-        self.asked = self.path = next(looks)      # the question is saved now
-        self.question = self.asked[-1]["id"]
-        self.tab = tab
-        self.stop = stop
-        self.error = None
-        self.done = False
-        self.news = threading.Condition()
-        self.looks = looks
-
-    def run(self) -> None:
-        "Read the reply to its end."
-        try:
-            for path in self.looks:
-                with self.news:
-                    self.path = path
-                    self.news.notify_all()
-        except Exception as e: self.error = e
-
-    def finish(self) -> None:
-        "Tell those who watch that nothing more will come."
-        with self.news:
-            self.done = True
-            self.news.notify_all()
-
-    def watch(self, pause: float = 0.05) -> Iterator[list[dict]]:
-        "The question, then the growing path, at most one look every `pause` seconds. Raises what the turn raised."
-        seen = self.asked
-        yield seen
-        while True:
-            with self.news:
-                self.news.wait_for(lambda: self.done or self.path is not seen)
-                now, done = self.path, self.done
-            if now is not seen: yield now
-            seen = now
-            if done: break
-            time.sleep(pause)
-        if self.error: raise self.error
+__all__ = ['RETRY', 'answered', 'whole', 'Desk']
 
 # %% ../nbs/workshop/desk.ipynb #f6e2f70a
 RETRY = 0.8    # temperature of a second try: with the first one's 0 it would say the same again
@@ -97,24 +33,34 @@ def answered(
         if last["role"] == "system" or (last["role"] == "assistant" and last["content"]): return path[:n]
     return []
 
+def whole(last: dict) -> bool:   # the end of a growing path
+    "Did the model say all that it will say?"
+    return all("seconds" in reply for reply in last.get("replies", [last]))
+
 # %% ../nbs/workshop/desk.ipynb #8cea4013
 class Desk:
     "What the buttons of the page do. `leaf` is the id of the last message on a page, `tab` names the browser's tab."
     def __init__(
         self,
-        url: str,                    # an OpenAI-compatible server; ends in /v1
+        url: str | dict,             # an OpenAI-compatible server; or name → a server, or a function that starts one
         db: str | Path,              # where turns and votes go: a file, or the URL of a PostgreSQL
-        model: str | None = None,    # by default the first that the server lists
+        model: str | None = None,    # by default all that the server lists, the first to begin with
         key: str | None = None,      # the server's API key
         system: str | None = None,   # the system prompt; by default the tutor's for the tutor, none for others
         keep_days: float | None = None,   # delete conversations that nobody used for so many days; None: never
+        against: str | dict | None = None,   # a second model, to be compared blind: as for `rival_of`
+        per_minute: int | None = None,    # questions of one person; None: as many as they like
+        max_chars: int = 20_000,          # of one message
         **options,                   # for each turn: remember, max_tokens, temperature, …
     ):
-        self.server = reach(url, model, key)
+        self.fleet = Fleet(url, model, key)
+        self.server = self.fleet.first
+        self.rival = rival_of(self.server, against, key) if against else None
         self.tutor = is_tutor(self.server)
         self.own_system = system is not None
         self.system = system if self.own_system else SYSTEM if self.tutor else ""
-        self.db = db
+        self.db, self.max_chars = db, max_chars
+        self.pace = Pace(per_minute or 10**9)
         self.options = {"temperature": 0} | options
         self.running = {}              # the id of a question → its turn
         self.unsaved = {}              # the id of a question → its path, with a reply that the database refused
@@ -131,44 +77,74 @@ class Desk:
         short = text if len(text) <= 80 else text[:79] + "…"
         return f"system prompt: {short!r} ({'yours' if self.own_system else 'what the tutor was trained with'})"
 
+    def system_of(self, model: str) -> str:
+        "The system prompt that a model of the fleet starts with."
+        return self.system if self.own_system else SYSTEM if is_tutor(self.fleet.get(model)) else ""
+
     def busy(self, leaf: int | None, tab: str) -> bool:
         "Is a turn running in this tab, or in the conversation that it shows?"
         return leaf in self.running or any(turn.tab == tab for turn in list(self.running.values()))
 
-    def start(self, path: list[dict], leaf: int | None, tab: str, **options) -> Iterator[list[dict]]:
+    def check(self, path: list[dict], owner: str | None) -> None:
+        "Raise `UserError` for a message that is too long, or a person who asks too often."
+        longest = max((len(m["content"]) for m in path if "id" not in m), default=0)
+        if longest > self.max_chars:
+            raise UserError(f"{longest:,} characters: a message may have {self.max_chars:,}. Shorten it")
+        wait = self.pace.wait(owner or "anybody")
+        if wait:
+            raise UserError(f"{self.pace.most} questions a minute are the limit. Wait {wait:.0f} s, then ask again")
+
+    def looks(self, path: list[dict], stop: threading.Event, owner: str | None, server, **options) -> Iterator:
+        "The turn itself: of one model, or of two."
+        if self.rival: return take_duel(self.db, [self.server, self.rival], path, stop, owner, **options)
+        return take_turn(self.db, server.client, server.model, path, stop, owner, server.label, **options)
+
+    def start(self, path: list[dict], leaf: int | None, tab: str, owner=None, model=None, **options) -> Iterator:
         "Take a turn and watch it, unless one is running."
+        server = self.fleet.get(model)
         with self.lock:
             if self.busy(leaf, tab) or path[-1].get("id") in self.running: return
+            self.check(path, owner)
             stop = threading.Event()
-            server = self.server
-            looks = take_turn(self.db, server.client, server.model, path, stop, **self.options | options)
-            turn = Turn(looks, tab, stop)
+            turn = Turn(self.looks(path, stop, owner, server, **self.options | options), tab, stop)
             self.running[turn.question] = turn
             self.tabs.add(tab)
         def run():
             turn.run()
-            if isinstance(turn.error, UserError) and "seconds" in turn.path[-1]: self.unsaved[turn.question] = turn.path
+            if isinstance(turn.error, UserError) and whole(turn.path[-1]): self.unsaved[turn.question] = turn.path
             self.running.pop(turn.question)
             turn.finish()
         threading.Thread(target=run, daemon=True).start()
         yield from turn.watch()
 
-    def ask(self, text: str, leaf: int | None, system: str, tab: str) -> Iterator[list[dict]]:
-        "A new question. `system` is used if it is the first one."
-        path = answered(path_to(self.db, self.save_late(leaf)))
+    def ask(self, text: str, leaf: int | None, system: str, tab: str, **how) -> Iterator[list[dict]]:
+        "A new question; `how` it is answered: owner, model, temperature. `system` is used if it is the first one."
+        leaf = self.save_late(leaf)
+        path = answered(path_to(self.db, leaf))
         if not path and system.strip(): path = [{"role": "system", "content": system}]
-        if text.strip(): yield from self.start(path + [{"role": "user", "content": text}], leaf, tab)
+        if not text.strip(): return
+        if duel_of(self.db, leaf): raise UserError("which of the two answers is better? Choose first, then ask on")
+        yield from self.start(path + [{"role": "user", "content": text}], leaf, tab, **how)
 
-    def retry(self, leaf: int | None, tab: str) -> Iterator[list[dict]]:
+    def retry(self, leaf: int | None, tab: str, **how) -> Iterator[list[dict]]:
         "Another answer to the last question: a second branch."
         path = path_to(self.db, self.save_late(leaf))
         while path and path[-1]["role"] == "assistant": path = path[:-1]
-        if path: yield from self.start(path, leaf, tab, temperature=RETRY)
+        warm = max(RETRY, how.pop("temperature", None) or 0)
+        if path: yield from self.start(path, leaf, tab, temperature=warm, **how)
 
-    def edit(self, text: str, message: int, leaf: int, tab: str) -> Iterator[list[dict]]:
+    def edit(self, text: str, message: int, leaf: int, tab: str, **how) -> Iterator[list[dict]]:
         "Ask an earlier question in other words: a branch from the message before it."
-        if not self.mine(message, leaf) or not text.strip(): return
-        yield from self.start(path_to(self.db, message)[:-1] + [{"role": "user", "content": text}], leaf, tab)
+        if (self.mine(message, leaf) or {}).get("role") != "user" or not text.strip(): return
+        yield from self.start(path_to(self.db, message)[:-1] + [{"role": "user", "content": text}], leaf, tab, **how)
+
+    def judge(self, leaf: int | None, verdict: str) -> dict:
+        "Which of the two answers to `leaf` is better: saved, with the names. Raises `UserError`."
+        return save_verdict(self.db, leaf, verdict)
+
+    def switch(self, leaf: int | None, end: int) -> list[dict]:
+        "The branch that ends in `end`, if it is one of this conversation; else what is shown."
+        return path_to(self.db, end if end in dict(map(reversed, branches(self.db, leaf))) else leaf)
 
     def stop(self, leaf: int | None, tab: str) -> None:
         "Stop what is running in this tab, or in the conversation that it shows."
@@ -179,25 +155,38 @@ class Desk:
         "The message, if it is on the page that ends in `leaf`."
         return next((m for m in path_to(self.db, leaf) if m["id"] == message), None)
 
-    def restore(self, token: str | None) -> Iterator[list[dict]]:
-        "What a browser had open: a running turn to watch, or the saved path. Empty for a token that nobody was given."
-        turn = self.running.get(newest(self.db, token))
+    def turn_of(self, token: str | None) -> Turn | None:
+        "The turn that runs in a conversation: its question is newest, or is asked once more."
+        path = path_to(self.db, newest(self.db, token))
+        return next((self.running[m["id"]] for m in path if m["id"] in self.running), None)
+
+    def restore(self, token: str | None, owner: str | None = None) -> Iterator[list[dict]]:
+        "What a browser had open: a running turn to watch, or the saved path. Empty for a token that is not theirs."
+        turn = self.turn_of(token) if may_open(self.db, token, owner) else None
         if turn: yield from turn.watch()
+        elif not may_open(self.db, token, owner): yield []
         else: yield path_to(self.db, self.save_late(newest(self.db, token)))     # look again: one may just be saved
 
     def save_late(self, leaf: int | None) -> int | None:
-        "Save the reply to `leaf` that the database refused when it came. Returns the leaf that the page has now."
+        "Save what the database refused when it came. Returns the leaf that the page has now: it may have been chosen."
         with self.lock:
-            path = self.unsaved.get(leaf)
-            if not path: return leaf
-            if "id" not in path[-1]:
-                id = saved_reply(self.db, leaf, path[-1]) or save_turn(self.db, path)[-1]["id"]
-                path = self.unsaved[leaf] = path[:-1] + [path[-1] | {"id": id}]
-        return path[-1]["id"]
+            *path, last = self.unsaved.get(leaf) or [None]
+            if last and "id" not in last:
+                there = saved_reply(self.db, leaf, last.get("replies", [last])[0])
+                if "replies" in last:
+                    if not there: save_pair(self.db, path, last["replies"])
+                    del self.unsaved[leaf]
+                else:
+                    there = there or save_turn(self.db, path + [last])[-1]["id"]
+                    self.unsaved[leaf] = [*path, last := last | {"id": there}]
+            if last and "id" in last: return last["id"]
+        both = duel_of(self.db, leaf)
+        return chosen_side(both)["id"] if both and both["verdict"] else leaf
 
-    def forget(self, token: str) -> int:
+    def forget(self, token: str, owner: str | None = None) -> int:
         "Delete a conversation. A reply that still streams is stopped first. Returns how many were deleted: 1 or 0."
-        turn = self.running.get(newest(self.db, token))
+        if not may_open(self.db, token, owner): return 0
+        turn = self.turn_of(token)
         if turn: self.finish([turn])
         return forget(self.db, [token])
 
@@ -218,41 +207,3 @@ class Desk:
         for turn in turns: turn.stop.set()
         for turn in turns:
             with turn.news: turn.news.wait_for(lambda: turn.done, seconds)
-
-# %% ../nbs/workshop/desk.ipynb #a5e3a831
-FLAG = "⚑"
-ENDINGS = {"stopped": "stopped",
-           "cut": "cut: this is the longest reply that was asked for",
-           "full": "no room left in the model: start a new chat"}
-
-def _notes(message: dict) -> Iterator[str]:
-    if message.get("dropped"): yield f"the {message['dropped']} oldest messages were not sent to the model"
-    text = message.get("note") if message.get("status") == "failed" else ENDINGS.get(message.get("status"))
-    if text: yield text
-
-def view(
-    messages: list[dict],   # a path
-) -> list[dict]:            # for `gr.Chatbot`: role, content, metadata with the id
-    "A path as the page shows it: without the system prompt, with what happened to each reply."
-    return [{"role": m["role"],
-             "content": m["content"] + "".join(f"\n\n*{FLAG} {note}*" for note in _notes(m)),
-             "metadata": {"id": m["id"]} if "id" in m else {}}
-            for m in messages if m["role"] != "system"]
-
-# %% ../nbs/workshop/desk.ipynb #b6c2f23a
-TUTOR_CAN = ("I add and subtract numbers up to 99, also inside a little story, and I show my working. "
-             "I know nothing else, and I can be wrong.")
-MODEL_CAN = "I know what I was trained on, and I can be wrong: check what matters."
-THUMBS = "A thumb tells whoever trains me how I did; after a thumb down you can write what I should have said."
-TUTOR_QUESTIONS = ("What is 47 + 38?", "What is 52 - 17?",
-                   "Tom has 23 apples. He buys 45 more. How many apples does Tom have now?")
-QUESTIONS = ("Explain in two sentences what a language model is.", "What is 17 × 24? Show your working.",
-             "Write four lines about the sea.")
-
-def welcome(
-    tutor: bool,   # is it the course's tutor?
-    name: str,     # the server's name for its model
-) -> tuple[str, tuple[str, ...]]:   # the greeting as Markdown, three questions to try
-    "What an empty page says."
-    who, can, questions = ("the tutor", TUTOR_CAN, TUTOR_QUESTIONS) if tutor else (f"`{name}`", MODEL_CAN, QUESTIONS)
-    return f"## Hello! I am {who}.\n\n{can}\n\n{THUMBS}", questions

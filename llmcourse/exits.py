@@ -15,6 +15,7 @@ __all__ = ['WAYS', 'disk_line', 'full_disk', 'in_one_line']
 WAYS = {
     errno.ENOSPC: "no space left on the disk. Free some and run the same command again",
     errno.EDQUOT: "no space left in your quota. Free some and run the same command again",
+    errno.EFBIG: "too large a file for this disk, or for what this process may write. Choose another output",
     errno.EROFS: "the disk is read-only. Choose another output",
     errno.EACCES: "no permission. Choose another place, or change its owner",
     errno.EPERM: "not permitted. Choose another place",

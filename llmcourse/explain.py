@@ -13,7 +13,7 @@ from .flight import save_flight
 from .recorder import Flight, read_flight
 
 # %% auto #0
-__all__ = ['RULES', 'Ends', 'ends', 'Rule', 'Finding', 'findings', 'diagnose', 'explanation', 'explain']
+__all__ = ['FAR', 'RULES', 'Ends', 'ends', 'Rule', 'Finding', 'findings', 'diagnose', 'explanation', 'explain']
 
 # %% ../nbs/workshop/explain.ipynb #8de1109f
 @dataclass(frozen=True)
@@ -89,12 +89,12 @@ def _long(run: Flight, limit: float) -> str:
     end = f", {cut.last:.0%} of them cut off" if cut and cut.last > cut.first else ""
     return f"replies grew from {tokens.first:.0f} tokens ({tokens.begin}) to {tokens.last:.0f} ({tokens.end}){end}"
 
-def _peak(run: Flight, name: str) -> tuple[str, float]:
-    "The highest stretch of a curve, as long as its ends: which steps, and their mean."
+def _stretch(run: Flight, name: str, most: Callable = max) -> tuple[str, float]:
+    "The highest stretch of a curve (or the lowest: `min`), as long as its ends: which steps, and their mean."
     points = run.curve(name)
     k = max(2, len(points) // 4)
     means = {i: statistics.fmean(value for _, value in points[i:i + k]) for i in range(len(points) - k + 1)}
-    i = max(means, key=means.get)
+    i = most(means, key=means.get)
     return f"steps {points[i][0]}–{points[i + k - 1][0]}", means[i]
 
 def _hacked(run: Flight, limit: float) -> str:
@@ -104,41 +104,48 @@ def _hacked(run: Flight, limit: float) -> str:
     for name, what in (("right", "right replies"), ("eval_reward", "reward on the validation rows")):
         other = ends(run, name)
         if not other: continue
-        steps, best = _peak(run, name)
+        steps, best = _stretch(run, name)
         if best - other.last >= max(limit, 2 * other.noise):
             return (f"the reward rose from {reward.first:.2f} ({reward.begin}) to {reward.last:.2f} ({reward.end}), "
                     f"{what} fell from {best:.0%} ({steps}) to {other.last:.0%}")
     return ""
 
 # %% ../nbs/workshop/explain.ipynb #06a8c22b
-def _high(run: Flight, limit: float) -> str:
-    "The reward collapses; without a reward, the loss climbs far above its first value."
-    reward, loss = ends(run, "reward"), run.curve("loss")
-    if reward:
-        if -reward.rise < max(limit * _spread(run), 2 * reward.noise, 1e-6): return ""
-        return f"the reward fell from {reward.first:.2f} ({reward.begin}) to {reward.last:.2f} ({reward.end})"
-    if len(loss) < 4: return ""
-    steps, peak = _peak(run, "loss")
-    if peak < (1 + limit) * loss[0][1]: return ""
-    return f"the loss rose from {loss[0][1]:.2f} (step {loss[0][0]}) to {peak:.2f} ({steps})"
+FAR = .3   # nats a token from the start
 
 def _moved(run: Flight) -> tuple[int, float] | None:
-    "The last step at which somebody looked how far the model is from its start, and how far: nats a token."
-    looks = run.curve("drift") or run.curve("kl")
-    return (looks[-1][0], abs(looks[-1][1])) if looks and looks[-1][0] else None
+    "The step at which the model was seen furthest from its start, and how far: nats a token."
+    looks = [(step, abs(value)) for step, value in run.curve("drift") or run.curve("kl")]
+    return max(looks, key=lambda look: look[1]) if looks and looks[-1][0] else None
+
+def _high(run: Flight, limit: float) -> str:
+    "The reward collapses, far from the start; without a reward, the loss climbs far above its first value."
+    reward, loss, moved = ends(run, "reward"), run.curve("loss"), _moved(run)
+    if reward:
+        silent = ends(run, "frac_reward_zero_std")
+        alike = silent is not None and silent.first < .75 <= silent.last   # all say one thing by now, and no better
+        fall = 0 if alike else max(limit * _spread(run), 2 * reward.noise)
+        if reward.rise >= -max(fall, 1e-6) or moved and moved[1] < FAR: return ""   # close to the start: chance
+        return f"the reward fell from {reward.first:.2f} ({reward.begin}) to {reward.last:.2f} ({reward.end})"
+    if len(loss) < 4: return ""
+    steps, peak = _stretch(run, "loss")
+    if peak < (1 + limit) * loss[0][1]: return ""
+    return f"the loss rose from {loss[0][1]:.2f} (step {loss[0][0]}) to {peak:.2f} ({steps})"
 
 def _far(run: Flight, limit: float) -> str:
     "A model that is reinforced is far from its start. Examples and pairs may take it anywhere."
     moved = _moved(run)
     if not moved or moved[1] < limit or not run.curve("reward"): return ""
-    return f"it is {moved[1]:.2g} nats a token away from its start at step {moved[0]}"
+    return f"it was {moved[1]:.2g} nats a token away from its start at step {moved[0]}"
 
 def _sure(run: Flight, limit: float) -> str:
-    "The entropy is gone before the reward is at its top."
+    "The entropy is gone, and the mistakes are not. Where both fall alike, somebody learns."
     entropy, reward, right = ends(run, "entropy"), ends(run, "reward"), ends(run, "right")
-    if not entropy or not reward or entropy.last > limit * entropy.first: return ""
-    if right and right.last > .9: return ""   # sure, and right
-    return f"the entropy fell from {entropy.first:.2g} ({entropy.begin}) to {entropy.last:.2g} nats ({entropy.end})"
+    if not entropy or not reward or right and right.last > .9: return ""   # sure, and right
+    left = min(1, (1 - right.last) / (1 - right.first)) if right and right.first < 1 else 1   # of the mistakes
+    steps, low = _stretch(run, "entropy", min)
+    if low > limit * entropy.first * left: return ""
+    return f"the entropy fell from {entropy.first:.2g} ({entropy.begin}) to {low:.2g} nats ({steps})"
 
 # %% ../nbs/workshop/explain.ipynb #fa91f4e5
 def _by_heart(run: Flight, limit: float) -> str:
@@ -155,7 +162,7 @@ def _low(run: Flight, limit: float) -> str:
     moved, reward, loss = _moved(run), ends(run, "reward"), ends(run, "loss")
     if reward:
         if not moved or moved[1] > limit or _risen(run, "reward", 0): return ""
-        return f"it is {moved[1]:.1g} nats a token away from its start at step {moved[0]}"
+        return f"it was never more than {moved[1]:.1g} nats a token away from its start (step {moved[0]})"
     if not loss or loss.last < max(.1, .9 * loss.first) or _risen(run, "rewards/accuracies", .1): return ""
     return f"the loss went from {loss.first:.2f} ({loss.begin}) to {loss.last:.2f} ({loss.end})"
 
@@ -198,18 +205,18 @@ RULES += (
     Rule("reward hacked", _hacked, .15, "fewer right, or less held-out reward, while the reward rises",
          "Read the samples, mend the reward, and start again from the first checkpoint",
          "what is rewarded and what is wanted part ways", "Gao et al. 2022, fig. 1"),
-    Rule("entropy collapse", _sure, .2, "of the entropy at the start",
+    Rule("entropy collapse", _sure, 1 / 3, "of the entropy at the start, while the mistakes stay",
          "Raise the temperature or epsilon_high, lower the learning rate, or give more different prompts",
          "who is sure tries nothing new, and the rest of the run is silent", "Cui et al. 2025, §2"),
-    Rule("KL blow-up", _far, .5, "nats a token from the start",
+    Rule("KL blow-up", _far, FAR, "nats a token from the start",
          "Set beta to 0.04, or lower the learning rate or num_iterations",
-         "the replies that it began with are e^-0.5 as likely, token by token", "Gao et al. 2022, fig. 1"),
+         "the replies that it began with are e^-0.3 as likely, token by token", "Gao et al. 2022, fig. 1"),
     Rule("overfitting", _by_heart, 1.1, "times the lowest validation loss",
          "Train for fewer epochs, or on more rows",
          "the rows are learned by heart", "Prechelt 1998, Early stopping"),
-    Rule("learning rate too low", _low, 2e-5, "nats a token from the start; or a tenth of the loss",
+    Rule("learning rate too low", _low, 1e-3, "nats a token from the start; or a tenth of the loss",
          "Take ten times the learning rate, or more steps",
-         "so little cannot be seen in any reply", "the gallery"),
+         "a reply of a hundred tokens is at most a tenth more likely, or less", "the gallery"),
 )
 
 # %% ../nbs/workshop/explain.ipynb #6e7bff18
@@ -226,7 +233,7 @@ def findings(
 ) -> list[Finding]:   # the first is the headline
     "Everything that the rules see in a run."
     seen = [(rule, rule.see(run, rule.limit)) for rule in RULES]
-    found = [Finding(r.name, what, f"{r.limit:g} {r.unit}", r.way) for r, what in seen if what]
+    found = [Finding(r.name, what, f"{r.limit:.2g} {r.unit}", r.way) for r, what in seen if what]
     return found or [Finding("fine", _healthy(run), "", "")]
 
 # %% ../nbs/workshop/explain.ipynb #998b9d77

@@ -7,9 +7,10 @@ from __future__ import annotations
 import json, re
 from collections.abc import Iterator
 from .core import Message, UserError
+from .redact import EMAIL, found_in, secret
 
 # %% auto #0
-__all__ = ['SECRETS', 'turn_faults', 'secret', 'text_faults', 'said_in', 'chat_faults', 'refuse_faults', 'printable']
+__all__ = ['turn_faults', 'text_faults', 'said_in', 'chat_faults', 'refuse_faults', 'printable']
 
 # %% ../nbs/workshop/faults.ipynb #2565549f
 def _answer_faults(messages: list[Message]) -> Iterator[tuple[str, str]]:
@@ -144,44 +145,16 @@ def turn_faults(
     yield from _list_faults(messages, tools)
     yield from _tool_faults(messages, tools)
 
-# %% ../nbs/workshop/faults.ipynb #79863278
-SECRETS = {"an AWS key": r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b",
-           "a GitHub token": r"\b(?:gh[pousr]_[A-Za-z0-9]{36}|github_pat_\w{50})",
-           "an API key": r"\bsk-[A-Za-z0-9_-]{20,}",
-           "a Hugging Face token": r"\bhf_[A-Za-z0-9]{30,}",
-           "a Google key": r"\bAIza[\w-]{35}",
-           "a Slack token": r"\bxox[abeprs]-[\w-]{10,}",
-           "a Stripe key": r"\b[rs]k_live_\w{16,}",
-           "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY",
-           "a signed web token": r"\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]+",
-           "a password": r"(?i:\b(?:password|passwd|secret|api[_-]?key|token)\b[\"']?\s*[:=]\s*[\"']?"
-                         r"(?=[^\s\"']*\d)[^\s\"']{8,})"}
-_SECRET = re.compile("|".join(f"({p})" for p in SECRETS.values()))
-
 # %% ../nbs/workshop/faults.ipynb #11a90101
-_HINTS = ("akia", "asia", "ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_", "sk-", "hf_", "aiza", "xox", "k_live_",
-          "private key", "eyj", "passw", "secret", "key", "token")
-_EMAIL = re.compile(r"\b[\w.+-]+@(?!example\.)[\w-]+(?:\.[\w-]+)*\.[a-zA-Z]{2,}\b")
 _SPECIAL = re.compile(r"<\|[a-z0-9_]+\|>|\[/?INST\]|</?s>|<(?:start|end)_of_turn>|<bos>|<eos>|<<SYS>>")
 _GARBLED = re.compile(r"\ufffd|Ã[\x80-\xbf]|â€")
-
-def secret(
-    text: str,
-) -> tuple[str, bool]:   # (what it is, with its first letters; is it surely one?), or ("", False)
-    "The first secret in a text. It is never printed whole."
-    small = text.lower()   # a cheap look first
-    m = any(hint in small for hint in _HINTS) and _SECRET.search(text)
-    if not m: return "", False
-    name = list(SECRETS)[m.lastindex - 1]
-    sure = name != "a password" and "example" not in m[0].lower()   # a manual may show a password, or AWS's example
-    return f"{name} ({m[0][:4]}…)", sure
 
 def text_faults(text: str) -> Iterator[tuple[str, str]]:
     "What is wrong with the letters of one conversation: (level, what)."
     what, sure = secret(text)
     if what: yield "error" if sure else "warning", f"holds {what}: take it out, and revoke it"
-    if "@" in text and (m := _EMAIL.search(text)):
-        yield "warning", f"holds an e-mail address ({m[0][:2]}…@{m[0].rpartition('@')[2]})"
+    if mail := found_in(text, EMAIL):
+        yield "warning", f"holds an e-mail address ({mail[:2]}…@{mail.rpartition('@')[2]})"
     if ("<" in text or "[" in text) and (m := _SPECIAL.search(text)):
         yield "warning", (f"holds {m[0]}: the text was rendered already, or somebody plays tricks. "
                           "BOS would be doubled, turns torn")

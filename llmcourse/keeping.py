@@ -7,7 +7,7 @@ from __future__ import annotations
 import datetime
 from pathlib import Path
 import sqlalchemy as sa
-from .chatdb import CONVERSATIONS, MESSAGES, VOTES, reading, writing
+from .chatdb import COMPARISONS, CONVERSATIONS, MESSAGES, VOTES, reading, writing
 from .core import UserError, write_jsonl
 
 # %% auto #0
@@ -17,13 +17,16 @@ __all__ = ['everything_said', 'export_conversations', 'forget', 'expire']
 def everything_said(
     db: str | Path,        # a file, or a URL
     tokens: list[str],     # of conversations
-) -> list[dict]:           # message (its id), parent, role, content, model, status, created (UTC), vote, correction
-    "All that is kept of some conversations, oldest first."
-    m = MESSAGES.c
+) -> list[dict]:           # message (its id), parent, role, content, model, status, created, vote, correction, compared
+    "All that is kept of some conversations, oldest first. `compared`: chosen, beaten, tie, neither; open: no verdict."
+    m, c = MESSAGES.c, COMPARISONS.c
     columns = (m.id.label("message"), m.parent, m.role, m.content, m.model, m.status, m.created)
-    wanted = (sa.select(*columns, VOTES.c.vote, VOTES.c.correction).select_from(MESSAGES)
+    winner = sa.case((c.verdict == "a", c.a), (c.verdict == "b", c.b))
+    compared = sa.case((c.id.is_(None), None), (c.verdict.is_(None), "open"), (winner.is_(None), c.verdict),
+                       (winner == m.id, "chosen"), else_="beaten")
+    wanted = (sa.select(*columns, VOTES.c.vote, VOTES.c.correction, compared.label("compared")).select_from(MESSAGES)
               .join(CONVERSATIONS, CONVERSATIONS.c.id == m.conversation)
-              .outerjoin(VOTES, VOTES.c.message == m.id)
+              .outerjoin(VOTES, VOTES.c.message == m.id).outerjoin(COMPARISONS, sa.or_(c.a == m.id, c.b == m.id))
               .where(CONVERSATIONS.c.token.in_(tokens)).order_by(m.id))
     with reading(db) as con: return [dict(row) for row in con.execute(wanted).mappings()]
 
@@ -42,6 +45,7 @@ def _delete(con: sa.Connection, ids: list[int]) -> int:
     "Delete conversations with all that belongs to them. Returns how many there were."
     messages = sa.select(MESSAGES.c.id).where(MESSAGES.c.conversation.in_(ids))
     con.execute(sa.delete(VOTES).where(VOTES.c.message.in_(messages)))
+    con.execute(sa.delete(COMPARISONS).where(COMPARISONS.c.a.in_(messages)))
     con.execute(sa.delete(MESSAGES).where(MESSAGES.c.conversation.in_(ids)))
     return con.execute(sa.delete(CONVERSATIONS).where(CONVERSATIONS.c.id.in_(ids))).rowcount
 
@@ -49,7 +53,7 @@ def forget(
     db: str | Path,        # a file, or a URL
     tokens: list[str],     # of conversations
 ) -> int:                  # how many were deleted
-    "Delete conversations: messages, votes and corrections."
+    "Delete conversations: messages, votes, corrections and comparisons."
     of_them = sa.select(CONVERSATIONS.c.id).where(CONVERSATIONS.c.token.in_(tokens)).with_for_update()
     with writing(db) as con: return _delete(con, con.scalars(of_them).all())
 

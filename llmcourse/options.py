@@ -14,7 +14,7 @@ __all__ = ['WORDS', 'MOST', 'option', 'parser', 'parse']
 
 # %% ../nbs/workshop/options.ipynb #5ab5d764
 # parameters that are given without `--`
-WORDS = ("action", "file", "card", "base", "job", "words", "run", "name", "server")
+WORDS = ("action", "file", "card", "base", "job", "words", "run", "files", "name", "server")   # `words`: all the rest
 MOST = 2**32                         # no option is a larger number: seeds are 32 bits
 
 def _refuse(message: str): raise UserError(f"{message}. llmcourse COMMAND --help lists the options")
@@ -29,7 +29,7 @@ def _add(options: argparse.ArgumentParser, parameter: inspect.Parameter, kind: t
     shown = "" if default in (None, False, parameter.empty) else f" (default: {default})"
     text = (note + shown).replace("%", "%%")
     optional = {} if default is parameter.empty else dict(nargs="?", default=default)
-    if kind is list: options.add_argument(name, nargs=argparse.REMAINDER, help=text)   # all that is left
+    if kind is list: options.add_argument(name, nargs="*" if name == "files" else argparse.REMAINDER, help=text)
     elif name in WORDS: options.add_argument(name, type=kind, help=text, **optional)
     elif kind is bool: options.add_argument(option(name), action="store_true", help=text)
     elif kind == list[str]: options.add_argument(option(name), action="append", metavar="NAME=FOLDER", help=text)

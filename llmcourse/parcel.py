@@ -9,9 +9,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 from .card import read_card
 from .core import UserError, is_run
-from .faults import secret
 from .gguf_file import read_gguf
 from .pretrained import adapter_base, adapter_shapes
+from .redact import secret
 from .tensors import tensor_index, weight_files
 
 # %% auto #0

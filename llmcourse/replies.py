@@ -128,14 +128,18 @@ def take_turn(
     model: str,                            # the server's name for its model
     messages: list[dict],                  # a path that ends in a question; its new messages have no id yet
     stop: threading.Event | None = None,   # set it to stop
+    owner: str | None = None,              # of a new conversation
+    label: str | None = None,              # what the database calls the model; by default as the server does
     **options,                             # for `answer`: remember, max_tokens, temperature, …
 ) -> Iterator[list[dict]]:                 # the growing path; the last one has the reply's id
     "Save the question, stream the reply, save the reply, however it ended."
-    path = save_turn(db, messages)
+    path = save_turn(db, messages, owner)
     reply = None
     yield path
     try:
-        for reply in answer(client, model, path, stop, **options): yield path + [reply]
+        for reply in answer(client, model, path, stop, **options):
+            reply = reply | {"model": label or model}
+            yield path + [reply]
     except GeneratorExit:
         if reply: save_turn(db, path + [reply | {"status": "stopped"}])
         raise

@@ -7,7 +7,7 @@ from __future__ import annotations
 import itertools, re
 from collections.abc import Callable
 from pathlib import Path
-from .core import UserError, is_run, read_jsonl, write_jsonl
+from .core import UserError, is_run, once, same_settings
 from .evals import compare
 from .questions import reply_text
 from .rl import exact_reward, grpo
@@ -67,22 +67,12 @@ def gate(
     of = lambda results, name: [row for row in results if row["task"] == name]
     strict = 1 - (1 - level) / len(names)           # so many kinds, so many chances of a false alarm
     kinds = [{"kind": name, **compare(of(first, name), of(new, name), strict)} for name in names]
-    worse = [row["kind"] for row in kinds if row["high"] < 0]
-    why = f"worse: {', '.join(worse)}" if worse else "better" if whole["low"] > 0 else "no better that the test can see"
+    why = "better" if whole["low"] > 0 else "worse" if whole["high"] < 0 else "no better that the test can see"
+    if worse := [row["kind"] for row in kinds if row["high"] < 0]: why = f"worse: {', '.join(worse)}"
     return {"passed": why == "better", "why": why, **{k: whole[k] for k in ("before", "after", "gain", "low", "high")},
             "kinds": kinds}
 
 # %% ../nbs/09c_rounds.ipynb #ca57cd83
-def _once(path: Path, make: Callable) -> list[dict]:
-    "The rows of a file, which is made if it is not there."
-    if not path.is_file(): write_jsonl(path, make())
-    return read_jsonl(path)
-
-def _same_settings(folder: Path, **said) -> None:
-    "Raises `UserError` if the folder holds rounds with other settings."
-    if _once(folder / "settings.jsonl", lambda: [said]) == [said]: return
-    raise UserError(f"{folder}: rounds with other settings. Repeat those, or choose another folder")
-
 def rounds(
     start: str | Path,        # the first model
     pool: Callable,           # (number of the round) → fresh questions
@@ -98,14 +88,14 @@ def rounds(
     "GRPO in rounds, each from the last model that passed the gate, on questions that it can learn from."
     folder, champion, history = Path(folder), start, []
     plain = {name: value for name, value in options.items() if isinstance(value, (int, float, str))}
-    _same_settings(folder, start=str(start), seed=seed, frozen=len(frozen), reward=reward.__name__, **plain)
-    first = best = _once(folder / "gate0.jsonl", lambda: ask(start, frozen, 0.0))
+    same_settings(folder, start=str(start), seed=seed, frozen=len(frozen), reward=reward.__name__, **plain)
+    first = best = once(folder / "gate0.jsonl", lambda: ask(start, frozen, 0.0))
     for i in range(1, n + 1):
-        fresh = _once(folder / f"tried{i}.jsonl", lambda: sample_groups(ask, champion, pool(i), reward))
+        fresh = once(folder / f"tried{i}.jsonl", lambda: sample_groups(ask, champion, pool(i), reward))
         rows, run = next_rows(fresh), folder / f"round{i}"
         if not is_run(run):
             grpo(rows, run, champion, reward, seed=seed + i, probe_groups=0, callbacks=callbacks, **options)
-        new = _once(folder / f"gate{i}.jsonl", lambda: ask(run, frozen, 0.0))
+        new = once(folder / f"gate{i}.jsonl", lambda: ask(run, frozen, 0.0))
         history.append({"model": str(champion), "tried": len(fresh), "kept": len(rows), **gate(first, best, new)})
         if history[-1]["passed"]: champion, best = run, new
         history[-1] |= {"run": str(run), "champion": str(champion)}

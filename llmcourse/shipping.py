@@ -5,9 +5,12 @@
 # %% ../nbs/workshop/shipping.ipynb #4e7d039f
 from __future__ import annotations
 import contextlib, os, shutil, sys
+from collections.abc import Callable
 from pathlib import Path
-from .core import Scratch, UserError, begins, check_free, choose
+from .core import Scratch, UserError, begins, check_free, choose, write_aside
+from .following import Following
 from .gguf_file import NO_TEMPLATE, has_template
+from .live import follows
 from .progress import tell
 
 # %% auto #0
@@ -50,12 +53,13 @@ def export_folder(
     model: str | Path,     # a checkpoint, a model or adapter folder, or a Hub name
     output: str | Path,    # folder to make
     quant: str = "Q8_0",   # F32, F16, BF16, or what `llmcourse.export.quantize` knows
+    prove: Callable | None = None,   # called with the finished file before it gets its name: `parity_check`
 ) -> list[Path]:           # the GGUF, and the Modelfile if Ollama can say the chat template
     "Export a model to a folder that Ollama, llama.cpp and LM Studio take."
     from llmcourse.converter import convert
     name, dtype = gguf_name_of(model, quant)
     [gguf] = _free(output, name)
-    tokenizer = convert(model, gguf, dtype, verify=True, threads=os.cpu_count())
+    tokenizer = convert(model, gguf, dtype, verify=True, threads=os.cpu_count(), prove=prove)
     return _with_modelfile([gguf], tokenizer)
 
 # %% ../nbs/workshop/shipping.ipynb #51154879
@@ -63,6 +67,7 @@ def export_beside(
     adapter: str | Path,   # `tutor/NAME`, the folder of an adapter, or a Hub name
     output: str | Path,    # folder to make
     quant: str = "Q8_0",   # of the base, as for `export_folder`; the adapter stays in float32
+    prove: Callable | None = None,   # called with both finished files
 ) -> list[Path]:           # the base's GGUF, the adapter's, and the Modelfile if Ollama can say the chat template
     "Export an adapter and its base as two files. Raises `UserError` for an adapter that has to be merged."
     from llmcourse.converter import convert
@@ -71,8 +76,10 @@ def export_beside(
     base = adapter_base(adapter_folder(adapter))
     name, dtype = gguf_name_of(base, quant)
     gguf, beside = _free(output, name, f"{Path(adapter).resolve().name}-lora.gguf")
-    lora_to_gguf(adapter, beside)   # first, for its refusals
-    tokenizer = convert(base, gguf, dtype, verify=True, threads=os.cpu_count(), words=adapter)
+    with write_aside(beside, begins(b"GGUF")) as aside:
+        lora_to_gguf(adapter, aside)   # first, for its refusals
+        def both(path): prove and prove(path, aside)
+        tokenizer = convert(base, gguf, dtype, verify=True, threads=os.cpu_count(), words=adapter, prove=both)
     return _with_modelfile([gguf, beside], tokenizer)
 
 # %% ../nbs/workshop/shipping.ipynb #701db594
@@ -129,9 +136,20 @@ def _words_of(adapters: dict) -> dict:
     return {"chat_template": template} if template else {}
 
 # %% ../nbs/workshop/shipping.ipynb #f402efbb
+def _ready(model: str | Path, engine: str, auto: bool, quant: str, adapters: dict, folder: Path) -> dict:
+    "What `serve` takes. With `auto`, a model that llama.cpp cannot have goes to transformers."
+    try:
+        words = _words_of(adapters)
+        taken = _fit(model, engine, quant, folder), _fit_adapters(adapters, engine, folder)
+    except UserError as e:
+        if not auto or adapters: raise
+        tell(f"{e}\nso transformers serves it")
+        words, taken, engine = {}, (model, {}), "transformers"
+    return {"model": taken[0], "adapters": taken[1], "engine": engine} | words
+
 @contextlib.contextmanager
 def served(
-    model: str | Path = "tutor/sft",  # a .gguf, a checkpoint, a folder, or a Hub name
+    model: str | Path = "tutor/sft",  # a .gguf, a checkpoint, a folder, a Hub name, or the folder of a flywheel
     port: int = 0,                    # 0: any free one
     host: str = "127.0.0.1",          # any other than loopback needs a key
     key: str | None = None,           # clients must send it
@@ -146,15 +164,12 @@ def served(
     from llmcourse.servers import ENGINES, check_engine
     check_address(host, port, key)
     choose(engine, ["auto", *ENGINES], "engine")
+    options = dict(port=port, host=host, key=key, n_parallel=n_parallel)
+    if follows(model):
+        with Following(model, **options) as server: yield server
+        return
     model, chosen = _one_model(model), best_engine(model) if engine == "auto" else engine
     check_engine(chosen, adapters or {})
-    options = dict(port=port, host=host, key=key, n_parallel=n_parallel, timeout=timeout)
     with Scratch() as folder:
-        try:
-            options |= _words_of(adapters or {})
-            ready = _fit(model, chosen, quant, folder), _fit_adapters(adapters or {}, chosen, folder)
-        except UserError as e:
-            if engine != "auto" or adapters: raise
-            tell(f"{e}\nso transformers serves it")
-            ready, chosen = (model, {}), "transformers"
-        with serve(ready[0], engine=chosen, adapters=ready[1], **options) as server: yield server
+        ready = _ready(model, chosen, engine == "auto", quant, adapters or {}, folder)
+        with serve(ready.pop("model"), timeout=timeout, **options, **ready) as server: yield server

@@ -1,13 +1,27 @@
 """What ships in deployment/ parses, imports, and says what it should."""
 
 import importlib.util
+import json
+import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
+import httpx
 import pytest
+import yaml
+from jsonschema import Draft202012Validator, validators
+
+from llmcourse.cli import COMMANDS, command
+from llmcourse.core import UserError
+from llmcourse.options import parse
+from llmcourse.redact import secret
+from llmcourse.servers import free_port
 
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "deployment"
@@ -84,6 +98,7 @@ def test_dockerfile():
         "ENV",
         "EXPOSE",
         "ENTRYPOINT",
+        "HEALTHCHECK",
         "CMD",
     }
     for line in (x for x in lines if x.startswith("COPY")):
@@ -100,7 +115,7 @@ def test_the_image_installs_the_package_for_the_cpu():
     "Plain pip on Linux would bring gigabytes of CUDA. uv knows each option, and both builds that are named."
     text = (DEPLOY / "Dockerfile").read_text()
     command = re.search(r"uv pip install (.+)$", text, re.M)[1].split()
-    assert command[-1] == "." and (ROOT / command[command.index("-c") + 1]).exists()
+    assert command[-1] == ".[postgres]" and (ROOT / command[command.index("-c") + 1]).exists()
     known = subprocess.run(
         [sys.executable, "-m", "uv", "pip", "install", "--help"], capture_output=True, text=True, check=True
     ).stdout
@@ -122,3 +137,226 @@ def test_shipped_modelfile_is_the_exported_one(tmp_path):
 
     written = export_folder("tutor/sft", tmp_path, "Q8_0")[1]
     assert written.read_text() == (DEPLOY / "ollama/Modelfile").read_text()
+
+
+# ---- every command is a real command
+
+
+def docker_commands(text: str) -> list[list[str]]:
+    return [json.loads(words) for words in re.findall(r"^CMD (\[.*\])$", text, re.M)]
+
+
+def compose() -> dict:
+    return yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+
+
+def manifests() -> list[dict]:
+    files = sorted((DEPLOY / "kubernetes").glob("*.yaml"))
+    return [one for file in files for one in yaml.safe_load_all(file.read_text())]
+
+
+def containers() -> list[dict]:
+    return [
+        c for one in manifests() if one["kind"] == "Deployment" for c in one["spec"]["template"]["spec"]["containers"]
+    ]
+
+
+def unit(file: Path) -> dict[str, str]:
+    lines = [line.split("=", 1) for line in file.read_text().splitlines() if "=" in line and not line.startswith("#")]
+    return dict(lines)
+
+
+def commands() -> dict[str, list[str]]:
+    "Where it stands → the words after `llmcourse`."
+    found = {f"Dockerfile {i}": words for i, words in enumerate(docker_commands((DEPLOY / "Dockerfile").read_text()))}
+    found |= {f"compose {name}": s["command"] for name, s in compose()["services"].items() if "command" in s}
+    found |= {f"kubernetes {c['name']}": c["args"] for c in containers()}
+    for file in sorted((DEPLOY / "systemd").glob("*.service")):
+        found[file.name] = shlex.split(unit(file)["ExecStart"])[1:]
+    texts = [*DEPLOY.rglob("*.md"), DEPLOY / "Dockerfile", *DEPLOY.rglob("*.yaml")]
+    for file in texts:
+        for line in re.findall(r"(?:^ {4}|`)(llmcourse [^`\n]+)", file.read_text(), re.M):
+            found[f"{file.name} {line}"] = shlex.split(line, comments=True)[1:]
+    return found
+
+
+@pytest.mark.parametrize("where", commands())
+def test_every_command_and_option_exists(where):
+    name, *words = commands()[where]
+    words = [re.sub(r"\$\{\w+:-(.*?)\}", r"\1", word) for word in words]  # as compose fills it in
+    told = parse(command(name), f"llmcourse {name}", words)
+    assert name in COMMANDS and told
+
+
+def test_the_test_of_commands_can_fail():
+    with pytest.raises(UserError):
+        parse(command("serve"), "llmcourse serve", ["--modell", "tutor/rl"])
+    assert len(commands()) >= 12
+
+
+# ---- the forms are those of compose and Kubernetes
+
+
+def test_compose_is_what_the_specification_takes():
+    schema = json.loads((ROOT / "tests/data/compose.json").read_text())
+    check = validators.validator_for(schema)(schema)
+    assert list(check.iter_errors(compose())) == []
+    wrong = compose()
+    wrong["services"]["app"]["depend_on"] = []
+    assert list(check.iter_errors(wrong))
+
+
+def test_compose_holds_together():
+    "Who is waited for has a health check; secrets and volumes are declared; what is built is a target."
+    whole, docker = compose(), (DEPLOY / "Dockerfile").read_text()
+    checked = set(re.findall(r"FROM base AS (\w+)\n(?:(?!FROM).*\n)*HEALTHCHECK", docker))
+    for name, service in whole["services"].items():
+        for other in service.get("depends_on", {}):
+            there = whole["services"][other]
+            assert "healthcheck" in there or there["build"]["target"] in checked, (name, other)
+        for volume in service.get("volumes", []):
+            source = volume.split(":")[0]
+            assert source.startswith("./") or source in whole["volumes"], volume
+        assert all(one in whole["secrets"] for one in service.get("secrets", []))
+        assert all(port.startswith("127.0.0.1:") for port in service.get("ports", [])), "open to the world"
+        if "build" in service:
+            assert f"AS {service['build']['target']}\n" in docker
+            assert (DEPLOY / service["build"]["context"]).resolve() == ROOT
+    assert whole["services"]["app"]["environment"]["DATABASE_URL"].endswith("@db/chat")
+
+
+def kubernetes_errors(one: dict) -> list:
+    whole = json.loads((ROOT / "tests/data/kubernetes.json").read_text())
+    schema = {"$ref": f"#/$defs/{whole['kinds'][one['kind']]}", "$defs": whole["$defs"]}
+    return [error.message for error in Draft202012Validator(schema).iter_errors(one)]
+
+
+def test_kubernetes_takes_the_manifests():
+    for one in manifests():
+        assert kubernetes_errors(one) == [], one["metadata"]["name"]
+    wrong = manifests()[0]
+    wrong["spec"]["template"]["spec"]["containers"][0]["readynessProbe"] = {}
+    assert kubernetes_errors(wrong)
+
+
+def test_manifests_hold_together():
+    "Selectors find their pods, ports their names; each container has probes, limits, and no rights to spare."
+    deployments = {one["metadata"]["name"]: one for one in manifests() if one["kind"] == "Deployment"}
+    services = {one["metadata"]["name"]: one for one in manifests() if one["kind"] == "Service"}
+    assert set(deployments) == set(services) == {"llmcourse-server", "llmcourse-chat"}
+    for name, one in deployments.items():
+        spec = one["spec"]["template"]["spec"]
+        labels = one["spec"]["template"]["metadata"]["labels"]
+        assert one["spec"]["selector"]["matchLabels"].items() <= labels.items()
+        assert services[name]["spec"]["selector"].items() <= labels.items()
+        volumes = {volume["name"] for volume in spec["volumes"]}
+        for c in spec["containers"]:
+            ports = {port["name"] for port in c["ports"]}
+            assert {port["targetPort"] for port in services[name]["spec"]["ports"]} <= ports
+            assert {"startupProbe", "readinessProbe", "livenessProbe"} <= c.keys()
+            assert c["resources"]["limits"].keys() == {"cpu", "memory"}
+            assert c["securityContext"]["allowPrivilegeEscalation"] is False and spec["securityContext"]["runAsNonRoot"]
+            assert {mount["name"] for mount in c["volumeMounts"]} == volumes
+    chat = deployments["llmcourse-chat"]["spec"]["template"]["spec"]["containers"][0]
+    [server] = services["llmcourse-server"]["spec"]["ports"]
+    assert f"http://llmcourse-server:{server['port']}/v1" in chat["args"]
+
+
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd-analyze is not installed")
+def test_systemd_takes_the_units(tmp_path):
+    for file in sorted((DEPLOY / "systemd").glob("*.service")):
+        text = file.read_text().replace("/opt/llmcourse/bin/llmcourse", sys.executable)
+        text = text.replace("After=llmcourse-server.service\nWants=llmcourse-server.service\n", "")
+        (tmp_path / file.name).write_text(text)
+        done = subprocess.run(["systemd-analyze", "verify", tmp_path / file.name], capture_output=True, text=True)
+        said = [line for line in done.stderr.splitlines() if file.name in line]
+        assert done.returncode == 0 and said == [], done.stderr
+    (tmp_path / "wrong.service").write_text(text.replace("RestartSec=5", "RestartSecs=5"))
+    done = subprocess.run(["systemd-analyze", "verify", tmp_path / "wrong.service"], capture_output=True, text=True)
+    assert "RestartSecs" in done.stderr
+
+
+def test_units_run_as_nobody_and_keep_their_keys_in_a_file():
+    for file in sorted((DEPLOY / "systemd").glob("*.service")):
+        told = unit(file)
+        assert told["DynamicUser"] == "yes" and told["ProtectSystem"] == "strict" and told["EnvironmentFile"]
+
+
+# ---- nothing floats, nothing is secret
+
+
+def test_images_are_pinned():
+    texts = "\n".join(p.read_text() for p in (DEPLOY / "Dockerfile", DEPLOY / "compose.yaml"))
+    stages = set(re.findall(r"^FROM \S+ AS (\w+)", texts, re.M))
+    images = set(re.findall(r"^(?:FROM| +image:) (\S+)", texts, re.M)) - stages | {c["image"] for c in containers()}
+    assert len(images) >= 5
+    for image in images:
+        assert re.fullmatch(r"[\w./-]+:\d+\.\d+(\.\d+)?(-[\w-]+)?", image), f"{image} is not pinned"
+    needs = (DEPLOY / "space/requirements.txt").read_text().splitlines()
+    assert all(re.search(r"==|@v\d", line) for line in needs)
+
+
+def values(thing, name=""):
+    "(name, value) of every environment variable in a compose file or a manifest."
+    if isinstance(thing, dict):
+        if {"name", "value"} <= thing.keys():
+            yield thing["name"], thing["value"]
+        for key, value in thing.items():
+            yield from values(value, key)
+    elif isinstance(thing, list):
+        for one in thing:
+            yield from values(one, name)
+    elif isinstance(thing, str):
+        yield name, thing
+
+
+def test_no_secret_in_a_file():
+    for file in (p for p in DEPLOY.rglob("*") if p.is_file() and p.suffix != ".pyc"):
+        for number, line in enumerate(file.read_text().splitlines(), 1):
+            what, sure = secret(line)
+            assert not what or "${" in line, f"{file.name}:{number}: {what}"
+    for name, value in [pair for one in (compose(), *manifests()) for pair in values(one)]:
+        if re.search(r"KEY|PASSWORD|TOKEN", name):
+            assert value.startswith("${"), name
+    ignored = (ROOT / ".gitignore").read_text().split()
+    assert {"deployment/.env", "deployment/people.txt"} <= set(ignored)
+
+
+# ---- the Space
+
+
+def test_the_space_says_what_it_is():
+    text = (DEPLOY / "space/README.md").read_text()
+    head = yaml.safe_load(text.split("---")[1])
+    assert {"title", "sdk", "sdk_version", "app_file", "license"} <= head.keys() and head["sdk"] == "gradio"
+    assert (DEPLOY / "space" / head["app_file"]).is_file()
+    lock = (ROOT / "constraints/default.txt").read_text()
+    assert f"gradio=={head['sdk_version']}\n" in lock
+
+
+def test_the_space_runs_here(tmp_path):
+    "With the tutor: a page that asks for a password; without one, a line that says so."
+    app, port = str(DEPLOY / "space/app.py"), free_port()
+    env = os.environ | {"GRADIO_SERVER_PORT": str(port), "HF_HUB_OFFLINE": "1"}
+    env.pop("CHAT_PASSWORD", None)
+    done = subprocess.run([sys.executable, app], env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and "CHAT_PASSWORD" in done.stderr and done.stderr.count("\n") == 1
+    env |= {"CHAT_PASSWORD": "tulip"}
+    process = subprocess.Popen([sys.executable, app], env=env, cwd=tmp_path, stdout=subprocess.DEVNULL)
+    try:
+        url, end = f"http://127.0.0.1:{port}", time.monotonic() + 120
+        while True:
+            assert process.poll() is None and time.monotonic() < end
+            try:
+                page = httpx.get(url, trust_env=False)
+                break
+            except httpx.TransportError:
+                time.sleep(0.2)
+        assert page.status_code == 200 and httpx.get(url + "/config", trust_env=False).status_code == 401
+        login = {"username": "guest", "password": "tulip"}
+        with httpx.Client(trust_env=False) as client:
+            assert client.post(url + "/login", data=login).status_code == 200
+            assert client.get(url + "/config").status_code == 200
+    finally:
+        process.terminate()
+        process.wait(20)

@@ -6,6 +6,7 @@ import statistics
 
 import pytest
 import torch
+from rules import ROOT
 
 from llmcourse.card import read_card
 from llmcourse.core import UserError, read_jsonl, set_seed
@@ -336,3 +337,17 @@ def test_what_cannot_work_leaves_nothing(tiny, tmp_path, options, words):
 
 def test_the_exact_reward_is_the_default():
     assert inspect.signature(ppo).parameters["reward"].default is exact_reward
+
+
+# ---- the comparison that the chapter draws
+
+
+def test_the_comparison_holds_each_kind_once_a_seed_at_equal_completions():
+    start, *found = read_jsonl(ROOT / "data/ppo.jsonl")
+    assert start["kind"] == "start" and len(start["solved"]) == start["n"] == 100
+    assert sorted((r["kind"], r["seed"]) for r in found) == sorted(
+        (kind, seed) for kind in ("mean", "rloo", "group", "gae") for seed in (42, 43, 44)
+    )
+    for row in found:
+        assert len(row["solved"]) == row["n"] == 100 and row["completions"] == 256 and len(row["reward"]) == 8
+        assert ("noise" in row) == (row["kind"] == "gae")

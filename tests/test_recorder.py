@@ -309,13 +309,36 @@ def test_the_gallery_is_made_by_its_benchmark():
     assert len(set(there)) == len(there) and set(there) <= wanted
     names = {rule.name for rule in RULES} | {"fine"}
     assert {row["fault"] for row in GALLERY if row["set"] == "chosen"} == names
-    assert names - {"length blow-up"} <= {row["fault"] for row in GALLERY if row["set"] == "unseen"}
+    assert {row["fault"] for row in GALLERY if row["set"] == "unseen"} == names
 
 
 def test_runs_that_the_rules_have_not_seen_are_named():
-    "The limits were chosen on the runs of the other set, and were not touched when these were looked at."
+    "The limits were chosen on the runs of the other two, and were not touched when these were looked at."
     assert named("chosen", healthy=False) == (17, 17) and named("chosen", healthy=True) == (6, 6)
+    right, n = named("tried", healthy=False)
+    assert n == 40 and right >= 39 and named("tried", healthy=True) == (12, 12)
     right, n = named("unseen", healthy=False)
-    assert n >= 24 and right >= 0.85 * n   # 21 of 24: the aim was 0.9
+    assert n == 40 and right >= 0.9 * n
     right, n = named("unseen", healthy=True)
-    assert n >= 12 and right >= 0.95 * n
+    assert n == 20 and right >= 0.95 * n
+
+
+def test_a_reward_that_falls_by_chance_is_not_a_rate_that_is_too_high():
+    "Close to the start nothing has broken; far from it, a model that says one thing, and no better, has."
+    fell = HEALTHY | dict(right=(0.5,) * 8, reward=(0.6, 0.6, 0.5, 0.5, 0.4, 0.4, 0.3, 0.3))
+    curves = dict(fell)
+    assert diagnose(run_of("reward", *curves.pop("reward"), **curves))["name"] == "fine"
+    curves = fell | dict(drift=(None,) * 7 + (2.0,), frac_reward_zero_std=(0.2,) * 5 + (1.0,) * 3,
+                         reward=(0.3, 0.3, 0.2, 0.2, 0.2, 0.2, 0.2, 0.2))  # fmt: skip
+    assert diagnose(run_of("reward", *curves.pop("reward"), **curves))["name"] == "learning rate too high"
+
+
+def test_entropy_that_falls_as_the_mistakes_do_is_learning():
+    "And entropy that comes back was gone all the same."
+    gone = dict(entropy=(0.2, 0.2, 0.15, 0.1, 0.08, 0.05, 0.05, 0.05), reward=ROSE)
+    learned = HEALTHY | gone | dict(right=(0.5, 0.5, 0.6, 0.7, 0.8, 0.85, 0.88, 0.88))
+    stuck = HEALTHY | gone | dict(right=(0.5,) * 8)
+    back = stuck | dict(entropy=(0.2, 0.2, 0.1, 0.05, 0.01, 0.01, 0.1, 0.2))
+    for curves, name in ((learned, "fine"), (stuck, "entropy collapse"), (back, "entropy collapse")):
+        curves = dict(curves)
+        assert diagnose(run_of("reward", *curves.pop("reward"), **curves))["name"] == name

@@ -1,6 +1,6 @@
 """Every chapter runs at every scale: with look-alikes of its models, and on a pretend GPU where it wants a card.
 
-t4 and a100 always; of the other scales one a chapter, in turn. A chapter that stays with the tutor at every scale is
+t4 always; of the other scales one a chapter, in turn. A chapter that stays with the tutor at every scale is
 run at t4 alone. `LLMCOURSE_SCALES=all` takes them all.
 """
 
@@ -29,11 +29,11 @@ from llmcourse.tutor import problems, to_chat
 
 MODELS = {"t4": "llama-3.2-1b", "mps": "llama-3.2-1b", "l4": "llama-3.2-3b", "a100": "llama-3.1-8b",
           "h100": "llama-3.1-8b"}  # fmt: skip
-OTHERS = itertools.cycle(["l4", "h100", "mps"])
+OTHERS = itertools.cycle(["a100", "l4", "h100", "mps"])
 EVERY = os.environ.get("LLMCOURSE_SCALES") == "all"
-TUTOR = ("09b_ppo", "09c_rounds")
+TUTOR = ("09b_ppo", "09c_rounds", "12_flywheel")
 PAIRS = [(path, name) for path in notebooks.chapters()
-         for name in (MODELS if EVERY else ["t4"] if path.stem in TUTOR else ["t4", "a100", next(OTHERS)])]  # fmt: skip
+         for name in (MODELS if EVERY else ["t4"] if path.stem in TUTOR else ["t4", next(OTHERS)])]  # fmt: skip
 SPEED = "batch_size = 32\ngrad_accum = 1\n"  # one pass of a laptop's CPU holds more than a real 8B on its card
 STARTUP = "from llmcourse.pretend import pretend_gpu\n_card = pretend_gpu()\n_card.__enter__()\n"
 SHORTER = {  # the runs of a scale; what chapters do with the tutor stays as it is

@@ -1,0 +1,301 @@
+"""The flywheel: whom to believe, what the gate stops, a swap that nobody notices, and a kill that loses nothing."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from llmcourse.chatdb import export_votes, save_turn, save_vote
+from llmcourse.cli import main
+from llmcourse.core import UserError, is_run, read_jsonl
+from llmcourse.export import to_gguf
+from llmcourse.opinions import chats_of, pairs_of, read_feedback, thumbs_of
+from llmcourse.feedback import export_feedback
+from llmcourse.flywheel import capped, cleaned, latest, majority, may_serve, trusted
+from llmcourse.following import Following
+from llmcourse.live import LIVE, live_model, read_live, rollback, swap
+from llmcourse.pairs import take_pairs, take_thumbs
+from llmcourse.rounds import gate
+from llmcourse.rows import read
+from llmcourse.serve import remote
+from llmcourse.users import pleases, rated, user_questions
+
+QUESTION = [{"role": "user", "content": "What is 47 + 38?"}]
+
+
+def vote(rater, reply="Answer: 85", up=1, correction=None):
+    return {"prompt": QUESTION, "reply": reply, "vote": up, "correction": correction, "rater": rater}
+
+
+def opinions(*rows):
+    return read_feedback(list(rows))[0]
+
+
+# Whom to believe
+
+
+def test_the_last_word_counts_once():
+    rows = opinions(vote("a"), vote("a", up=-1), vote("a", up=-1))
+    assert [row["from"] for row in latest(rows)] == ["rows[2]"]
+
+
+def test_a_tie_is_nobodys_opinion():
+    assert majority(opinions(vote("a"), vote("b", up=-1))) == []
+    (row,) = majority(opinions(vote("a"), vote("b", up=-1), vote("c", up=-1, correction="85.")))
+    assert row["vote"] == -1 and row["raters"] == ["b", "c"] and row["correction"] == "85."
+
+
+def test_corrections_that_contradict_each_other_are_left_out():
+    (row,) = majority(opinions(vote("a", up=-1, correction="85."), vote("b", up=-1, correction="58.")))
+    assert row["correction"] is None and chats_of([row]) == []
+
+
+def test_comparisons_that_contradict_each_other_are_left_out():
+    one = {"prompt": QUESTION, "chosen": "85", "rejected": "58", "rater": "a"}
+    other = one | {"chosen": "58", "rejected": "85", "rater": "b"}
+    assert majority(opinions(one, other)) == []
+    assert majority(opinions(one, one | {"rater": "c"}, other))[0]["chosen"] == "85"
+
+
+def test_people_nobody_knows_are_many():
+    "A file without names: each line is somebody, so the same reply rated twice is two opinions."
+    rows = [{"prompt": "2+2?", "completion": "4", "label": True}] * 2
+    assert len(latest(opinions(*rows))) == 2
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_hostile_raters_are_found_and_honest_ones_are_not(seed):
+    asked = user_questions(12, seed)
+    replies = [row["answer"] if i % 3 else "Answer: 7" for i, row in enumerate(asked)]
+    said = opinions(*rated(asked, replies, seed, hostile=0.3))
+    bad = trusted(said)[1]
+    assert set(bad) == {"user 0", "user 1", "user 2"}
+    right = {row["messages"][-1]["content"]: pleases(row, reply) for row, reply in zip(asked, replies)}
+    rows = cleaned(said)[0]
+    wrong = [row for row in rows if (row["vote"] == 1) != right[row["prompt"][-1]["content"]]]
+    assert len(wrong) / len(rows) < 0.1
+
+
+def test_the_loudest_gets_no_more_than_others():
+    rows = opinions(*[vote("loud", reply=str(i)) for i in range(50)], vote("quiet"))
+    assert [row["rater"] for row in capped(rows, 5)].count("loud") == 5
+    assert [row["rater"] for row in capped(rows, 5)].count("quiet") == 1
+
+
+def test_rows_are_what_the_trainers_take(tmp_path):
+    rows = cleaned(opinions(vote("a", up=-1, correction="85."), vote("b", reply="It is 85.")))[0]
+    for make, take in ((pairs_of, take_pairs), (thumbs_of, take_thumbs)):
+        assert take(read(make(rows), "train"))
+    assert all(row["from"] and row["raters"] for row in chats_of(rows))
+
+
+def test_secrets_do_not_come_in():
+    rows, hidden = read_feedback([vote("a", up=-1, correction="Mail ada@lovelace.org, key sk-" + "a1" * 20)])
+    assert hidden["EMAIL"] == hidden["KEY"] == 1 and "lovelace" not in json.dumps(rows)
+
+
+def test_what_a_chat_has_kept(tmp_path):
+    "Straight from its database, and from the file that `llmcourse chatlog` writes: the same opinions."
+    db = tmp_path / "chat.db"
+    votes = {"Answer: 85": {"vote": 1}, "Answer: 7": {"vote": -1}, "85": {"correction": "85."}}
+    for said, vote_and_more in votes.items():
+        path = save_turn(db, [*QUESTION, {"role": "assistant", "content": said, "status": "done"}])
+        save_vote(db, path[-1]["id"], **vote_and_more)
+    found, _ = read_feedback(db, database=True)
+    assert [(o["reply"], o["vote"], o["correction"]) for o in found] == [
+        ("Answer: 85", 1, None),
+        ("Answer: 7", -1, None),
+        ("85", -1, "85."),
+    ]
+    for write in (export_feedback, export_votes):
+        again, _ = read_feedback(write(db, tmp_path / f"{write.__name__}.jsonl"))
+        assert [(o["reply"], o["vote"], o["correction"]) for o in again] == [
+            (o["reply"], o["vote"], o["correction"]) for o in found
+        ]
+
+
+# The gate
+
+
+def results(shares, rng, n=60):
+    return [{"task": k, "question": (k, i), "right": rng.random() < p} for k, p in shares.items() for i in range(n)]
+
+
+def test_a_lucky_round_is_stopped_19_times_of_20():
+    rng, shares = random.Random(7), {"sums": 1.0, "stories": 0.9, "hints": 0.3, "off topic": 0.9}
+    passed = 0
+    for _ in range(1000):
+        old = results(shares, rng)
+        passed += gate(old, old, results(shares, rng))["passed"]
+    assert passed <= 50
+
+
+@pytest.mark.parametrize("what", ["same", "slower", "longer"])
+def test_a_better_model_can_be_stopped_too(what):
+    better = {"passed": True, "why": "better"}
+    fine = {"same": 1.0, "slower": 1.0, "longer": 1.0}
+    assert may_serve(better, **fine)["passed"]
+    found = may_serve(better, **fine | {what: 0.5 if what == "same" else 2.0})
+    assert not found["passed"] and found["why"] != "better"
+
+
+# The swap
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    for name in ("sft", "grpo"):
+        to_gguf(f"tutor/{name}", folder / f"{name}.gguf", "Q8_0", verify=False)
+    return folder
+
+
+def test_no_reply_is_dropped(wheel):
+    "Three clients ask while the model is swapped, swapped back, and swapped to a file that is none."
+    swap(wheel, wheel / "sft.gguf")
+    (wheel / "broken.gguf").write_bytes(b"GGUF but no more")
+    heard, over = [], threading.Event()
+
+    def client(url):
+        ask = remote(url)
+        while not over.is_set():
+            heard.append("".join(ask.stream(QUESTION)))
+
+    def until(name):
+        end = time.monotonic() + 120
+        while server.answers.stem != name and time.monotonic() < end:
+            time.sleep(0.05)
+        before = len(heard)
+        while len(heard) < before + 6 and time.monotonic() < end:
+            time.sleep(0.05)
+        assert len(heard) >= before + 6
+
+    with Following(wheel, n_parallel=3) as server, ThreadPoolExecutor(3) as pool:
+        jobs = [pool.submit(client, server.url) for _ in range(3)]
+        try:
+            for move in (lambda: swap(wheel, wheel / "grpo.gguf"), lambda: rollback(wheel)):
+                move()
+                until(live_model(wheel).stem)
+            swap(wheel, wheel / "broken.gguf")
+            until("broken")
+            assert [engine.name for engine, _ in server.seats.engines] == ["sft"], "the old one stays"
+            assert all(job.running() for job in jobs)
+        finally:
+            over.set()
+            rollback(wheel) if live_model(wheel).stem == "broken" else None
+    assert all(job.exception() is None for job in jobs)
+    assert all(text.strip().startswith("47+38") or "Answer" in text for text in heard)
+
+
+def test_the_pointer_is_old_or_new_whoever_reads_it(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).write_text(name)
+    swap(tmp_path, tmp_path / "a")
+    over, seen = threading.Event(), set()
+
+    def look():
+        while not over.is_set():
+            seen.add(json.loads((tmp_path / LIVE).read_bytes())["live"])
+
+    with ThreadPoolExecutor(1) as pool:
+        job = pool.submit(look)
+        for _ in range(100):
+            swap(tmp_path, tmp_path / "b")
+            rollback(tmp_path)
+        over.set()
+    assert job.exception() is None and seen <= {"a", "b"}
+    assert read_live(tmp_path)["before"] == []
+
+
+# The command
+
+SMALL = ["--n", "4", "--rounds", "1", "--replay", "data/splits.jsonl"]
+
+
+def turning(output, *more):
+    code = "import sys; from llmcourse.cli import cli; sys.argv[0] = 'llmcourse'; cli()"
+    words = [sys.executable, "-c", code, "flywheel", "run", "--output", str(output), *SMALL, *more]
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ)
+
+
+def test_killed_between_training_and_swap(tmp_path):
+    "The same command goes on: what was live stays so, nothing is trained twice, and the round is done."
+    folder = tmp_path / "wheel"
+    first = turning(folder)
+    end = time.monotonic() + 300
+    while not is_run(folder / "round1/run") and first.poll() is None and time.monotonic() < end:
+        time.sleep(0.02)
+    os.kill(first.pid, signal.SIGKILL)
+    first.communicate()
+    assert is_run(folder / "round1/run") and not (folder / "round1/done.jsonl").exists()
+    assert read_live(folder)["live"] == "round0/round0.gguf"
+    trained = (folder / "round1/run/run.yaml").stat().st_mtime_ns
+    said = read_jsonl(folder / "round1/opinions.jsonl")
+
+    again = turning(folder)
+    out, _ = again.communicate(timeout=300)
+    assert again.returncode == 0, out
+    assert "round 1:" in out and "live:" in out
+    assert (folder / "round1/run/run.yaml").stat().st_mtime_ns == trained
+    assert read_jsonl(folder / "round1/opinions.jsonl") == said
+    done = read_jsonl(folder / "round1/done.jsonl")[0]
+    assert done["passed"] == (read_live(folder)["live"] == "round1/round1.gguf")
+    assert (folder / "rounds.svg").is_file()
+    assert main(["flywheel", "status", "--output", str(folder)]) == 0
+    if done["passed"]:
+        assert main(["flywheel", "rollback", "--output", str(folder)]) == 0
+        assert turning(folder).wait(300) == 0
+        assert read_live(folder)["live"] == "round0/round0.gguf", "a round that is done is not swapped in again"
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["turn"], "unknown action 'turn'"),
+        (["status"], "nothing is live"),
+        (["rollback"], "nothing is live"),
+        (["gate", "--model", "tutor/rl"], "nothing is live"),
+        (["run", "--method", "grop"], "unknown method"),
+        (["run", "--hostile", "3"], "a share from 0 to 1"),
+        (["run", "--n", "1000"], "--n 1000"),
+        (["run", "--data", "missing.jsonl"], "missing.jsonl: no such file"),
+        (["run", "--data", "bad.jsonl"], 'bad.jsonl:2: "vote" is 7'),
+        (["run", "--data", "chats.jsonl"], "not feedback"),
+        (["run", "--data", "empty.jsonl"], "no feedback"),
+        (["run", "--data", "votes.jsonl", "--model", "runs/mine"], "--exam"),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
+)
+def test_bad_input_is_one_line(words, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    good = json.dumps(vote("a"))
+    (tmp_path / "votes.jsonl").write_text(good)
+    (tmp_path / "bad.jsonl").write_text(good + "\n" + json.dumps(vote("a", up=7)))
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": [*QUESTION, {"role": "assistant", "content": "85"}]}))
+    (tmp_path / "empty.jsonl").write_text("")
+    before = sorted(p.name for p in tmp_path.rglob("*") if p.name not in (".turning", "flywheel", "runs"))
+    assert main(["flywheel", *words]) == 2
+    err = capsys.readouterr().err
+    assert says in err and err.count("\n") == 1, err
+    left = sorted(p.name for p in tmp_path.rglob("*") if p.name not in (".turning", "flywheel", "runs"))
+    assert left == before
+
+
+def test_two_do_not_turn_the_same_wheel(tmp_path):
+    from llmcourse.turning import alone
+
+    with alone(tmp_path), pytest.raises(UserError, match="another process"), alone(tmp_path):
+        pass
+
+
+def test_a_damaged_pointer_is_named(tmp_path):
+    (tmp_path / LIVE).write_text('{"live":')
+    with pytest.raises(UserError, match="not a pointer"):
+        read_live(tmp_path)
