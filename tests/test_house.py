@@ -36,9 +36,10 @@ LEVEL = {
     "rewardcheck": 7, "rl": 7, "scales": 7, "sft": 7,
     "chat": 8, "checkpoints": 8, "exam": 8, "exercises": 8, "judging": 8, "parityruns": 8, "planreport": 8, "ppo": 8,
     "preference": 8, "published": 8, "rounds": 8, "shipping": 8, "trial": 8,
-    "acts": 9, "datacheck": 9, "paritygate": 9, "paritypage": 9, "pporun": 9, "promptgate": 9,
-    "delivery": 10, "demo": 10, "doctor": 10, "runthrough": 10,
-    "cli": 11,
+    "acts": 9, "datacheck": 9, "paritygate": 9, "pporun": 9, "promptgate": 9,
+    "demo": 10, "doctor": 10, "paritypage": 10, "runthrough": 10,
+    "delivery": 11,
+    "cli": 12,
 }
 HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "gradio", "openai", "gguf", "xllamacpp", "matplotlib",
          "pandas", "numpy", "fastapi"}
