@@ -236,6 +236,16 @@ def test_an_adapter_that_is_exported_wrong_is_not_put_in_place(tmp_path, monkeyp
     assert not [p for p in out.rglob("*") if p.is_file()]
 
 
+def test_a_model_that_is_too_large_to_compare_is_exported_and_said(tmp_path, monkeypatch, capsys):
+    from llmcourse import paritygate
+
+    monkeypatch.setattr(paritygate, "free_memory", lambda device: 1e6)
+    assert main(["export", "--model", MODEL, "--output", str(tmp_path / "out")]) == 0
+    assert "not compared with its model" in capsys.readouterr().err and (tmp_path / "out/grpo-Q8_0.gguf").is_file()
+    assert main(["parity", MODEL, str(tmp_path / "out/grpo-Q8_0.gguf")]) == 2
+    assert "are free. Compare it on a larger machine" in capsys.readouterr().err
+
+
 def test_a_template_without_an_end_token(tmp_path, capsys):
     other = altered(tmp_path / "other", chat_template_jinja=("<|eot_id|>", ""))
     assert main(["export", "--model", str(other), "--output", str(tmp_path / "out")]) == 1
