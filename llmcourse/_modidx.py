@@ -1513,6 +1513,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'llmcourse.paritygate.task_loss': ('workshop/paritygate.html#task_loss', 'llmcourse/paritygate.py'),
                                       'llmcourse.paritygate.task_rows': ('workshop/paritygate.html#task_rows', 'llmcourse/paritygate.py'),
                                       'llmcourse.paritygate.to_compare': ('workshop/paritygate.html#to_compare', 'llmcourse/paritygate.py'),
+                                      'llmcourse.paritygate.too_large': ('workshop/paritygate.html#too_large', 'llmcourse/paritygate.py'),
                                       'llmcourse.paritygate.unlike': ('workshop/paritygate.html#unlike', 'llmcourse/paritygate.py'),
                                       'llmcourse.paritygate.writes_end': ( 'workshop/paritygate.html#writes_end',
                                                                            'llmcourse/paritygate.py')},

@@ -24,7 +24,8 @@ from .tutor import problems, to_chat
 
 # %% auto #0
 __all__ = ['LIMITS', 'OTHERS_MAY', 'FEW_BYTES', 'allowed', 'interval', 'task_loss', 'unlike', 'writes_end', 'Reference',
-           'stored_bytes', 'task_rows', 'refer', 'to_compare', 'compare_all', 'NotTheSame', 'parity_check', 'likeness']
+           'stored_bytes', 'too_large', 'task_rows', 'refer', 'to_compare', 'compare_all', 'NotTheSame', 'parity_check',
+           'likeness']
 
 # %% ../nbs/workshop/paritygate.ipynb #54fea680
 LIMITS = {   # the beginning of a file's kind → (nats on average, share of places with the same likeliest token)
@@ -98,6 +99,12 @@ def stored_bytes(model: str | Path) -> int:
     if (path / "adapter_config.json").is_file(): return stored_bytes(adapter_base(path))
     return sum(file.stat().st_size for file in weight_files(path))
 
+def too_large(model: str | Path) -> str:
+    "Why this machine cannot compare a model; empty if it can."
+    import torch
+    need, free = 3 * stored_bytes(model), free_memory(torch.device("cpu"))   # 16 bits widened to 32, and room to work
+    return f"{need / 1e9:.1f} GB of memory to compare it, {free / 1e9:.1f} GB are free" if need > free else ""
+
 def task_rows(model: str | Path, data: str | None, n: int, seed: int, small: bool) -> tuple[list, str | None]:
     "Rows to be graded, and the grader."
     if not data: return [to_chat(p, answered=False) for p in problems(n, seed, split="test")] if small else [], None
@@ -113,12 +120,9 @@ def refer(
 ) -> Reference:
     "Load a model and ask it. Raises `UserError` if there is no memory for it in float32, or for rows that do not do."
     import torch
-    size = stored_bytes(model)
-    if 3 * size > (free := free_memory(torch.device("cpu"))):   # 16 bits widened to 32, and room to work
-        raise UserError(f"{model}: {3 * size / 1e9:.0f} GB of memory to compare it, {free / 1e9:.0f} GB are free. "
-                        "Compare on a larger machine: llmcourse parity")
+    if why := too_large(model): raise UserError(f"{model}: {why}. Compare it on a larger machine")
     net, tokenizer = load(model, merge=False, dtype=torch.float32)
-    rows, grade = task_rows(model, data, n, seed, size < FEW_BYTES)
+    rows, grade = task_rows(model, data, n, seed, stored_bytes(model) < FEW_BYTES)
     some = list(enumerate(rows, 1))[::max(1, len(rows) // 6)][:6]
     asked = [conversation(row, place_of(row, i)) for i, row in some]
     room = min(320, net.config.max_position_embeddings - 80)
@@ -169,6 +173,8 @@ def parity_check(
     "A check of a finished file against its model; what the model says is asked once."
     known = []
     def check(path: Path, adapter: Path | None = None):
+        if why := too_large(model): return tell(f"{path.name}: not compared with its model: {why}. "
+                                                "On a larger machine: llmcourse parity")
         if not known: known.append(refer(model, n=8))
         found = measure_file(path, known[0].tokenizer, known[0].cases, known[0].rows, known[0].grade, adapter)
         faults = unlike(found, known[0].results)

@@ -106,7 +106,8 @@ def _by_case(model: Reference, places: list[Found]) -> str:
 # %% ../nbs/workshop/paritypage.ipynb #13343a1f
 NOTE = """Prompts: the same token ids (a server: as many). Replies: the same tokens, greedily; near-ties may flip, so
 they do not decide. Nats a token: how far the expected next tokens are from the reference's (95 % interval), after the
-reference's own tokens. Right: answers to the rows (95 % interval); a paired test decides, p &lt; 0.01."""
+reference's own tokens. Likeliest: the same likeliest token, or one within 0.1 nats of it.
+Right: answers to the rows (95 % interval); a paired test decides, p &lt; 0.01."""
 
 def parity_page(
     title: str,            # of the model

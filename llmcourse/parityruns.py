@@ -18,8 +18,8 @@ from .models import Local, stop_ids
 from .serve import remote
 
 # %% auto #0
-__all__ = ['Case', 'prompt_of', 'asked_of_all', 'spread', 'reference_cases', 'divergence', 'last_words', 'text_parts', 'Found',
-           'kind_of_file', 'measure_file', 'measure_net', 'measure_url']
+__all__ = ['TIE', 'Case', 'prompt_of', 'asked_of_all', 'spread', 'reference_cases', 'divergence', 'last_words', 'text_parts',
+           'Found', 'kind_of_file', 'measure_file', 'measure_net', 'measure_url']
 
 # %% ../nbs/workshop/parityruns.ipynb #9d68719d
 class Case(NamedTuple):
@@ -97,6 +97,8 @@ def text_parts(ours: str, theirs: str) -> str:
     return f"{cut(theirs)}, not {cut(ours)}"
 
 # %% ../nbs/workshop/parityruns.ipynb #af628cd5
+TIE = 0.1   # nats: which of two tokens so near each other comes out first says nothing
+
 @dataclass
 class Found:
     "What a file or a server made of the cases."
@@ -109,7 +111,7 @@ class Found:
     first: str = ""             # the earliest token that differs
     ends: str = ""              # a reply that goes on behind its end, or ends where there is none
     kl: list = field(default_factory=list)        # nats, place by place
-    top1: list = field(default_factory=list)      # is the likeliest token the same?
+    top1: list = field(default_factory=list)      # is the likeliest token the same, or one as likely?
     tokens: int = 0             # written …
     seconds: float = 0.0        # … in so much time, prompts read
     results: list = field(default_factory=list)   # from `evaluate`
@@ -117,7 +119,7 @@ class Found:
     def place(self, expected, theirs: dict[int, float]) -> None:
         "Note one place."
         self.kl.append(divergence(expected, theirs))
-        self.top1.append(max(theirs, key=theirs.get) == int(expected.argmax()))
+        self.top1.append(bool(expected.max() - expected[max(theirs, key=theirs.get)] < TIE))
 
     def reply(self, tokenizer, case: Case, got: list[int], n: int) -> None:
         "Note one reply."
