@@ -1,6 +1,6 @@
 """Rounds of the flywheel from `tutor/sft` with simulated users: honest ones, and with three of ten hostile.
 
-    python benchmarks/flywheel.py honest,hostile,methods 1,2,3 [--small] [flywheel.jsonl]
+    python benchmarks/flywheel.py honest,first,hostile,methods 1,2,3 [--small] [flywheel.jsonl]
 
 Each round is a line of JSON, added to the file as it is made; chapter 12 draws `data/flywheel.jsonl`. About two
 minutes for three honest rounds on one busy core. What was measured already is not measured again.
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from llmcourse.core import read_jsonl
 from llmcourse.following import Following
-from llmcourse.turning import exam_of, heard, replay_of, turn, turns
+from llmcourse.turning import exam_of, heard, replay_of, turn, turn_rounds
 
 SMALL = "--small" in sys.argv
 WORDS = [word for word in sys.argv[1:] if not word.startswith("--")]
@@ -32,9 +32,10 @@ def note(line: dict) -> None:
             f.write(json.dumps(line) + "\n")
 
 
-def wheel(folder: Path, seed: int, method: str = "sft", rounds: int = 1) -> list[dict]:
-    "Honest rounds."
-    return turns(folder, 1 if SMALL else rounds, method=method, n=N, seed=seed)
+def wheel(folder: Path, seed: int, rounds: int = 1, **how) -> list[dict]:
+    "Rounds from `tutor/sft`, with honest users unless told otherwise."
+    before = str(Path(__file__).parent.parent / "data/splits.jsonl") if SMALL else None
+    return turn_rounds(folder, 1 if SMALL else rounds, n=N, seed=seed, before=before, **how)
 
 
 def attacked(folder: Path, seed: int, clean: bool) -> dict:
@@ -51,6 +52,10 @@ def measure(part: str, seed: int, room: Path) -> None:
     if part == "honest":
         for line in wheel(room / "honest", seed, rounds=3):
             note({"part": part, "seed": seed} | line)
+    if part == "first":
+        for name in ("cleaned", "as it came"):
+            line = wheel(room / name, seed, clean=name == "cleaned", users=HOSTILE)[0]
+            note({"part": part, "seed": seed, "rows": name} | line)
     if part == "hostile":
         wheel(room / "cleaned", seed)
         shutil.copytree(room / "cleaned", room / "as it came")
@@ -58,7 +63,7 @@ def measure(part: str, seed: int, room: Path) -> None:
             note({"part": part, "seed": seed, "rows": name} | attacked(room / name, seed, name == "cleaned"))
     if part == "methods":
         for method in ("dpo", "kto"):
-            note({"part": part, "seed": seed, "method": method} | wheel(room / method, seed, method)[0])
+            note({"part": part, "seed": seed, "method": method} | wheel(room / method, seed, method=method)[0])
 
 
 def main() -> None:

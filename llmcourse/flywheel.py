@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 from .opinions import about, says
 
 # %% auto #0
-__all__ = ['BOUNDS', 'latest', 'agreed', 'confirmed', 'trusted', 'capped', 'cleaned', 'may_serve']
+__all__ = ['BOUNDS', 'latest', 'majority', 'confirmed', 'trusted', 'capped', 'cleaned', 'may_serve']
 
 # %% ../nbs/12_flywheel.ipynb #a54eb6e1
 def latest(opinions: list[dict]) -> list[dict]:
@@ -21,8 +21,8 @@ def _better(group: list[dict]) -> str | None:
     texts = Counter(opinion["correction"] for opinion in group if opinion.get("correction")).most_common(2)
     return texts[0][0] if texts and (len(texts) == 1 or texts[0][1] > texts[1][1]) else None
 
-# %% ../nbs/12_flywheel.ipynb #4897648f
-def agreed(
+# %% ../nbs/12_flywheel.ipynb #440285d6
+def majority(
     opinions: list[dict],
 ) -> list[dict]:         # one row a thing, with all `raters` and places (`from`); what nobody can decide is left out
     "The majority's opinion of each thing."
@@ -78,13 +78,13 @@ def cleaned(
     opinions: list[dict],    # from `read_feedback`
     most: float = .2,        # of all opinions, the share that one rater may have
     seed: int = 42,
-) -> tuple[list[dict], list[dict]]:   # rows as from `agreed`; step and how much was left after it
+) -> tuple[list[dict], list[dict]]:   # rows as from `majority`; step and how much was left after it
     "Last words, from people who mostly agree with others, nobody too loud, and the majority decides."
     steps = [("opinions", opinions)]
     steps.append(("last words", latest(opinions)))
     steps.append(("of raters whom others confirm", trusted(steps[-1][1])[0]))
     steps.append(("nobody too loud", capped(steps[-1][1], max(5, round(most * len(steps[-1][1]))), seed)))
-    steps.append(("agreed on", agreed(steps[-1][1])))
+    steps.append(("agreed on", majority(steps[-1][1])))
     return steps[-1][1], [{"step": name, "left": len(left)} for name, left in steps]
 
 # %% ../nbs/12_flywheel.ipynb #865c43b7

@@ -9,7 +9,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from .children import Child
 from .core import Scratch, UserError, choose, model_path
-from .door import by_name, forward, guard
+from .gateway import by_name, forward, guard
 from .launchers import LAUNCHERS, check_program
 from .models import load
 from .tensors import tensor_index

@@ -32,8 +32,8 @@ from .users import pleases, rated, user_questions
 
 # %% auto #0
 __all__ = ['WHEEL', 'exam_of', 'asked_at', 'asked_of', 'slower_than', 'same_as', 'judged', 'learn', 'replay_of', 'best_answers',
-           'begin', 'turn', 'heard', 'turns', 'history_of', 'said', 'plot_rounds', 'alone', 'first_model', 'tell_round',
-           'flywheel']
+           'begin', 'turn', 'heard', 'turn_rounds', 'history_of', 'said', 'plot_rounds', 'alone', 'first_model',
+           'tell_round', 'flywheel']
 
 # %% ../nbs/workshop/turning.ipynb #4be2b645
 def exam_of(
@@ -170,7 +170,7 @@ def heard(server: Following, n: int, seed: int, i: int, **users) -> list[dict]:
     said = rated(rows, [r["reply"] for r in replies], 100 * seed + i, **users)
     return [opinion | {"from": f"round {i}, opinion {k}"} for k, opinion in enumerate(said)]
 
-def turns(
+def turn_rounds(
     folder: str | Path,
     rounds: int = 3,
     model: str = "tutor/sft",
@@ -314,5 +314,5 @@ def flywheel(
     with alone(folder):
         if action == "gate": return _judge(folder, model, questions, quant)
         if data or database: _heard_from(folder, data or database, not data, way, questions, replay)
-        else: turns(folder, rounds, model, method, n, seed, quant, True, {"hostile": hostile}, replay, tell_round)
+        else: turn_rounds(folder, rounds, model, method, n, seed, quant, True, {"hostile": hostile}, replay, tell_round)
     _status(folder)

@@ -17,6 +17,7 @@ BENCHMARKS = {
     "preference": ["--small", "preference.jsonl"],
     "gallery": ["--small", "gallery.jsonl"],
     "collect": ["3"],
+    "flywheel": ["honest", "1", "--small"],
 }
 
 
@@ -37,5 +38,6 @@ def test_a_benchmark_runs(name, more, tmp_path):
     said = {"sft": "ours / trl: median", "grpo": "trl / ours: ", "seeds": "seed 7, T=1:", "sweep": "1/1  method",
             "export": "small Q8_0    ours / stock:", "ppo": "mean 42: 0/2, reward [0.0]",
             "preference": "dpo, seed 1:", "rounds": "done: 31 measurements",
-            "gallery": "chosen fine: grpo, seed 1", "collect": "whole reply  direct "}
+            "gallery": "chosen fine: grpo, seed 1", "collect": "whole reply  direct ",
+            "flywheel": "done: 1 measurements"}
     assert said[name] in done.stdout

@@ -12,11 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from llmcourse.chatdb import export_votes, save_turn, save_vote
 from llmcourse.cli import main
 from llmcourse.core import UserError, is_run, read_jsonl
 from llmcourse.export import to_gguf
 from llmcourse.opinions import chats_of, pairs_of, read_feedback, thumbs_of
-from llmcourse.flywheel import agreed, capped, cleaned, latest, may_serve, trusted
+from llmcourse.feedback import export_feedback
+from llmcourse.flywheel import capped, cleaned, latest, majority, may_serve, trusted
 from llmcourse.following import Following
 from llmcourse.live import LIVE, live_model, read_live, rollback, swap
 from llmcourse.pairs import take_pairs, take_thumbs
@@ -45,21 +47,21 @@ def test_the_last_word_counts_once():
 
 
 def test_a_tie_is_nobodys_opinion():
-    assert agreed(opinions(vote("a"), vote("b", up=-1))) == []
-    (row,) = agreed(opinions(vote("a"), vote("b", up=-1), vote("c", up=-1, correction="85.")))
+    assert majority(opinions(vote("a"), vote("b", up=-1))) == []
+    (row,) = majority(opinions(vote("a"), vote("b", up=-1), vote("c", up=-1, correction="85.")))
     assert row["vote"] == -1 and row["raters"] == ["b", "c"] and row["correction"] == "85."
 
 
 def test_corrections_that_contradict_each_other_are_left_out():
-    (row,) = agreed(opinions(vote("a", up=-1, correction="85."), vote("b", up=-1, correction="58.")))
+    (row,) = majority(opinions(vote("a", up=-1, correction="85."), vote("b", up=-1, correction="58.")))
     assert row["correction"] is None and chats_of([row]) == []
 
 
 def test_comparisons_that_contradict_each_other_are_left_out():
     one = {"prompt": QUESTION, "chosen": "85", "rejected": "58", "rater": "a"}
     other = one | {"chosen": "58", "rejected": "85", "rater": "b"}
-    assert agreed(opinions(one, other)) == []
-    assert agreed(opinions(one, one | {"rater": "c"}, other))[0]["chosen"] == "85"
+    assert majority(opinions(one, other)) == []
+    assert majority(opinions(one, one | {"rater": "c"}, other))[0]["chosen"] == "85"
 
 
 def test_people_nobody_knows_are_many():
@@ -97,6 +99,26 @@ def test_rows_are_what_the_trainers_take(tmp_path):
 def test_secrets_do_not_come_in():
     rows, hidden = read_feedback([vote("a", up=-1, correction="Mail ada@lovelace.org, key sk-" + "a1" * 20)])
     assert hidden["EMAIL"] == hidden["KEY"] == 1 and "lovelace" not in json.dumps(rows)
+
+
+def test_what_a_chat_has_kept(tmp_path):
+    "Straight from its database, and from the file that `llmcourse chatlog` writes: the same opinions."
+    db = tmp_path / "chat.db"
+    votes = {"Answer: 85": {"vote": 1}, "Answer: 7": {"vote": -1}, "85": {"correction": "85."}}
+    for said, vote_and_more in votes.items():
+        path = save_turn(db, [*QUESTION, {"role": "assistant", "content": said, "status": "done"}])
+        save_vote(db, path[-1]["id"], **vote_and_more)
+    found, _ = read_feedback(db, database=True)
+    assert [(o["reply"], o["vote"], o["correction"]) for o in found] == [
+        ("Answer: 85", 1, None),
+        ("Answer: 7", -1, None),
+        ("85", -1, "85."),
+    ]
+    for write in (export_feedback, export_votes):
+        again, _ = read_feedback(write(db, tmp_path / f"{write.__name__}.jsonl"))
+        assert [(o["reply"], o["vote"], o["correction"]) for o in again] == [
+            (o["reply"], o["vote"], o["correction"]) for o in found
+        ]
 
 
 # The gate
@@ -194,7 +216,7 @@ def test_the_pointer_is_old_or_new_whoever_reads_it(tmp_path):
 
 # The command
 
-SMALL = ["--n", "12", "--rounds", "1", "--replay", "data/splits.jsonl"]
+SMALL = ["--n", "4", "--rounds", "1", "--replay", "data/splits.jsonl"]
 
 
 def turning(output, *more):

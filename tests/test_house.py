@@ -19,7 +19,7 @@ from rules import NOTEBOOKS, ROOT
 LEVEL = {
     "assembly": 0, "core": 0, "decoder": 0, "pretend": 0, "progress": 0, "redact": 0, "tables": 0, "turns": 0,
     "amounts": 1, "batches": 1, "bfcl": 1, "calls": 1, "card": 1, "cards": 1, "check": 1, "children": 1, "choices": 1,
-    "configs": 1, "database": 1, "door": 1, "exits": 1, "faults": 1, "fetching": 1, "figures": 1, "files": 1,
+    "configs": 1, "database": 1, "exits": 1, "faults": 1, "fetching": 1, "figures": 1, "files": 1, "gateway": 1,
     "gguf_file": 1, "gojson": 1, "gpus": 1, "live": 1, "memory": 1, "options": 1, "ownrewards": 1, "passwords": 1,
     "resume": 1, "scoring": 1, "spelling": 1, "tally": 1, "tensors": 1, "tutor": 1,
     "aliases": 2, "asking": 2, "chatdb": 2, "forms": 2, "gotools": 2, "launchers": 2, "manners": 2, "pretrained": 2,

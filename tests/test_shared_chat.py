@@ -227,6 +227,16 @@ def test_the_command_with_bad_words(tmp_path, monkeypatch, capsys, words, why):
     assert why in err and err.count("\n") == 1
 
 
+def test_a_database_of_a_newer_version_is_one_line(fake, tmp_path, capsys):
+    import sqlite3
+
+    with contextlib.closing(sqlite3.connect(tmp_path / "newer.db")) as con:
+        con.execute("PRAGMA user_version = 99")
+    assert main(["chat", "--port", "0", "--url", fake.url, "--database", str(tmp_path / "newer.db")]) == 2
+    err = capsys.readouterr().err
+    assert "written by a newer llmcourse. Upgrade" in err and err.count("\n") == 1
+
+
 def test_all_of_one_person_can_be_taken_out_and_deleted(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for text, owner in (("one", "name:ada"), ("two", "name:ada"), ("theirs", "name:bob")):
