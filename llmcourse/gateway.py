@@ -45,20 +45,20 @@ def by_name(
     return rewrite
 
 # %% ../nbs/workshop/gateway.ipynb #c8f89d5b
-DROPPED = ("host", "content-length", "connection", "transfer-encoding", "keep-alive")   # they belong to one connection
+DROPPED = ("host", "content-length", "connection", "transfer-encoding", "keep-alive", "date", "server")   # of one connection
 
 def _refused(why: str, code: str) -> dict:
     "An error as OpenAI words it."
     return {"error": {"message": why, "type": "invalid_request_error", "param": "model", "code": code}}
 
-async def _copied(request, client, rewrite: Callable | None):
+async def _copied(request, client, root: str, rewrite: Callable | None):
     "The same request for the engine. Raises LookupError for a name that is none."
     body = await request.body()
     if rewrite and request.method == "POST":
         with contextlib.suppress(ValueError, AttributeError):       # no JSON object: the engine says so
             body = json.dumps(rewrite(json.loads(body))).encode()
     head = [(k, v) for k, v in request.headers.raw if k.decode() not in DROPPED]
-    where = request.url.path + (f"?{request.url.query}" if request.url.query else "")
+    where = root + request.url.path + (f"?{request.url.query}" if request.url.query else "")
     return client.build_request(request.method, where, headers=head, content=body)
 
 async def _pieces(told):
@@ -69,18 +69,18 @@ async def _pieces(told):
 
 # %% ../nbs/workshop/gateway.ipynb #c9d63693
 def forward(
-    root: str,                          # the engine, such as http://127.0.0.1:8081
+    seat: str | Callable,               # the engine, such as http://127.0.0.1:8081; or () → a context manager with it
     rewrite: Callable | None = None,    # for the body of each POST; a LookupError becomes a 404
     names: list[str] = (),              # that /v1/models lists, as the engine lists its own; by default the engine's
 ):                                      # an ASGI app
-    "Pass every request on to `root`, and its answer back."
+    "Pass every request on to an engine, and its answer back."
     import httpx
-    from starlette.applications import Starlette
+    from starlette.requests import Request
     from starlette.responses import JSONResponse, StreamingResponse
-    from starlette.routing import Route
-    client = httpx.AsyncClient(base_url=root, timeout=None, trust_env=False, limits=httpx.Limits())
-    async def passed(request):
-        try: told = await client.send(await _copied(request, client, rewrite), stream=True)
+    client = httpx.AsyncClient(timeout=None, trust_env=False, limits=httpx.Limits())
+    take = seat if callable(seat) else lambda: contextlib.nullcontext(seat)
+    async def passed(request, root):
+        try: told = await client.send(await _copied(request, client, root, rewrite), stream=True)
         except LookupError as e: return JSONResponse(_refused(e.args[0], "model_not_found"), 404)
         except httpx.TransportError as e: return JSONResponse(_refused(f"the engine is gone: {e}", "bad_gateway"), 502)
         if names and request.url.path == "/v1/models" and told.status_code == 200:
@@ -88,4 +88,8 @@ def forward(
             return JSONResponse({"object": "list", "data": [own | {"id": name} for name in names]})
         head = {k: v for k, v in told.headers.items() if k not in DROPPED}
         return StreamingResponse(_pieces(told), told.status_code, head)
-    return Starlette(routes=[Route("/{path:path}", passed, methods=["GET", "POST", "PUT", "DELETE", "OPTIONS"])])
+    async def app(scope, receive, send):
+        if scope["type"] != "http": return
+        with take() as root: await (await passed(Request(scope, receive), root))(scope, receive, send)
+    return app
+

@@ -22,7 +22,7 @@ from .models import load
 from .preference import prefer
 from .progress import tell
 from .rounds import gate
-from .rows import prompt, read
+from .rows import prompt, read, same_text
 from .serve import remote
 from .servers import serve
 from .sft import sft
@@ -32,8 +32,8 @@ from .users import pleases, rated, user_questions
 
 # %% auto #0
 __all__ = ['WHEEL', 'exam_of', 'asked_at', 'asked_of', 'slower_than', 'same_as', 'judged', 'learn', 'replay_of', 'best_answers',
-           'begin', 'turn', 'heard', 'turn_rounds', 'history_of', 'said', 'plot_rounds', 'alone', 'first_model',
-           'tell_round', 'flywheel']
+           'begin', 'turn', 'heard', 'turn_rounds', 'history_of', 'said', 'plot_rounds', 'alone', 'unseen',
+           'first_model', 'tell_round', 'flywheel']
 
 # %% ../nbs/workshop/turning.ipynb #4be2b645
 def exam_of(
@@ -236,10 +236,23 @@ def alone(folder: Path):
     except Timeout:
         raise UserError(f"{folder}: another process is turning it. Wait, or give another --output") from None
 
-# %% ../nbs/workshop/turning.ipynb #862905f0
+# %% ../nbs/workshop/turning.ipynb #7699d10e
+def unseen(
+    opinions: list[dict],
+    exam: tuple,           # from `exam_of`
+) -> list[dict]:           # those about other questions
+    "What may be learned without learning the exam. Raises `UserError` if nothing is left."
+    asked = {same_text(conversation(row, "exam")[-1:]) for row in exam[0]}
+    left = [opinion for opinion in opinions if same_text(opinion["prompt"][-1:]) not in asked]
+    if n := len(opinions) - len(left): tell(f"{n:,} opinions are about questions of the exam, and left out")
+    if not left: raise UserError("all opinions are about questions of the exam. Give --exam rows that nobody asked")
+    return left
+
+# %% ../nbs/workshop/turning.ipynb #8fa81d24
 def _heard_from(folder: Path, source, database: bool, way: tuple, exam: tuple, replay: str | None) -> None:
     "One round with what real people said; `way` is model, method, type of the file and seed."
     opinions, hidden = read_feedback(source, database)
+    opinions = unseen(opinions, exam)
     if hidden: tell("hidden in the feedback: " + ", ".join(f"{n} {kind}" for kind, n in sorted(hidden.items())))
     same_settings(folder, **dict(zip(("model", "method", "quant", "seed"), way)), exam=len(exam[0]))
     begin(folder, way[0], exam, way[2])
@@ -270,7 +283,7 @@ def _status(folder: Path) -> None:
     plot_rounds(history).figure.savefig(folder / "rounds.svg", bbox_inches="tight")
     print(f"the rounds as a picture: {folder / 'rounds.svg'}")
 
-# %% ../nbs/workshop/turning.ipynb #0b53cbdd
+# %% ../nbs/workshop/turning.ipynb #e9189b3c
 WHEEL = ("run", "gate", "rollback", "status")
 
 def _check(action: str, method: str, hostile: float, n: int) -> None:
@@ -286,7 +299,7 @@ def first_model(folder: Path) -> str:
 
 def tell_round(line: dict) -> None: tell(said(line))
 
-# %% ../nbs/workshop/turning.ipynb #cc590043
+# %% ../nbs/workshop/turning.ipynb #4444e200
 def flywheel(
     action: str,                    # run: from feedback to a live model; gate: would --model pass; rollback; status
     output: str = "runs/flywheel",  # folder of the wheel; llmcourse chat --model runs/flywheel follows what is live

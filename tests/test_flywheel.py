@@ -288,6 +288,16 @@ def test_bad_input_is_one_line(words, says, tmp_path, monkeypatch, capsys):
     assert left == before
 
 
+def test_the_exam_is_not_learned(capsys):
+    from llmcourse.turning import unseen
+
+    said = opinions(vote("a"), vote("b") | {"prompt": "Only a hint,  please. 2+2?"})
+    exam = ([{"messages": [{"role": "user", "content": "only a hint, please. 2+2?"}]}], None)
+    assert unseen(said, exam) == said[:1] and "1 opinions" in capsys.readouterr().err
+    with pytest.raises(UserError, match="--exam"):
+        unseen(said[1:], exam)
+
+
 def test_two_do_not_turn_the_same_wheel(tmp_path):
     from llmcourse.turning import alone
 
