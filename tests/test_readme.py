@@ -209,7 +209,7 @@ def test_every_command_is_shown():
     assert "`llmcourse passwd ada people.txt`" in TEXT  # it asks for a password: tests/test_shared_chat.py
     assert "`llmcourse contract URL`" in TEXT  # it needs a server: tests/test_server_contract.py
     assert "`llmcourse bench URL`" in " ".join(TEXT.split())  # and so does this: tests/test_serve.py
-    assert "`llmcourse collect --url " in TEXT and "`llmcourse collect rows " in TEXT  # tests/test_collect.py
+    assert "`llmcourse collect --url " in TEXT and "`llmcourse collect rows" in TEXT  # tests/test_collect.py
     assert len(LINES) == len(re.findall(r"^ +llmcourse ", TEXT, re.M))
 
 
