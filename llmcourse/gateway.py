@@ -45,7 +45,7 @@ def by_name(
     return rewrite
 
 # %% ../nbs/workshop/gateway.ipynb #c8f89d5b
-DROPPED = ("host", "content-length", "connection", "transfer-encoding", "keep-alive", "date", "server")
+DROPPED = ("host", "content-length", "connection", "transfer-encoding", "keep-alive", "date", "server")   # of a hop
 
 def _refused(why: str, code: str) -> dict:
     "An error as OpenAI words it."
