@@ -4,7 +4,11 @@ round. Prints medians in milliseconds, and the 95 % interval of the median diffe
 
     python benchmarks/collect.py [rounds] [--clients 1]
 
-MEASURED
+Measured on two CPU cores with a load of 10 to 16, where each hop between processes waits, n=200 rounds: first token
+19.1 ms direct, +11.3 ms through it (9.6 to 12.8), +9.3 ms recorded (7.2 to 11.0); reply of some 25 pieces 40.9 ms,
++14.4 ms (11.2 to 18.0) and +14.2 ms (9.6 to 17.3). With 8 clients at once, n=8x25: whole reply 217 ms, +52 ms (10 to
+81) and +70 ms (36 to 104). Recording itself cannot be told from passing on. A reply costs the proxy 5.7 ms of CPU
+(n=24).
 """
 
 import argparse
@@ -14,6 +18,8 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import psutil
 
 WAYS = ("direct", "through", "recorded")
 
@@ -66,8 +72,11 @@ def main() -> None:
             serve(gguf, n_parallel=4, n_threads=1) as server,
             Collecting(server.url, f"{folder}/log.jsonl") as collector,
         ):
+            proxy = psutil.Process(collector.process.pid)
+            spent = sum(proxy.cpu_times()[:2])
             with ThreadPoolExecutor(options.clients) as pool:
                 all_of = list(pool.map(lambda i: measure(server, collector, options.rounds, i), range(options.clients)))
+            spent = (sum(proxy.cpu_times()[:2]) - spent) / (2 * options.clients * (options.rounds + 3))
     found = {way: [one for part in all_of for one in part[way]] for way in WAYS}
     rng = random.Random(0)
     for i, what in enumerate(("first token", "whole reply")):
@@ -77,6 +86,7 @@ def main() -> None:
             more = [one[i] - base for one, base in zip(found[way], direct)]
             low, high = interval(more, rng)
             print(f"{'':<12} {way:<9} {statistics.median(more):+7.2f} ms ({low:+.2f} to {high:+.2f})")
+    print(f"the proxy takes {spent * 1000:.1f} ms of CPU a reply")
 
 
 if __name__ == "__main__":

@@ -7,12 +7,13 @@ from __future__ import annotations
 import contextlib, threading, time
 from pathlib import Path
 from .core import UserError
+from .gateway import forward
 from .live import live_model
 from .progress import tell
 from .servers import check_address, serve
 
 # %% auto #0
-__all__ = ['HOP', 'Seats', 'forwarding', 'Following']
+__all__ = ['Seats', 'Following']
 
 # %% ../nbs/workshop/following.ipynb #3caf14e5
 class Seats:
@@ -25,11 +26,11 @@ class Seats:
 
     @contextlib.contextmanager
     def seat(self):
-        "The newest engine, which will not be stopped meanwhile."
+        "The URL of the newest engine, which will not be stopped meanwhile."
         with self.lock:
             taken = self.engines[-1]
             taken[1] += 1
-        try: yield taken[0]
+        try: yield taken[0].root
         finally:
             with self.lock: taken[1] -= 1
 
@@ -52,35 +53,6 @@ class Seats:
     def close(self) -> None:
         for server, _ in self.engines: server.stop()
 
-# %% ../nbs/workshop/following.ipynb #775bd7dc
-HOP = {"host", "connection", "content-length", "transfer-encoding", "date", "server"}   # belong to one connection
-
-def _passed(headers) -> dict: return {k: v for k, v in headers.items() if k.lower() not in HOP}
-
-def forwarding(seats: Seats):   # → an ASGI app
-    "Hand each request to the newest engine, and its answer back."
-    import httpx
-    from starlette.requests import Request
-    from starlette.responses import JSONResponse, StreamingResponse
-    clients = {}     # a loop has one
-    async def app(scope, receive, send):
-        if scope["type"] != "http": return
-        request = Request(scope, receive)
-        body = await request.body()
-        client = clients.setdefault(0, httpx.AsyncClient(timeout=None, trust_env=False, limits=httpx.Limits()))
-        with seats.seat() as server:
-            url = server.root + request.url.path + (f"?{request.url.query}" if request.url.query else "")
-            asked = client.build_request(request.method, url, headers=_passed(request.headers), content=body)
-            try: answer = await client.send(asked, stream=True)
-            except httpx.TransportError as e:
-                gone = {"error": {"message": f"the engine is gone ({e})"}}
-                return await JSONResponse(gone, 502)(scope, receive, send)
-            try:
-                reply = StreamingResponse(answer.aiter_raw(), answer.status_code, _passed(answer.headers))
-                await reply(scope, receive, send)
-            finally: await answer.aclose()
-    return app
-
 # %% ../nbs/workshop/following.ipynb #e9975c97
 class Following:
     "A server whose URL stays while the model behind it follows the pointer of a folder, until `.stop()`."
@@ -97,7 +69,7 @@ class Following:
         self.seats = Seats(folder, key=key, **options)
         self.url, self.key = f"http://{host}:{port}/v1", key
         self.over = threading.Event()
-        config = uvicorn.Config(forwarding(self.seats), host=host, port=port, log_level="error", lifespan="off")
+        config = uvicorn.Config(forward(self.seats.seat), host=host, port=port, log_level="error", lifespan="off")
         self.door = uvicorn.Server(config)
         work = ((self.door.run, ()), (self.watch, (every,)))
         self.threads = [threading.Thread(target=f, args=args, daemon=True) for f, args in work]

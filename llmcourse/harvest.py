@@ -11,7 +11,7 @@ from .core import UserError, check_messages, write_jsonl
 from .faults import chat_faults, refuse_faults
 from .requested import check_answer
 from .rows import Row, walk
-from .turnlog import turns
+from .turnlog import logged_turns
 
 # %% auto #0
 __all__ = ['ENDS', 'fate', 'as_row', 'usable', 'chain', 'longest', 'harvest']
@@ -68,7 +68,7 @@ def harvest(
 ) -> dict[str, int]:      # turns, then why some are not rows → how many, then rows: the first is the sum of the others
     "Write the rows of a log. Raises `UserError` if there are none."
     gone, rows, n = Counter(), [], 0
-    for _, turn in turns(log):
+    for _, turn in logged_turns(log):
         n += 1
         why = "not readable" if isinstance(turn, str) else fate(turn)
         if not why:

@@ -8,7 +8,7 @@ import shutil, signal, subprocess, sys, threading, time
 from typing import NamedTuple
 from .children import end_programs, start_program
 from .core import UserError
-from .door import forward, guard
+from .gateway import forward, guard
 
 # %% auto #0
 __all__ = ['RANKS', 'LAUNCHERS', 'GET_IT', 'Launch', 'flags', 'vllm', 'tgi', 'ollama', 'check_program', 'run_program']

@@ -28,8 +28,8 @@ __all__ = ['LIMITS', 'OTHERS_MAY', 'FEW_BYTES', 'allowed', 'interval', 'task_los
 
 # %% ../nbs/workshop/paritygate.ipynb #54fea680
 LIMITS = {   # the beginning of a file's kind → (nats on average, share of places with the same likeliest token)
-    "F32": (.001, .99), "F16": (.001, .99), "transformers": (.001, .99),
-    "BF16": (.01, .97), "Q8": (.01, .97), "Q6": (.03, .95), "Q5": (.05, .9)}
+    "F32": (1e-5, .99), "transformers": (1e-5, .99), "F16": (1e-4, .99),
+    "BF16": (.003, .98), "Q8": (.01, .97), "Q6": (.03, .95), "Q5": (.05, .9)}
 OTHERS_MAY = (.15, .8)   # four bits and fewer; and servers, which do not say what they serve
 
 def allowed(kind: str) -> tuple[float, float]:

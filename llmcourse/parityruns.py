@@ -18,7 +18,7 @@ from .models import Local, stop_ids
 from .serve import remote
 
 # %% auto #0
-__all__ = ['Case', 'prompt_of', 'asked_of_all', 'spread', 'reference_cases', 'divergence', 'Found', 'last_words', 'text_parts',
+__all__ = ['Case', 'prompt_of', 'asked_of_all', 'spread', 'reference_cases', 'divergence', 'last_words', 'text_parts', 'Found',
            'kind_of_file', 'measure_file', 'measure_net', 'measure_url']
 
 # %% ../nbs/workshop/parityruns.ipynb #9d68719d
@@ -85,6 +85,17 @@ def divergence(
     rest = [max(1e-9, 1 - np.exp(x).sum()) for x in (logp, logq)]
     return float(max(0, (np.exp(logp) * (logp - logq)).sum() + rest[0] * math.log(rest[0] / rest[1])))
 
+# %% ../nbs/workshop/parityruns.ipynb #b73c176b
+def last_words(case: Case) -> str:
+    "The last words before the reply."
+    return case.chat if isinstance(case.chat, str) else case.chat[-1]["content"]
+
+def text_parts(ours: str, theirs: str) -> str:
+    "Where two texts part, in one line."
+    at = next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), min(len(ours), len(theirs)))
+    cut = lambda text: repr(text[max(0, at - 12):at + 24])
+    return f"{cut(theirs)}, not {cut(ours)}"
+
 # %% ../nbs/workshop/parityruns.ipynb #af628cd5
 @dataclass
 class Found:
@@ -121,17 +132,6 @@ class Found:
             self.ends = self.ends or f"goes on behind {tokenizer.decode(got[ended])!r}"
         if got and len(got) < n and ended is None:
             self.ends = self.ends or f"ends at {tokenizer.decode(got[-1])!r}, which is no end token"
-
-# %% ../nbs/workshop/parityruns.ipynb #b73c176b
-def last_words(case: Case) -> str:
-    "The last words before the reply."
-    return case.chat if isinstance(case.chat, str) else case.chat[-1]["content"]
-
-def text_parts(ours: str, theirs: str) -> str:
-    "Where two texts part, in one line."
-    at = next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), min(len(ours), len(theirs)))
-    cut = lambda text: repr(text[max(0, at - 12):at + 24])
-    return f"{cut(theirs)}, not {cut(ours)}"
 
 # %% ../nbs/workshop/parityruns.ipynb #d5465517
 def kind_of_file(path: str | Path) -> str:
@@ -224,6 +224,27 @@ def _request(ask, case: Case, n: int):
             return ask.client.chat.completions.create(**about)
     except openai.APIError as e: raise UserError(f"{ask.url}: {' '.join(str(e).split())[:120]}") from None
 
+def _shown(ask, case: Case) -> list[int] | None:
+    "The token ids of the prompt, from a server of llama.cpp; None from any other."
+    import httpx
+    about = {"base_url": ask.url.removesuffix("/").removesuffix("/v1"), "timeout": 60, "trust_env": False}
+    with httpx.Client(**about, headers={"Authorization": f"Bearer {ask.client.api_key}"}) as http:
+        try:
+            text = http.post("/apply-template", json={"messages": case.chat}).raise_for_status().json()["prompt"]
+            read = {"content": text, "add_special": True, "parse_special": True}
+            return http.post("/tokenize", json=read).raise_for_status().json()["tokens"]
+        except (httpx.HTTPError, ValueError, KeyError, TypeError): return None
+
+def _prompt(found: Found, ask, case: Case, count: int | None) -> None:
+    "Compare one prompt, by its tokens or, where nobody shows them, by their number."
+    ids = _shown(ask, case)
+    found.prompts.append(ids == case.ids if ids else count == len(case.ids) if count else None)
+    if found.prompts[-1] is False and not found.template:
+        at = parts_at(ids or [], case.ids)
+        said = f"token {at + 1}: {ids[at:at + 3]}, not {case.ids[at:at + 3]}" if ids else f"{count} tokens"
+        found.template = f"{said} for {last_words(case)!r:.60}" + ("" if ids else f", not {len(case.ids)}")
+
+# %% ../nbs/workshop/parityruns.ipynb #cf9f75c6
 def _compared(found: Found, tokenizer, ids_of: dict, case: Case, choice) -> None:
     "Compare one reply, and its likeliest tokens up to where it parts from ours."
     ours = [tokenizer.decode([i]) for i in case.reply if i not in stop_ids(tokenizer)]
@@ -259,9 +280,7 @@ def measure_url(
         found.seconds += time.perf_counter() - start
         count = reply.usage and reply.usage.prompt_tokens
         found.tokens += reply.usage.completion_tokens if reply.usage else 0
-        found.prompts.append(count == len(case.ids) if count else None)
-        if count and count != len(case.ids) and not found.template:
-            found.template = f"{count} tokens for {last_words(case)!r:.60}, not {len(case.ids)}"
+        _prompt(found, ask, case, count)
         _compared(found, tokenizer, texts, case, reply.choices[0])
     if rows: found.results = evaluate(ask, rows, grade, 4, progress=False)
     return found

@@ -17,7 +17,7 @@ from .servers import check_address, is_loopback
 from .turnlog import TurnLog
 
 # %% auto #0
-__all__ = ['NOTED', 'CONSENTS', 'NEIGHBOURS', 'Noted', 'agreed', 'passed', 'target', 'Collector', 'check_collector',
+__all__ = ['NOTED', 'CONSENTS', 'NEIGHBOURS', 'Noted', 'consented', 'passed', 'target', 'Collector', 'check_collector',
            'run_collector', 'Collecting']
 
 # %% ../nbs/workshop/proxy.ipynb #b58667fd
@@ -50,7 +50,7 @@ class Noted:
 # %% ../nbs/workshop/proxy.ipynb #0f2aa7c4
 CONSENTS = ("header", "all")
 
-def agreed(
+def consented(
     said: bytes,     # the header x-collect; empty if there is none
     consent: str,    # one of `CONSENTS`
 ) -> bool:
@@ -120,7 +120,7 @@ class Collector:
     def turn(self, scope, said: bytes, body: bytes) -> Noted | None:
         "A turn to note, or None."
         chat = scope["method"] == "POST" and scope["path"].rstrip("/").endswith("/chat/completions")
-        if not chat or not agreed(said, self.consent) or random.random() >= self.sample: return None
+        if not chat or not consented(said, self.consent) or random.random() >= self.sample: return None
         try: asked = json.loads(body)
         except ValueError: return None
         return Noted(asked) if isinstance(asked, dict) else None

@@ -9,7 +9,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from .children import Child
 from .core import Scratch, UserError, choose, model_path
-from .door import by_name, forward, guard
+from .gateway import by_name, forward, guard
 from .launchers import LAUNCHERS, check_program
 from .models import load
 from .tensors import tensor_index
@@ -189,10 +189,10 @@ def check_adapters(
     if engine == "llama.cpp": return {"adapters": {name: _gguf(path) for name, path in adapters.items()}}
     ranks = []
     for name, path in adapters.items():
-        config = Path(path) / "adapter_config.json"
+        config = Path(model_path(path)) / "adapter_config.json"
         if not config.is_file(): raise UserError(f"adapter {name}: no adapter_config.json in {path}, so it is none")
         ranks.append(json.loads(config.read_text())["r"])
-    paths = {name: str(Path(path).resolve()) for name, path in adapters.items()}
+    paths = {name: str(Path(model_path(path)).resolve()) for name, path in adapters.items()}
     return {"adapters": paths, "rank": max(ranks, default=0)}
 
 def _for_ollama(gguf: str, folder: Path) -> dict:

@@ -12,7 +12,7 @@ from .core import UserError, no_way
 from .files import lines
 
 # %% auto #0
-__all__ = ['FIELDS', 'TurnLog', 'turns']
+__all__ = ['FIELDS', 'TurnLog', 'logged_turns']
 
 # %% ../nbs/workshop/turnlog.ipynb #c6a8be4f
 FIELDS = {"time", "seconds", "status", "request", "reply"}   # by which a line of ours is known
@@ -72,7 +72,7 @@ class TurnLog:
         self.lock.release()
 
 # %% ../nbs/workshop/turnlog.ipynb #db69332b
-def turns(path: str | Path) -> Iterator[tuple[int, dict | str]]:
+def logged_turns(path: str | Path) -> Iterator[tuple[int, dict | str]]:
     "(line, turn) or (line, what is wrong with it). Raises `UserError` if there is no such file."
     if not Path(path).is_file(): raise UserError(f"{path}: no such file. Give the log that `llmcourse collect` wrote")
     with open(path, "rb") as f: data_ends = f.seek(0, 2) and (f.seek(-1, 2), f.read(1))[1] == b"\n"

@@ -22,7 +22,7 @@ from llmcourse.core import UserError, read_jsonl
 from llmcourse.export import to_gguf
 from llmcourse.proxy import Collecting, Collector
 from llmcourse.serve import connect, serve
-from llmcourse.turnlog import TurnLog, turns
+from llmcourse.turnlog import TurnLog, logged_turns
 
 KEY = "s3cret-of-the-provider"
 YES = {"x-collect": "yes"}
@@ -47,7 +47,7 @@ def lines_of(path, n):
     "The lines of a log, once there are `n`: a line is written after its reply."
     end = time.monotonic() + 20
     while time.monotonic() < end:
-        found = [turn for _, turn in turns(path)]
+        found = [turn for _, turn in logged_turns(path)]
         if len(found) >= n:
             return found
         time.sleep(0.02)
@@ -376,7 +376,7 @@ def test_a_kill_leaves_whole_lines_alone(llama, tmp_path):
             collecting.process.send_signal(signal.SIGKILL)
             stop.set()
         collecting.stop()
-        found = [turn for _, turn in turns(log)]
+        found = [turn for _, turn in logged_turns(log)]
         assert all(isinstance(turn, dict) and turn["reply"] for turn in found)
         assert len(done) - 8 <= len(found)
         done[:] = [1] * len(found)
@@ -390,11 +390,11 @@ def test_half_a_line_is_cut_off_at_the_next_start(tmp_path):
         log.add(line)
         os.write(log.file, b'{"time": "' + b"x" * n)
         log.close()
-        assert [number for number, _ in turns(log.path)] == [1]
+        assert [number for number, _ in logged_turns(log.path)] == [1]
         log = TurnLog(log.path)
         log.add(line)
         log.close()
-        assert [turn for _, turn in turns(log.path)] == [line, line]
+        assert [turn for _, turn in logged_turns(log.path)] == [line, line]
     only = TurnLog(tmp_path / "only.jsonl")
     os.write(only.file, b'{"time": "')
     only.close()

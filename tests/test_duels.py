@@ -174,6 +174,20 @@ def test_stop_stops_both(db, two):
     desk.close()
 
 
+def test_a_reload_in_the_middle_watches_both_replies(db, two):
+    for fake in two:
+        fake.delay = 0.3
+    desk = Desk(two[0].url, db, against=two[1].url)
+    turn = desk.ask("a", None, "", "tab")
+    question = next(turn)[-1]["id"]
+    next(turn)
+    turn.close()  # the page is reloaded
+    looks = list(desk.restore(path_to(db, question)[0]["token"]))
+    assert len(looks) > 1 and {r["content"] for r in looks[-1][-1]["replies"]} == {"Answer: 85", "Answer: 75"}
+    assert count(db, "messages") == 3 and count(db, "comparisons") == 1
+    desk.close()
+
+
 def test_two_names_are_needed(tmp_path, two):
     db = tmp_path / "chat.db"
     with pytest.raises(UserError, match="the same model twice"):

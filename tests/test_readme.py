@@ -58,6 +58,7 @@ SHOWS = {
     "prompts test": ["tutor 2: measurably worse than tutor 1", "tokens in"],
     "push": ["adapter_model.safetensors", "the rows; --with-rows sends them", "nothing was sent: --dry-run"],
     "export": ["runs/gguf/reinforced-Q4_K_M.gguf", "Modelfile"],
+    "parity": ["same       reinforced-Q4_K_M.gguf", "reference  transformers, in float32"],
     "doctor": ["checkpoints"],
     "chatlog expire": ["0 conversations deleted"],
     "flywheel run": ["live: runs/flywheel/round", "the rounds as a picture: runs/flywheel/rounds.svg"],
@@ -74,6 +75,7 @@ MAKES = {
     "grpo": "runs/reinforced/run.yaml",
     "rloo": "runs/rloo/run.yaml",
     "export": "runs/gguf/reinforced-Q4_K_M.gguf",
+    "parity": "runs/parity.html",
 }
 
 
@@ -145,7 +147,7 @@ def ask_page(port: int, folder: Path) -> None:
     box = next(c["id"] for c in config["components"] if c["type"] == "textbox" and c["props"].get("placeholder"))
     submit = next(d for d in config["dependencies"] if [box, "submit"] in d["targets"])
     body = dict(
-        data=[QUESTION[0]["content"], None, "You are a maths tutor."],
+        data=[QUESTION[0]["content"], None, "You are a maths tutor.", 0, None, None],
         fn_index=submit["id"],
         session_hash="readme",
         trigger_id=box,
@@ -203,8 +205,11 @@ def test_every_command_is_shown():
     for name, why in ELSEWHERE.items():
         assert f"make {name}" in TEXT
         print(f"llmcourse {name} has no line of its own: {why}")
-    assert shown == COMMANDS.keys() - ELSEWHERE.keys() - {"contract"}
+    assert shown == COMMANDS.keys() - ELSEWHERE.keys() - {"contract", "bench", "collect", "passwd"}
+    assert "`llmcourse passwd ada people.txt`" in TEXT  # it asks for a password: tests/test_shared_chat.py
     assert "`llmcourse contract URL`" in TEXT  # it needs a server: tests/test_server_contract.py
+    assert "`llmcourse bench URL`" in " ".join(TEXT.split())  # and so does this: tests/test_serve.py
+    assert "`llmcourse collect --url " in TEXT and "`llmcourse collect rows " in TEXT  # tests/test_collect.py
     assert len(LINES) == len(re.findall(r"^ +llmcourse ", TEXT, re.M))
 
 

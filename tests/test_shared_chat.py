@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -43,6 +44,12 @@ def people(tmp_path):
     path = tmp_path / "people.txt"
     add_person(path, "ada", SECRET)
     return path
+
+
+@pytest.fixture
+def long_minutes(monkeypatch):
+    "A slow machine may take a minute between two questions."
+    monkeypatch.setattr(Pace.__init__, "__defaults__", (3600, time.monotonic))
 
 
 # names and passwords
@@ -127,7 +134,7 @@ class Visitor:
         return self.status("login", urllib.parse.urlencode({"username": name, "password": password}).encode())
 
 
-def test_only_people_come_in_and_a_new_one_without_a_restart(fake, people, tmp_path, capfd):
+def test_only_people_come_in_and_a_new_one_without_a_restart(fake, people, tmp_path, capfd, long_minutes):
     app = launch(fake.url, tmp_path / "chat.db", port=0, host="0.0.0.0", people=people, block=False)
     try:
         page = f"http://127.0.0.1:{app.server_port}/"
@@ -163,7 +170,7 @@ def test_a_page_takes_no_files_and_no_giants(fake, people, tmp_path):
         app.desk.close()
 
 
-def test_limits_are_one_line_and_nothing_is_saved(fake, tmp_path):
+def test_limits_are_one_line_and_nothing_is_saved(fake, tmp_path, long_minutes):
     db = tmp_path / "chat.db"
     desk = Desk(fake.url, db, per_minute=2, max_chars=100)
     with pytest.raises(UserError, match="101 characters: a message may have 100"):
@@ -225,6 +232,16 @@ def test_the_command_with_bad_words(tmp_path, monkeypatch, capsys, words, why):
     assert main(["chat", "--port", "0", *words]) == 2
     err = capsys.readouterr().err
     assert why in err and err.count("\n") == 1
+
+
+def test_a_database_of_a_newer_version_is_one_line(fake, tmp_path, capsys):
+    import sqlite3
+
+    with contextlib.closing(sqlite3.connect(tmp_path / "newer.db")) as con:
+        con.execute("PRAGMA user_version = 99")
+    assert main(["chat", "--port", "0", "--url", fake.url, "--database", str(tmp_path / "newer.db")]) == 2
+    err = capsys.readouterr().err
+    assert "written by a newer llmcourse. Upgrade" in err and err.count("\n") == 1
 
 
 def test_all_of_one_person_can_be_taken_out_and_deleted(tmp_path, monkeypatch, capsys):
@@ -365,7 +382,7 @@ def test_browser_settings_are_sent_and_an_edited_reply_is_a_correction(fake, tmp
     other.stop()
 
 
-def test_browser_asks_for_a_password_and_slows_down_the_hasty(fake, people, tmp_path):
+def test_browser_asks_for_a_password_and_slows_down_the_hasty(fake, people, tmp_path, long_minutes):
     db = tmp_path / "chat.db"
     with browser_on() as browser, page_of(browser, fake.url, db, people=people, per_minute=1) as (page, app):
         for password in ("wrong", SECRET):
