@@ -210,7 +210,7 @@ def said(line: dict) -> str:
 
 # %% ../nbs/workshop/turning.ipynb #1f6add30
 def plot_rounds(history: list[dict], ax=None):   # → the axes
-    "Each kind of question over the rounds, with 95 % intervals; hollow: the gate let nothing through."
+    "Each kind of question over the rounds, with 95 % intervals; grey: the gate let nothing through."
     import matplotlib.pyplot as plt
     if ax is None: _, ax = plt.subplots(figsize=(7, 3.6))
     for k, kind in enumerate(row["kind"] for row in history[0]["kinds"]):
@@ -223,7 +223,7 @@ def plot_rounds(history: list[dict], ax=None):   # → the axes
     for line in history:
         if not line["passed"]: ax.axvspan(line["round"] - .2, line["round"] + .35, color="0.9", zorder=0)
     ax.set(xticks=range(len(history) + 1), xlabel="round (grey: stopped by the gate)", ylabel="as wanted, %")
-    ax.legend(frameon=False, ncols=2)
+    ax.legend(fontsize=8, loc="lower right")
     return ax
 
 # %% ../nbs/workshop/turning.ipynb #25d4e187
