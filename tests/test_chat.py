@@ -159,7 +159,7 @@ def test_exported_prompt_is_what_the_model_saw(fake, db, tmp_path):
         "fake",
         "done",
     )
-    assert list(row) == ["prompt", "reply", "vote", "correction", "model", "status", "message"]
+    assert list(row) == ["prompt", "reply", "vote", "correction", "model", "status", "message", "rater"]
 
 
 def test_how_it_felt(fake, db):
