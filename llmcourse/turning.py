@@ -47,7 +47,7 @@ def exam_of(
         found = exam_rows(rows, model)
         return found, exam_grader(found, None, rows)
     if not str(model).startswith("tutor/"):
-        raise UserError(f"{model}: what may it not forget? Give rows with the expected replies: --exam test.jsonl")
+        raise UserError(f"{model}: the gate needs questions with the expected replies. Give --exam test.jsonl")
     return user_questions(n, 9000 + seed, "test"), pleases
 
 def asked_at(url: str, exam: tuple) -> list[dict]:
