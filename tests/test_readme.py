@@ -62,7 +62,7 @@ SHOWS = {
     "doctor": ["checkpoints"],
     "chatlog expire": ["0 conversations deleted"],
     "flywheel run": ["live: runs/flywheel/round", "the rounds as a picture: runs/flywheel/rounds.svg"],
-    "flywheel status": ["round 1: 72 opinions", "live: runs/flywheel/round"],
+    "flywheel status": ["round 1: 66 opinions", "live: runs/flywheel/round"],
 }
 MAKES = {
     "sft": "runs/mine/run.yaml",
