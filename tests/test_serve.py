@@ -598,7 +598,7 @@ def test_a_client_that_hangs_up_stops_the_engine(several):
         ("transformers", {"a": "x"}, "transformers: one model, no adapters by name"),
         ("llama.cpp", {"tutor": "x.gguf"}, "adapter tutor: the base model has that name"),
         ("llama.cpp", {"a": "x.gguf"}, "x.gguf: no such file"),
-        ("vllm", {"a": "nowhere"}, "adapter a: no adapter_config.json in nowhere"),
+        ("vllm", {"a": "nowhere"}, "nowhere: no such folder"),
     ],
 )
 def test_adapters_that_cannot_be(engine, given, why, monkeypatch):
