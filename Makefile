@@ -18,7 +18,7 @@ $(VENV)/.ready-%: pyproject.toml constraints/$(LOCK).txt tests/install.py
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ". Try: make $(MAKECMDGOALS) PYTHON=python3.12") if sys.version_info < (3, 11) else None'
 	$(PYTHON) tests/install.py $(VENV) $(LOCK) $*
 
-demo: $(VENV)/.ready-demo ## base model to chat, every step measured (about 5 minutes)
+demo: $(VENV)/.ready-demo ## base model to chat, every step measured (about 2 minutes)
 	llmcourse demo
 
 test: $(VENV)/.ready-test ## run every test: units, equality proofs, notebooks, browser
