@@ -81,27 +81,23 @@ def compare(name: str, raw, ours, n: int) -> None:
           f"raw {middle(pairs, 0):.1f} CPU ms a reply)", flush=True)  # fmt: skip
 
 
-def overhead(n: int, folder: Path) -> None:
-    gguf = to_gguf("tutor/sft", folder / "tutor.gguf", "f32")
-    port = free_port()
-    raw = started([sys.executable, "-c", RAW, str(gguf), str(port)], folder)
-    try:
-        until(f"http://127.0.0.1:{port}")
-        with serve(gguf, n_threads=1, key="s3cret") as ours:
-            compare("llama.cpp", asker(raw.pid, f"http://127.0.0.1:{port}/v1", "tutor"),
-                    asker(ours.process.pid, ours.url, "tutor", "s3cret"), n)
-    finally:
-        raw.kill()
-    words = ["transformers", "serve", "sft", "--port", str(port), "--device", "cpu", "--dtype", "float32"]
-    path = Path(serve_folder(folder))
+def beside(name: str, words: list, port: int, path: Path, model: str, n: int) -> None:
+    "The engine alone, started by `words`, against ours with the same model."
     raw = started(words, path.parent)
     try:
         until(f"http://127.0.0.1:{port}")
         with serve(path, n_threads=1, key="s3cret") as ours:
-            compare("transformers", asker(raw.pid, f"http://127.0.0.1:{port}/v1", "sft"),
-                    asker(ours.process.pid, ours.url, "sft", "s3cret"), n)
+            alone = asker(raw.pid, f"http://127.0.0.1:{port}/v1", model)
+            compare(name, alone, asker(ours.process.pid, ours.url, model, "s3cret"), n)
     finally:
         raw.kill()
+
+
+def overhead(n: int, folder: Path) -> None:
+    gguf, port = to_gguf("tutor/sft", folder / "tutor.gguf", "f32"), free_port()
+    beside("llama.cpp", [sys.executable, "-c", RAW, str(gguf), str(port)], port, gguf, "tutor", n)
+    words = ["transformers", "serve", "sft", "--port", str(port), "--device", "cpu", "--dtype", "float32"]
+    beside("transformers", words, port, serve_folder(folder), "sft", n)
 
 
 def serve_folder(folder: Path) -> Path:

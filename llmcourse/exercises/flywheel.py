@@ -79,6 +79,6 @@ EXERCISES = [
                     "changes the given rows": _changes_them}),
     Exercise("12.3", "which users see the new model", _test_canary,
              "a number from 0 to 1 out of hashlib.sha256(user.encode()), compared with the share",
-             wrong={"draws anew each time": lambda user, share: random.random() < share,
+             wrong={"draws again each time": lambda user, share: random.random() < share,
                     "another draw for each share": lambda user, share: _digest(f"{user} {share}") < share,
                     "the last digits of the name": lambda user, share: int(user.split()[-1]) % 7 < 7 * share})]
