@@ -128,7 +128,7 @@ def table(rows: list[dict]) -> list[str]:
     "The lines of the table in chapter 02."
     span = lambda x: f"{x[0]:.2f} ({x[1]:.2f}–{x[2]:.2f})"
     return [f"| × {x['times']} | {x['MB']:.1f} | {x['draft']} | {x['kept'] / x['made']:.1%} of {x['made']:,} "
-            f"| {x['tokens'] / x['passes']:.2f} | {x['c'][0]:.3f} | {span(x["r"])} | {x['promised']:.2f} "
+            f"| {x['tokens'] / x['passes']:.2f} | {x['c'][0]:.3f} | {span(x['r'])} | {x['promised']:.2f} "
             f"| {span(x['measured'])} |" for x in summary(rows)]
 
 
