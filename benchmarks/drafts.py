@@ -136,7 +136,7 @@ def main(words: list[str]) -> None:
     small = "--small" in words
     path = next((Path(word) for word in words if not word.startswith("-")), Path("drafts.jsonl"))
     rows = []
-    for times in (1,) if small else (1, 8, 32):
+    for times in (1,) if small else (1, 8):
         with tempfile.TemporaryDirectory() as place:
             rows += body(times, 1 if small else 8, Path(place))
         write_jsonl(path, rows)
