@@ -1982,6 +1982,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'llmcourse.rows.with_system': ('workshop/rows.html#with_system', 'llmcourse/rows.py')},
             'llmcourse.runs': { 'llmcourse.runs._added': ('workshop/runs.html#_added', 'llmcourse/runs.py'),
                                 'llmcourse.runs._alone': ('workshop/runs.html#_alone', 'llmcourse/runs.py'),
+                                'llmcourse.runs._clear': ('workshop/runs.html#_clear', 'llmcourse/runs.py'),
                                 'llmcourse.runs._files': ('workshop/runs.html#_files', 'llmcourse/runs.py'),
                                 'llmcourse.runs._unfinished': ('workshop/runs.html#_unfinished', 'llmcourse/runs.py'),
                                 'llmcourse.runs.base_name': ('workshop/runs.html#base_name', 'llmcourse/runs.py'),
