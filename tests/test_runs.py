@@ -198,7 +198,7 @@ def test_two_processes_do_not_write_one_run(tmp_path):
 
 
 def killed_at(count, output):
-    "A whole run of `run_folder` in another process, killed before file operation number `count`. Returns its exit status."
+    "A run of `run_folder` in another process, killed before file operation number `count`. Returns its exit status."
     left = [count]
 
     def before(event, args):
