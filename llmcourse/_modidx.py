@@ -1808,6 +1808,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'llmcourse.quantizers': { 'llmcourse.quantizers._floats': ('workshop/quantizers.html#_floats', 'llmcourse/quantizers.py'),
                                       'llmcourse.quantizers.add_kind': ('workshop/quantizers.html#add_kind', 'llmcourse/quantizers.py'),
                                       'llmcourse.quantizers.block_size': ('workshop/quantizers.html#block_size', 'llmcourse/quantizers.py'),
+                                      'llmcourse.quantizers.find_openmp': ( 'workshop/quantizers.html#find_openmp',
+                                                                            'llmcourse/quantizers.py'),
                                       'llmcourse.quantizers.ggml': ('workshop/quantizers.html#ggml', 'llmcourse/quantizers.py'),
                                       'llmcourse.quantizers.llama_order': ( 'workshop/quantizers.html#llama_order',
                                                                             'llmcourse/quantizers.py'),
