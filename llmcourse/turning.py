@@ -163,7 +163,9 @@ def turn(
 # %% ../nbs/workshop/turning.ipynb #ece470e1
 def heard(server: Following, n: int, seed: int, i: int, **users) -> list[dict]:
     "What simulated users say in a round, once the live model answers."
-    while server.answers != live_model(server.seats.folder): time.sleep(.05)
+    while server.answers != live_model(server.seats.folder):
+        if server.said: raise UserError(server.said)
+        time.sleep(.05)
     rows = user_questions(n, 100 * seed + i)
     ask = remote(server.url, max_tokens=240)
     replies = evaluate(ask, rows, pleases, workers=8, progress=False)
