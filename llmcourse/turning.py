@@ -246,7 +246,7 @@ def unseen(
     "What may be learned without learning the exam. Raises `UserError` if nothing is left."
     asked = {same_text(conversation(row, "exam")[-1:]) for row in exam[0]}
     left = [opinion for opinion in opinions if same_text(opinion["prompt"][-1:]) not in asked]
-    if n := len(opinions) - len(left): tell(f"{n:,} opinions are about questions of the exam, and left out")
+    if n := len(opinions) - len(left): tell(f"opinions left out, because they are about questions of the exam: {n:,}")
     if not left: raise UserError("all opinions are about questions of the exam. Give --exam rows that nobody asked")
     return left
 

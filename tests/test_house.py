@@ -160,6 +160,8 @@ def test_site():
     assert entries and all((ROOT / "nbs" / e).is_file() for e in entries), entries
     chapters = {p.name for p in (ROOT / "nbs").glob("[0-9]*.ipynb")}
     assert chapters <= set(entries)
+    workshop = sorted(f"workshop/{p.name}" for p in (ROOT / "nbs/workshop").glob("*.ipynb"))
+    assert sorted(e for e in entries if e.startswith("workshop/")) == workshop, "each page once"
     for path in NOTEBOOKS:
         for link in re.findall(r"\]\(([\w./-]+\.ipynb)", path.read_text()):
             assert (path.parent / link).is_file(), f"{path.name} links to {link}"
