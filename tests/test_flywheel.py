@@ -329,7 +329,7 @@ def test_the_exam_is_not_learned(capsys):
 
     said = opinions(vote("a"), vote("b") | {"prompt": "Only a hint,  please. 2+2?"})
     exam = ([{"messages": [{"role": "user", "content": "only a hint, please. 2+2?"}]}], None)
-    assert unseen(said, exam) == said[:1] and "1 opinions" in capsys.readouterr().err
+    assert unseen(said, exam) == said[:1] and "of the exam: 1" in capsys.readouterr().err
     with pytest.raises(UserError, match="--exam"):
         unseen(said[1:], exam)
 
