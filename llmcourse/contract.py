@@ -16,7 +16,7 @@ __all__ = ['QUESTION', 'LONG', 'SCHEMA', 'TOOL', 'CHECKS', 'NOT_THERE', 'Asked',
            'cuts_and_says_so', 'stops_at_a_text', 'lists_its_model', 'streams', 'streams_the_count', 'repeats_a_seed',
            'gives_logprobs', 'draws_several', 'keeps_to_a_schema', 'calls_tools', 'takes_results', 'ends_in_an_error',
            'NotSaid', 'room_of', 'refuses_too_long', 'refuses_a_wrong_key', 'bears_a_crowd', 'Verdict', 'in_short',
-           'answers', 'put', 'asked_everything']
+           'answers', 'put', 'server_of', 'asked_everything']
 
 # %% ../nbs/workshop/contract.ipynb #5409c851
 QUESTION = [{"role": "user", "content": "What is 47 plus 38? Answer with the number."}]
@@ -202,11 +202,11 @@ def answers(asked: Asked) -> bool:
 
 def put(
     asked: Asked,
-    name: str,      # one of `CHECKS`
+    check: Callable,    # one of `CHECKS`, or another of their kind
 ) -> Verdict:
     "Put one question. Raises `UserError` if the server is gone."
     import openai
-    check = CHECKS[choose(name, CHECKS, "check")]
+    name = check.__name__
     about = check.__doc__.splitlines()[0]
     try: check(asked)
     except AssertionError as e: return Verdict(name, "wrong", str(e), about)
@@ -223,6 +223,17 @@ def put(
     return Verdict(name, "ok", "", about)
 
 # %% ../nbs/workshop/contract.ipynb #ca077f07
+def server_of(
+    url: str,                   # ends in /v1
+    model: str | None,          # None: the first that the server lists
+    key: str | None,            # the server's API key
+    timeout: float,             # seconds for one request
+) -> Asked:
+    "The server, asked once whether it is there. Raises `UserError` if nothing answers."
+    from llmcourse.serve import Remote
+    model = Remote(url, model, key).model
+    return Asked(connect(url, key).with_options(timeout=timeout, max_retries=0), model)
+
 def asked_everything(
     url: str,                   # ends in /v1
     model: str | None = None,   # by default the first that the server lists
@@ -231,10 +242,8 @@ def asked_everything(
     timeout: float = 120,       # seconds for one request
 ):                              # yields a `Verdict` for each
     "Ask a server for everything that an application uses. Raises `UserError` if nothing answers, or for a wrong name."
-    from llmcourse.serve import Remote
     names = [choose(name, CHECKS, "check") for name in only if name] or list(CHECKS)
-    model = Remote(url, model, key).model
-    asked = Asked(connect(url, key).with_options(timeout=timeout, max_retries=0), model)
+    asked = server_of(url, model, key, timeout)
     for name in names:
         if name == "refuses_a_wrong_key" and not key: continue   # an open server has no wrong key
-        yield put(asked, name)
+        yield put(asked, CHECKS[name])

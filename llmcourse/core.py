@@ -331,7 +331,7 @@ def stopwatch():
 # %% ../nbs/workshop/core.ipynb #5f59e28c
 CHAPTERS = {"01": "models", "02": "serve", "03": "prompts", "04": "evals", "05": "data", "06": "sft", "07": "lora",
             "08": "preference", "09": "rl", "09b": "ppo", "09c": "rounds",
-            "10": "export", "11": "chat", "12": "flywheel", "14": "plan"}
+            "10": "export", "11": "chat", "12": "flywheel", "12b": "leaving", "14": "plan"}
 
 def home() -> Path:
     "Where progress and the chat database live: `$LLMCOURSE_HOME`, else `~/.llmcourse`."

@@ -142,19 +142,31 @@ def contract(
     model: str = None,      # which of its models; by default the first that it lists
     key: str = None,        # the server's API key; better in $LLMCOURSE_API_KEY, where nobody sees it
     only: str = None,       # names of checks, separated by commas; by default all
-    json: bool = False,     # print JSON: a list of {name, state, why, about}
+    differences: bool = False,  # what OpenAI does otherwise, feature by feature, and the way out
+    json: bool = False,     # print JSON: a list of {name, state, why, about}, or of {feature, state, how, way_out, …}
 ):
     """Ask a server for all that an OpenAI application uses: stream, usage, stop, seed, JSON, tools, errors, 64 clients.
 
     llmcourse contract http://127.0.0.1:8080/v1
     """
     from llmcourse.contract import asked_everything
+    asked = (server, model, key or os.environ.get("LLMCOURSE_API_KEY"), (only or "").split(","))
+    if differences: return _differences(asked, json)
     found = []
-    for one in asked_everything(server, model, key or os.environ.get("LLMCOURSE_API_KEY"), (only or "").split(",")):
+    for one in asked_everything(*asked):
         found.append(one)
         if not json: print(f"{one.state:<10} {one.name:<20} {one.why or one.about}", flush=True)
     if json: print(dumps([one._asdict() for one in found]))
     return int(any(one.state == "wrong" for one in found))
+
+def _differences(asked: tuple, json: bool) -> None:
+    from llmcourse.differences import differs_from_openai
+    found = []
+    for one in differs_from_openai(*asked):
+        found.append(one)
+        way_out = f" → {one.way_out}" if one.way_out else ""
+        if not json: print(f"{one.state:<8} {one.feature:<22} {one.how}{way_out}".rstrip(), flush=True)
+    if json: print(dumps([one._asdict() for one in found]))
 
 # %% ../nbs/workshop/delivery.ipynb #ad9f09bd
 def bench(

@@ -31,7 +31,7 @@ MODELS = {"t4": "llama-3.2-1b", "mps": "llama-3.2-1b", "l4": "llama-3.2-3b", "a1
           "h100": "llama-3.1-8b"}  # fmt: skip
 OTHERS = itertools.cycle(["a100", "l4", "h100", "mps"])
 EVERY = os.environ.get("LLMCOURSE_SCALES") == "all"
-TUTOR = ("09b_ppo", "09c_rounds", "12_flywheel")
+TUTOR = ("09b_ppo", "09c_rounds", "12_flywheel", "12b_leaving")
 PAIRS = [(path, name) for path in notebooks.chapters()
          for name in (MODELS if EVERY else ["t4"] if path.stem in TUTOR else ["t4", next(OTHERS)])]  # fmt: skip
 SPEED = "batch_size = 32\ngrad_accum = 1\n"  # one pass of a laptop's CPU holds more than a real 8B on its card
@@ -43,6 +43,7 @@ SHORTER = {  # the runs of a scale; what chapters do with the tutor stays as it 
     'prefer(pairs + more, "runs/08/dpo"': 'prefer(pairs[:16], "runs/08/dpo"',
     "prefer(pairs[:160], ": "prefer(pairs[:16], ",
     "reward_funcs=brief_reward, max_steps=16,": "reward_funcs=brief_reward, max_steps=3,",
+    "pupils = problems(90, 7, KINDS)": "pupils = problems(20, 7, KINDS)",
     "critic=critic, seed=seed, steps=8)": "critic=critic, seed=seed, steps=1)",
     "max_steps=4, per_device_train_batch_size=32, learning": "max_steps=3, per_device_train_batch_size=8, learning",
 }
