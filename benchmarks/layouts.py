@@ -1,0 +1,218 @@
+"""Does a model that `llmcourse export --program` laid out answer in that program as it does in transformers? The real
+programs, each in an environment of its own, are asked the same questions, greedily:
+
+    python -m venv g4 && g4/bin/pip install gpt4all            # 242 MB with its environment, Linux, a CPU does
+    python -m venv mlx && mlx/bin/pip install 'mlx[cpu]' mlx-lm   # 355 MB
+    python benchmarks/layouts.py [--small] [--gpt4all g4/bin/python] [--mlx mlx/bin/python] layouts.jsonl
+
+Without them, our own llama.cpp answers. Of GPT4All: every GGUF type; a second question in the same chat, with and
+without {1} in the template; its defaults. Of MLX: replies, and the largest difference of a log-probability behind any
+token of prompt and reply; a merged model, an adapter, 8 and 4 bits by mlx-lm; and the tutor with other rotary angles,
+as transformers saves it and as we write it. LM Studio has no package to install here: its layout is tested, and its
+templates are.
+"""
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+AGAIN = "What is 12 + 9?"
+ROPES = {
+    "theta 500,000": dict(rope_type="default", rope_theta=500_000.0),
+    "linear": dict(rope_type="linear", rope_theta=10_000.0, factor=2.0),
+    "llama3": dict(rope_type="llama3", rope_theta=10_000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                   original_max_position_embeddings=64),
+}
+
+
+def in_gpt4all(job: dict):
+    "What GPT4All answers, one line a chat. Runs in its own environment."
+    import gpt4all
+    model = gpt4all.GPT4All(job["file"], model_path=job["folder"], allow_download=False, device="cpu", n_threads=1,
+                            n_ctx=512)
+    for system, question in job["asked"]:
+        with model.chat_session(job["system_prompt"] + system, job["prompt_template"]):
+            yield [model.generate(text, max_tokens=64, **job["options"]) for text in (question, AGAIN)]
+
+
+def in_mlx(job: dict):
+    "Greedy replies of mlx-lm, and the largest gap to transformers' log-probabilities. Runs in its own environment."
+    import mlx.core as mx
+    import numpy as np
+    from mlx_lm import generate, load
+    from mlx_lm.sample_utils import make_sampler
+    model, tokenizer = load(job["folder"])
+    for ids, full, file in job["asked"]:
+        reply = generate(model, tokenizer, ids, max_tokens=64, sampler=make_sampler(temp=0.0))
+        logits = model(mx.array([full]))[0].astype(mx.float32)
+        theirs = np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
+        yield [reply, float(np.abs(theirs - np.load(file)).max())]
+
+
+def child(python: str, name: str, job: dict) -> list:
+    "Run one of the two functions above under another Python."
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run([python, __file__, "--child", name], input=json.dumps(job), env=env, capture_output=True,
+                          text=True)
+    if done.returncode: return [done.stderr.strip().splitlines()[-1]]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+
+
+def version(python: str, package: str) -> str:
+    code = f"import importlib.metadata as m; print(m.version({package!r}))"
+    return subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def asked(n: int, seed: int = 1) -> list:
+    "Sums and stories, as conversations."
+    from llmcourse.tutor import problems, to_chat
+    return [to_chat(p, answered=False)["messages"] for p in problems(n, seed, ("add", "sub", "story1"), "test")]
+
+
+def answers(net, tokenizer, chats: list, questions: tuple = (None, AGAIN)) -> tuple[list, list]:
+    "transformers' replies to each and to a second question, and (ids, ids with the reply, log-probabilities)."
+    from llmcourse.export import greedy
+    from llmcourse.models import encode
+    replies, cases = [], []
+    for chat in chats:
+        pair = []
+        for question in questions:
+            if question:
+                chat = [*chat, {"role": "assistant", "content": pair[0]}, {"role": "user", "content": question}]
+            ids = encode(tokenizer, chat)
+            full, logprobs = greedy(net, tokenizer, ids, 64)
+            pair.append(tokenizer.decode(full[len(ids):], skip_special_tokens=True))
+            if not question: cases.append((ids, full, logprobs.numpy()))
+        replies.append(pair)
+    return replies, cases
+
+
+def ours(gguf: Path, chats: list) -> list:
+    "What our own llama.cpp answers."
+    from llmcourse.engine import Engine
+    with Engine(gguf) as engine:
+        first = [engine(chat) for chat in chats]
+        turns = [[*chat, {"role": "assistant", "content": reply}, {"role": "user", "content": AGAIN}]
+                 for chat, reply in zip(chats, first)]
+        return [[reply, engine(turn)] for reply, turn in zip(first, turns)]
+
+
+def same(replies: list, expected: list) -> dict:
+    "How many first and second replies are transformers' own, and how many are those of `expected`."
+    return {"n": len(expected)} | {f"same_{i + 1}": sum(a[i] == b[i] for a, b in zip(replies, expected))
+                                   for i in range(len(expected[0]))}
+
+
+def gpt4all_rows(python: str | None, room: Path, chats: list, expected: list, types: list):
+    "One row a GGUF type, and for one of them what happens with other settings."
+    from llmcourse.layouts import gpt4all_folder
+    from llmcourse.modelfile import chat_pieces
+    from llmcourse.models import load_tokenizer
+    pieces = chat_pieces(load_tokenizer("tutor/sft"))
+    greedily = dict(temp=0, repeat_penalty=1.0)
+    texts = [("".join(pieces["system"] + m["content"] + pieces["system_end"] for m in chat[:-1]), chat[-1]["content"])
+             for chat in chats]
+    for kind in types:
+        gguf, words = gpt4all_folder("tutor/sft", room / "gpt4all", kind)
+        n = len(chats) if kind in ("Q8_0", "Q4_0") else 6
+        llama = ours(gguf, chats[:n])
+        yield {"program": "llama.cpp", "what": kind} | same(llama, expected[:n])
+        if not python: continue
+        job = dict(file=gguf.name, folder=str(gguf.parent), asked=texts[:n], options=greedily)
+        job |= json.loads(words.read_text())
+        alpaca = "### Instruction:\n{0}\n\n### Response:\n"
+        tried = {"": {}} if kind != "Q8_0" else {
+            "": {}, ", without {1}": {"prompt_template": job["prompt_template"].partition("{1}")[0]},
+            ", repeat_penalty 1.18, its default": {"options": greedily | {"repeat_penalty": 1.18}},
+            ", without a template": {"prompt_template": alpaca}}
+        for what, other in tried.items():
+            replies = child(python, "gpt4all", job | other)
+            row = {"program": f"gpt4all {version(python, 'gpt4all')}", "what": kind + what}
+            if isinstance(replies[0], str): yield row | {"refused": replies[0]}
+            else: yield row | same(replies, expected[:n]) | {
+                "as_llama_cpp": sum(a[0] == b[0] for a, b in zip(replies, llama))}
+
+
+def mlx_folders(room: Path, python: str | None, small: bool):
+    "(what, a model that transformers loads, the folder to ask)."
+    import torch
+    from llmcourse.layouts import mlx_folder
+    from llmcourse.merging import merge
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    def made(model, name, *more): return mlx_folder(model, room / name, *more)[0].parent
+    merged = merge("tutor/sft", room / "merged", dtype="float32")
+    yield "an adapter, merged in float32", "tutor/sft", made("tutor/sft", "adapter")
+    if small: return
+    yield "an adapter, BF16", "tutor/sft", made("tutor/sft", "half", "BF16")
+    yield "a merged model", merged, made(merged, "whole")
+    for bits in (8, 4) if python else ():
+        target = room / f"{bits}-bit"
+        subprocess.run([python, "-m", "mlx_lm", "convert", "--hf-path", room / "adapter", "-q", "--q-bits", str(bits),
+                        "--mlx-path", target], check=True, capture_output=True)
+        yield f"an adapter, {bits} bits by mlx-lm", "tutor/sft", target
+    for name, rope in ROPES.items():
+        plain = room / f"plain {name}"
+        net = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32, rope_parameters=rope)
+        net.save_pretrained(plain)
+        AutoTokenizer.from_pretrained(merged).save_pretrained(plain)
+        yield f"{name}, as transformers saves it", plain, plain
+        yield f"{name}, as we write it", plain, made(plain, f"ours {name}")
+
+
+def mlx_rows(python: str | None, room: Path, chats: list, small: bool):
+    "One row a folder."
+    import numpy as np
+    import torch
+    from llmcourse.models import load
+    known = {}
+    def ask(model): return answers(*load(model, dtype=torch.float32), chats, (None,))
+    for what, model, folder in mlx_folders(room, python, small):
+        if model not in known: known[model] = ask(model)
+        replies, cases = known[model]
+        files = [str(room / f"{i}.npy") for i in range(len(cases))]
+        for file, (*_, logprobs) in zip(files, cases): np.save(file, logprobs)
+        if folder not in (model, room / "8-bit", room / "4-bit"):   # transformers reads what we wrote, too
+            again, others = ask(folder)
+            gap = max(float(np.abs(a[2] - b[2]).max()) for a, b in zip(cases, others) if a[1] == b[1])
+            yield {"program": "transformers", "what": what} | same(again, replies) | {"gap": gap}
+        if not python: continue
+        job = dict(folder=str(folder), asked=[(ids, full, file) for file, (ids, full, _) in zip(files, cases)])
+        found = child(python, "mlx", job)
+        row = {"program": f"mlx-lm {version(python, 'mlx-lm')}, mlx {version(python, 'mlx')}", "what": what}
+        if isinstance(found[0], str): yield row | {"refused": found[0]}
+        else: yield row | same(found, replies) | {"gap": max(gap for _, gap in found)}
+
+
+def main():
+    words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    words.add_argument("output", type=Path)
+    words.add_argument("--gpt4all", metavar="PYTHON")
+    words.add_argument("--mlx", metavar="PYTHON")
+    words.add_argument("--small", action="store_true")
+    options = words.parse_args()
+    import torch
+    from llmcourse.export import KINDS
+    from llmcourse.models import load
+    from llmcourse.shipping import PLAIN
+    chats = asked(1 if options.small else 20)
+    net, tokenizer = load("tutor/sft", dtype=torch.float32)
+    expected, _ = answers(net, tokenizer, chats)
+    types = ["Q8_0"] if options.small else sorted([*PLAIN, *KINDS], key=lambda kind: kind not in ("Q8_0", "Q4_0"))
+    with tempfile.TemporaryDirectory() as room, options.output.open("w") as out:
+        room = Path(room)
+        rows = [mlx_rows(options.mlx, room, chats, options.small),
+                gpt4all_rows(options.gpt4all, room, chats, expected, types)]
+        for row in (row for some in rows for row in some):
+            print(json.dumps(row), flush=True)
+            out.write(json.dumps(row) + "\n")
+            out.flush()
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]:
+        ask = {"gpt4all": in_gpt4all, "mlx": in_mlx}[sys.argv[2]]
+        for answer in ask(json.load(sys.stdin)): print(json.dumps(answer))
+    else: main()
