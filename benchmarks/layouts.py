@@ -3,13 +3,14 @@ programs, each in an environment of its own, are asked the same questions, greed
 
     python -m venv g4 && g4/bin/pip install gpt4all            # 242 MB with its environment, Linux, a CPU does
     python -m venv mlx && mlx/bin/pip install 'mlx[cpu]' mlx-lm   # 355 MB
-    python benchmarks/layouts.py [--small] [--gpt4all g4/bin/python] [--mlx mlx/bin/python] layouts.jsonl
+    python benchmarks/layouts.py gpt4all --python g4/bin/python gpt4all.jsonl
+    python benchmarks/layouts.py mlx --python mlx/bin/python mlx.jsonl       # data/layouts.jsonl is one after the other
 
-Without them, our own llama.cpp answers. Of GPT4All: every GGUF type; a second question in the same chat, with and
-without {1} in the template; its defaults. Of MLX: replies, and the largest difference of a log-probability behind any
-token of prompt and reply; a merged model, an adapter, 8 and 4 bits by mlx-lm; and the tutor with other rotary angles,
-as transformers saves it and as we write it. LM Studio has no package to install here: its layout is tested, and its
-templates are.
+Without --python, our own llama.cpp and transformers answer. Of GPT4All: every GGUF type; a second question in the same
+chat, with and without {1} in the template; its defaults. Of MLX: replies, and the largest difference of a
+log-probability behind any token of prompt and reply; a merged model, an adapter, 8 and 4 bits by mlx-lm; and the tutor
+with other rotary angles, as transformers saves it and as we write it. n = 60, and 12 where it would take long. LM
+Studio has no package to install: tests check its layout and its template.
 """
 import argparse
 import json
@@ -106,18 +107,23 @@ def same(replies: list, expected: list) -> dict:
                                    for i in range(len(expected[0]))}
 
 
-def gpt4all_rows(python: str | None, room: Path, chats: list, expected: list, types: list):
+def gpt4all_rows(python: str | None, room: Path, chats: list, small: bool):
     "One row a GGUF type, and for one of them what happens with other settings."
+    import torch
+    from llmcourse.export import KINDS
     from llmcourse.layouts import gpt4all_folder
     from llmcourse.modelfile import chat_pieces
-    from llmcourse.models import load_tokenizer
-    pieces = chat_pieces(load_tokenizer("tutor/sft"))
+    from llmcourse.models import load
+    from llmcourse.shipping import PLAIN
+    net, tokenizer = load("tutor/sft", dtype=torch.float32)
+    expected, _ = answers(net, tokenizer, chats)
+    pieces = chat_pieces(tokenizer)
     greedily = dict(temp=0, repeat_penalty=1.0)
     texts = [("".join(pieces["system"] + m["content"] + pieces["system_end"] for m in chat[:-1]), chat[-1]["content"])
              for chat in chats]
-    for kind in types:
+    for kind in ["Q8_0"] if small else sorted([*PLAIN, *KINDS], key=lambda kind: kind != "Q8_0"):
         gguf, words = gpt4all_folder("tutor/sft", room / "gpt4all", kind)
-        n = len(chats) if kind in ("Q8_0", "Q4_0") else 6
+        n = len(chats) if kind == "Q8_0" else 12
         llama = ours(gguf, chats[:n])
         yield {"program": "llama.cpp", "what": kind} | same(llama, expected[:n])
         if not python: continue
@@ -137,29 +143,29 @@ def gpt4all_rows(python: str | None, room: Path, chats: list, expected: list, ty
 
 
 def mlx_folders(room: Path, python: str | None, small: bool):
-    "(what, a model that transformers loads, the folder to ask)."
+    "(what, prompts, a model that transformers loads, the folder to ask)."
     import torch
     from llmcourse.layouts import mlx_folder
     from llmcourse.merging import merge
     from transformers import AutoModelForCausalLM, AutoTokenizer
     def made(model, name, *more): return mlx_folder(model, room / name, *more)[0].parent
     merged = merge("tutor/sft", room / "merged", dtype="float32")
-    yield "an adapter, merged in float32", "tutor/sft", made("tutor/sft", "adapter")
+    yield "an adapter, merged in float32", 60, "tutor/sft", made("tutor/sft", "adapter")
     if small: return
-    yield "an adapter, BF16", "tutor/sft", made("tutor/sft", "half", "BF16")
-    yield "a merged model", merged, made(merged, "whole")
+    yield "a merged model", 60, merged, made(merged, "whole")
     for bits in (8, 4) if python else ():
         target = room / f"{bits}-bit"
         subprocess.run([python, "-m", "mlx_lm", "convert", "--hf-path", room / "adapter", "-q", "--q-bits", str(bits),
                         "--mlx-path", target], check=True, capture_output=True)
-        yield f"an adapter, {bits} bits by mlx-lm", "tutor/sft", target
+        yield f"an adapter, {bits} bits by mlx-lm", 60, "tutor/sft", target
+    yield "an adapter, BF16", 12, "tutor/sft", made("tutor/sft", "half", "BF16")
     for name, rope in ROPES.items():
         plain = room / f"plain {name}"
         net = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32, rope_parameters=rope)
         net.save_pretrained(plain)
         AutoTokenizer.from_pretrained(merged).save_pretrained(plain)
-        yield f"{name}, as transformers saves it", plain, plain
-        yield f"{name}, as we write it", plain, made(plain, f"ours {name}")
+        yield f"{name}, as transformers saves it", 12, plain, plain
+        yield f"{name}, as we write it", 12, plain, made(plain, f"ours {name}")
 
 
 def mlx_rows(python: str | None, room: Path, chats: list, small: bool):
@@ -168,14 +174,14 @@ def mlx_rows(python: str | None, room: Path, chats: list, small: bool):
     import torch
     from llmcourse.models import load
     known = {}
-    def ask(model): return answers(*load(model, dtype=torch.float32), chats, (None,))
-    for what, model, folder in mlx_folders(room, python, small):
-        if model not in known: known[model] = ask(model)
-        replies, cases = known[model]
+    def ask(model, n): return answers(*load(model, dtype=torch.float32), chats[::len(chats) // n or 1], (None,))
+    for what, n, model, folder in mlx_folders(room, python, small):
+        if (model, n) not in known: known[model, n] = ask(model, n)
+        replies, cases = known[model, n]
         files = [str(room / f"{i}.npy") for i in range(len(cases))]
         for file, (*_, logprobs) in zip(files, cases): np.save(file, logprobs)
         if folder not in (model, room / "8-bit", room / "4-bit"):   # transformers reads what we wrote, too
-            again, others = ask(folder)
+            again, others = ask(folder, n)
             gap = max(float(np.abs(a[2] - b[2]).max()) for a, b in zip(cases, others) if a[1] == b[1])
             yield {"program": "transformers", "what": what} | same(again, replies) | {"gap": gap}
         if not python: continue
@@ -188,24 +194,15 @@ def mlx_rows(python: str | None, room: Path, chats: list, small: bool):
 
 def main():
     words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    words.add_argument("program", choices=["gpt4all", "mlx"])
     words.add_argument("output", type=Path)
-    words.add_argument("--gpt4all", metavar="PYTHON")
-    words.add_argument("--mlx", metavar="PYTHON")
+    words.add_argument("--python")
     words.add_argument("--small", action="store_true")
     options = words.parse_args()
-    import torch
-    from llmcourse.export import KINDS
-    from llmcourse.models import load
-    from llmcourse.shipping import PLAIN
     chats = asked(1 if options.small else 20)
-    net, tokenizer = load("tutor/sft", dtype=torch.float32)
-    expected, _ = answers(net, tokenizer, chats)
-    types = ["Q8_0"] if options.small else sorted([*PLAIN, *KINDS], key=lambda kind: kind not in ("Q8_0", "Q4_0"))
+    rows = {"gpt4all": gpt4all_rows, "mlx": mlx_rows}[options.program]
     with tempfile.TemporaryDirectory() as room, options.output.open("w") as out:
-        room = Path(room)
-        rows = [mlx_rows(options.mlx, room, chats, options.small),
-                gpt4all_rows(options.gpt4all, room, chats, expected, types)]
-        for row in (row for some in rows for row in some):
+        for row in rows(options.python, Path(room), chats, options.small):
             print(json.dumps(row), flush=True)
             out.write(json.dumps(row) + "\n")
             out.flush()

@@ -19,7 +19,7 @@ BENCHMARKS = {
     "collect": ["3"],
     "flywheel": ["honest", "1", "--small"],
     "serving": ["door", "1"],
-    "layouts": ["--small", "layouts.jsonl"],
+    "layouts": ["gpt4all", "layouts.jsonl", "--small"],
 }
 
 
