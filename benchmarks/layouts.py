@@ -3,18 +3,18 @@ programs, each in an environment of its own, are asked the same questions, greed
 
     python -m venv g4 && g4/bin/pip install gpt4all            # 242 MB with its environment, Linux, a CPU does
     python -m venv mlx && mlx/bin/pip install 'mlx[cpu]' mlx-lm   # 355 MB
-    python benchmarks/layouts.py gpt4all --python g4/bin/python gpt4all.jsonl
-    python benchmarks/layouts.py mlx --python mlx/bin/python mlx.jsonl       # data/layouts.jsonl is one after the other
+    python benchmarks/layouts.py gpt4all --python g4/bin/python [-n 60] [--only Q8_0] layouts.jsonl
+    python benchmarks/layouts.py mlx --python mlx/bin/python layouts.jsonl   # adds to the file
 
-Without --python, our own llama.cpp and transformers answer. Of GPT4All: every GGUF type; a second question in the same
-chat, with and without {1} in the template; its defaults. Of MLX: replies, and the largest difference of a
-log-probability behind any token of prompt and reply; a merged model, an adapter, 8 and 4 bits by mlx-lm; and the tutor
-with other rotary angles, as transformers saves it and as we write it. n = 60, and 12 where it would take long. LM
-Studio has no package to install: tests check its layout and its template.
+Without --python, our own llama.cpp answers. Of GPT4All: every GGUF type; a second question in the same chat, with and
+without {1} in the template; its defaults. Of MLX: replies, and the largest difference of a log-probability behind any
+token of prompt and reply; a merged model, an adapter, 8 and 4 bits by mlx-lm; and the tutor with other rotary angles,
+as transformers saves it and as we write it. LM Studio has no package to install: tests check its layout and template.
 """
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -53,12 +53,15 @@ def in_mlx(job: dict):
         yield [reply, float(np.abs(theirs - np.load(file)).max())]
 
 
+def plain_environment() -> dict:
+    return {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+
+
 def child(python: str, name: str, job: dict) -> list:
     "Run one of the two functions above under another Python."
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    done = subprocess.run([python, __file__, "--child", name], input=json.dumps(job), env=env, capture_output=True,
-                          text=True)
-    if done.returncode: return [done.stderr.strip().splitlines()[-1]]
+    done = subprocess.run([python, __file__, "--child", name], input=json.dumps(job), env=plain_environment(),
+                          capture_output=True, text=True)
+    if done.returncode: raise SystemExit(f"{python}: {done.stderr.strip().splitlines()[-1]}")
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
 
 
@@ -107,7 +110,7 @@ def same(replies: list, expected: list) -> dict:
                                    for i in range(len(expected[0]))}
 
 
-def gpt4all_rows(python: str | None, room: Path, chats: list, small: bool):
+def gpt4all_rows(python: str | None, room: Path, chats: list, wanted):
     "One row a GGUF type, and for one of them what happens with other settings."
     import torch
     from llmcourse.export import KINDS
@@ -116,80 +119,69 @@ def gpt4all_rows(python: str | None, room: Path, chats: list, small: bool):
     from llmcourse.models import load
     from llmcourse.shipping import PLAIN
     net, tokenizer = load("tutor/sft", dtype=torch.float32)
-    expected, _ = answers(net, tokenizer, chats)
-    pieces = chat_pieces(tokenizer)
+    pieces, expected = chat_pieces(tokenizer), []
     greedily = dict(temp=0, repeat_penalty=1.0)
+    alpaca = "### Instruction:\n{0}\n\n### Response:\n"
     texts = [("".join(pieces["system"] + m["content"] + pieces["system_end"] for m in chat[:-1]), chat[-1]["content"])
              for chat in chats]
-    for kind in ["Q8_0"] if small else sorted([*PLAIN, *KINDS], key=lambda kind: kind != "Q8_0"):
+    for kind in ["Q8_0", *(kind for kind in (*PLAIN, *KINDS) if kind != "Q8_0")]:
+        tried = {kind: {}} if kind != "Q8_0" else {
+            kind: {}, f"{kind}, without {{1}}": {"prompt_template": pieces["user"] + "{0}" + pieces["user_end"]
+                                                 + pieces["answer"]},
+            f"{kind}, repeat_penalty 1.18, its default": {"options": greedily | {"repeat_penalty": 1.18}},
+            f"{kind}, without a template": {"prompt_template": alpaca}}
+        tried = {what: other for what, other in tried.items() if wanted(what)}
+        if not tried: continue
+        expected = expected or answers(net, tokenizer, chats)[0]
         gguf, words = gpt4all_folder("tutor/sft", room / "gpt4all", kind)
-        n = len(chats) if kind == "Q8_0" else 12
-        llama = ours(gguf, chats[:n])
-        yield {"program": "llama.cpp", "what": kind} | same(llama, expected[:n])
-        if not python: continue
-        job = dict(file=gguf.name, folder=str(gguf.parent), asked=texts[:n], options=greedily)
-        job |= json.loads(words.read_text())
-        alpaca = "### Instruction:\n{0}\n\n### Response:\n"
-        tried = {"": {}} if kind != "Q8_0" else {
-            "": {}, ", without {1}": {"prompt_template": job["prompt_template"].partition("{1}")[0]},
-            ", repeat_penalty 1.18, its default": {"options": greedily | {"repeat_penalty": 1.18}},
-            ", without a template": {"prompt_template": alpaca}}
-        for what, other in tried.items():
-            replies = child(python, "gpt4all", job | other)
-            row = {"program": f"gpt4all {version(python, 'gpt4all')}", "what": kind + what}
-            if isinstance(replies[0], str): yield row | {"refused": replies[0]}
-            else: yield row | same(replies, expected[:n]) | {
-                "as_llama_cpp": sum(a[0] == b[0] for a, b in zip(replies, llama))}
+        if kind in tried: yield {"program": "llama.cpp", "what": kind} | same(ours(gguf, chats), expected)
+        for what, other in tried.items() if python else ():
+            job = dict(file=gguf.name, folder=str(gguf.parent), asked=texts, options=greedily)
+            found = child(python, "gpt4all", job | json.loads(words.read_text()) | other)
+            yield {"program": f"gpt4all {version(python, 'gpt4all')}", "what": what} | same(found, expected)
 
 
-def mlx_folders(room: Path, python: str | None, small: bool):
-    "(what, prompts, a model that transformers loads, the folder to ask)."
+def mlx_folders(room: Path, python: str | None, wanted):
+    "(what, a model that transformers loads, the folder to ask)."
     import torch
     from llmcourse.layouts import mlx_folder
     from llmcourse.merging import merge
     from transformers import AutoModelForCausalLM, AutoTokenizer
     def made(model, name, *more): return mlx_folder(model, room / name, *more)[0].parent
     merged = merge("tutor/sft", room / "merged", dtype="float32")
-    yield "an adapter, merged in float32", 60, "tutor/sft", made("tutor/sft", "adapter")
-    if small: return
-    yield "a merged model", 60, merged, made(merged, "whole")
-    for bits in (8, 4) if python else ():
-        target = room / f"{bits}-bit"
-        subprocess.run([python, "-m", "mlx_lm", "convert", "--hf-path", room / "adapter", "-q", "--q-bits", str(bits),
-                        "--mlx-path", target], check=True, capture_output=True)
-        yield f"an adapter, {bits} bits by mlx-lm", 60, "tutor/sft", target
-    yield "an adapter, BF16", 12, "tutor/sft", made("tutor/sft", "half", "BF16")
-    for name, rope in ROPES.items():
+    if wanted("an adapter, F32"): yield "an adapter, F32", "tutor/sft", made("tutor/sft", "adapter")
+    if wanted("an adapter, BF16"): yield "an adapter, BF16", "tutor/sft", made("tutor/sft", "half", "BF16")
+    if wanted("a merged model"): yield "a merged model", merged, made(merged, "whole")
+    for bits in (bits for bits in (8, 4) if python and wanted(f"{bits} bits by mlx-lm")):
+        whole, target = made("tutor/sft", f"for {bits}"), room / f"{bits}-bit"
+        subprocess.run([python, "-m", "mlx_lm", "convert", "--hf-path", whole, "-q", "--q-bits", str(bits),
+                        "--mlx-path", target], check=True, capture_output=True, env=plain_environment())
+        yield f"{bits} bits by mlx-lm", "tutor/sft", target
+    for name, rope in ((name, rope) for name, rope in ROPES.items() if wanted(f"rope {name}, ")):
         plain = room / f"plain {name}"
         net = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32, rope_parameters=rope)
         net.save_pretrained(plain)
         AutoTokenizer.from_pretrained(merged).save_pretrained(plain)
-        yield f"{name}, as transformers saves it", 12, plain, plain
-        yield f"{name}, as we write it", 12, plain, made(plain, f"ours {name}")
+        yield f"rope {name}, as transformers saves it", plain, plain
+        yield f"rope {name}, as we write it", plain, made(plain, f"ours {name}")
 
 
-def mlx_rows(python: str | None, room: Path, chats: list, small: bool):
+def mlx_rows(python: str | None, room: Path, chats: list, wanted):
     "One row a folder."
     import numpy as np
     import torch
     from llmcourse.models import load
     known = {}
-    def ask(model, n): return answers(*load(model, dtype=torch.float32), chats[::len(chats) // n or 1], (None,))
-    for what, n, model, folder in mlx_folders(room, python, small):
-        if (model, n) not in known: known[model, n] = ask(model, n)
-        replies, cases = known[model, n]
+    for what, model, folder in mlx_folders(room, python, wanted):
+        if model not in known: known[model] = answers(*load(model, dtype=torch.float32), chats, (None,))
+        replies, cases = known[model]
         files = [str(room / f"{i}.npy") for i in range(len(cases))]
         for file, (*_, logprobs) in zip(files, cases): np.save(file, logprobs)
-        if folder not in (model, room / "8-bit", room / "4-bit"):   # transformers reads what we wrote, too
-            again, others = ask(folder, n)
-            gap = max(float(np.abs(a[2] - b[2]).max()) for a, b in zip(cases, others) if a[1] == b[1])
-            yield {"program": "transformers", "what": what} | same(again, replies) | {"gap": gap}
         if not python: continue
         job = dict(folder=str(folder), asked=[(ids, full, file) for file, (ids, full, _) in zip(files, cases)])
         found = child(python, "mlx", job)
-        row = {"program": f"mlx-lm {version(python, 'mlx-lm')}, mlx {version(python, 'mlx')}", "what": what}
-        if isinstance(found[0], str): yield row | {"refused": found[0]}
-        else: yield row | same(found, replies) | {"gap": max(gap for _, gap in found)}
+        yield {"program": f"mlx-lm {version(python, 'mlx-lm')}, mlx {version(python, 'mlx')}", "what": what} | \
+            same(found, replies) | {"gap": max(gap for _, gap in found)}
 
 
 def main():
@@ -197,12 +189,14 @@ def main():
     words.add_argument("program", choices=["gpt4all", "mlx"])
     words.add_argument("output", type=Path)
     words.add_argument("--python")
-    words.add_argument("--small", action="store_true")
+    words.add_argument("--only", default="", help="a regular expression: rows whose name begins so")
+    words.add_argument("-n", type=int, default=60, help="conversations")
     options = words.parse_args()
-    chats = asked(1 if options.small else 20)
+    chats = asked(options.n // 3)
+    def wanted(what): return bool(re.match(options.only, what))
     rows = {"gpt4all": gpt4all_rows, "mlx": mlx_rows}[options.program]
-    with tempfile.TemporaryDirectory() as room, options.output.open("w") as out:
-        for row in rows(options.python, Path(room), chats, options.small):
+    with tempfile.TemporaryDirectory() as room, options.output.open("a") as out:
+        for row in rows(options.python, Path(room), chats, wanted):
             print(json.dumps(row), flush=True)
             out.write(json.dumps(row) + "\n")
             out.flush()

@@ -19,7 +19,7 @@ BENCHMARKS = {
     "collect": ["3"],
     "flywheel": ["honest", "1", "--small"],
     "serving": ["door", "1"],
-    "layouts": ["gpt4all", "layouts.jsonl", "--small"],
+    "layouts": ["gpt4all", "layouts.jsonl", "-n", "3", "--only", "Q8_0$"],
 }
 
 
