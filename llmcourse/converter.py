@@ -68,7 +68,10 @@ def _refusals(config: dict):
     if rope.get("partial_rotary_factor", 1) != 1: yield "it rotates only a part of each head"
 
 # %% ../nbs/workshop/converter.ipynb #95374cf7
-def read_config(folder: Path) -> dict:
+def read_config(
+    folder: Path,
+    others: str = "for others use llama.cpp's convert_hf_to_gguf.py",   # the way out
+) -> dict:
     "The config of a Llama as a dict. Raises `UserError` for a model that we cannot export exactly."
     from transformers import AutoConfig
     try: config = AutoConfig.from_pretrained(str(folder)).to_dict()
@@ -76,8 +79,7 @@ def read_config(folder: Path) -> dict:
         why = str(e.__cause__ or e).splitlines()[0][:80]
         raise UserError(f"{folder}: no config.json that transformers can read ({why})") from None
     for why in _refusals(config):
-        raise UserError(f"{folder}: {why}. We export LlamaForCausalLM with default, linear or llama3 rope; "
-                        "for others use llama.cpp's convert_hf_to_gguf.py")
+        raise UserError(f"{folder}: {why}. We export LlamaForCausalLM with default, linear or llama3 rope; {others}")
     return config
 
 # %% ../nbs/workshop/converter.ipynb #345e8e22

@@ -14,10 +14,19 @@ from .progress import tell
 __all__ = ['export', 'same_model', 'push', 'named_folder', 'how_to_ask', 'serve', 'contract', 'bench']
 
 # %% ../nbs/workshop/delivery.ipynb #704f897c
+def _shipped(program: str | None, adapter: bool, model: str, output: str | None, quant: str | None, prove):
+    "The files of an export."
+    from llmcourse.layouts import laid_out
+    from llmcourse.shipping import export_beside, export_folder
+    output = output or f"runs/{program or 'gguf'}"
+    if program: return laid_out(program, model, output, quant, prove)
+    return (export_beside if adapter else export_folder)(model, output, quant or "Q8_0", prove)
+
 def export(
     model: str = "tutor/sft",  # a checkpoint, a model or adapter folder, or a Hub name
-    output: str = "runs/gguf", # folder for the .gguf and the Modelfile
-    quant: str = "Q8_0",       # F32, F16, Q8_0, Q6_K, Q5_K_M, Q4_K_M, Q4_0 …
+    output: str = None,        # folder for the .gguf and the Modelfile; default: runs/gguf, or runs/PROGRAM
+    quant: str = None,         # F32, F16, Q8_0 (default), Q6_K, Q5_K_M, Q4_K_M, Q4_0 …; mlx: F32, F16 or BF16
+    program: str = None,       # lay it out as lmstudio, gpt4all or mlx expects it
     adapter: bool = False,     # write a LoRA as a file beside its base, instead of merging it
     despite_parity: bool = False,  # write it even if it is not the same model, and say so
     ollama: str = None,        # make a model of this name in the Ollama that runs at $OLLAMA_HOST, ask it, and compare
@@ -26,14 +35,15 @@ def export(
 
     llmcourse export --model runs/sft --quant Q4_K_M --output runs/gguf
     llmcourse export --model runs/lora --adapter --output runs/beside
+    llmcourse export --model runs/sft --program lmstudio --output ~/.lmstudio/models
     """
+    from llmcourse.layouts import check_layout
     from llmcourse.ollama import Ollama, into_ollama
     from llmcourse.paritygate import NotTheSame, parity_check
-    from llmcourse.shipping import export_beside, export_folder
+    if program: check_layout(program, adapter, ollama)
     there = ollama and Ollama()
     if there: there.check_free(ollama)   # before the work
-    ship = export_beside if adapter else export_folder
-    try: made = ship(model, output, quant, parity_check(model, despite_parity))
+    try: made = _shipped(program, adapter, model, output, quant, parity_check(model, despite_parity))
     except NotTheSame as e:
         tell(str(e))
         return 1

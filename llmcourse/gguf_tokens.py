@@ -16,8 +16,8 @@ from .progress import tell
 
 # %% auto #0
 __all__ = ['LLAMA3', 'QWEN2', 'GPT2', 'SPLITS', 'TEXTS', 'CHATS', 'splits', 'merges_matter', 'pre_tokenizer', 'adds',
-           'vocabulary', 'dated', 'add_tokenizer', 'chat_text', 'golden_chats', 'parts_at', 'overlaps', 'special_texts',
-           'both_read', 'tools_differ', 'check_tokens']
+           'vocabulary', 'dated', 'unmarked', 'add_tokenizer', 'chat_text', 'golden_chats', 'parts_at', 'overlaps',
+           'special_texts', 'both_read', 'tools_differ', 'check_tokens']
 
 # %% ../nbs/workshop/gguf_tokens.ipynb #cd131eae
 LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -133,6 +133,12 @@ def dated(
     "A template that names a day, with the day that we train with: llama.cpp would print today's."
     return f"{{%- set date_string = {json.dumps(DATE)} %}}{template}" if "date_string" in template else template
 
+def unmarked(
+    template: str,   # a chat template
+) -> str:
+    "A template whose marks for training, `{% generation %}`, are comments: not every engine knows them."
+    return re.sub(r"\{%(-?\+?)\s*((?:end)?generation)\s*(-?\+?)%\}", r"{#\1 \2 \3#}", template)
+
 def add_tokenizer(
     writer,          # `gguf.GGUFWriter`
     folder: Path,    # of the model: merges and special ids are read from its files
@@ -150,7 +156,7 @@ def add_tokenizer(
     bos, eos = adds(tokenizer)
     special.add_special_token["bos"] = bos
     if eos or "eos" in special.add_special_token: special.add_special_token["eos"] = eos
-    if isinstance(tokenizer.chat_template, str): special.chat_template = dated(tokenizer.chat_template)
+    if isinstance(tokenizer.chat_template, str): special.chat_template = unmarked(dated(tokenizer.chat_template))
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
