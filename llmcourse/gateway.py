@@ -190,6 +190,7 @@ def _rewritten(body: bytes, rewrite: Callable) -> bytes:
     with contextlib.suppress(ValueError, AttributeError): return json.dumps(rewrite(json.loads(body))).encode()
     return body      # no JSON object: the engine says so
 
+# %% ../nbs/workshop/gateway.ipynb #4cfcb3e9
 def listener(
     app,                 # an ASGI app, such as one of the above
     host: str,
