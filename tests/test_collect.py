@@ -287,7 +287,7 @@ def test_a_server_that_breaks_off_breaks_off(tmp_path):
 def in_front(kind, url, folder):
     "What adapters by name, the flywheel and the collector are, in a thread; yields its URL."
     root, log = url.removesuffix("/v1"), TurnLog(folder / f"{kind}.jsonl")
-    app = {"names": lambda: forward(root, by_name({"m": {}})),
+    app = {"names": lambda: forward(root, by_name({"m": {}, "tools": {}}), ["tools"]),
            "seats": lambda: forward(lambda: contextlib.nullcontext(root)),
            "collector": lambda: Collector(url, log, Passing(), "all")}[kind]()  # fmt: skip
     door = listener(app, "127.0.0.1", free_port(), log_level="critical")
@@ -305,6 +305,13 @@ def in_front(kind, url, folder):
 
 
 FRONTS = pytest.mark.parametrize("kind", ["names", "seats", "collector"])
+
+
+@FRONTS
+def test_the_contract_holds_through_each(kind, llama, tmp_path):
+    with in_front(kind, llama.url, tmp_path) as url:
+        found = list(asked_everything(url, key=KEY))
+    assert [one.name for one in found] == list(CHECKS) and all(one.state == "ok" for one in found), found
 
 
 @FRONTS
