@@ -311,7 +311,7 @@ FRONTS = pytest.mark.parametrize("kind", ["names", "seats", "collector"])
 def test_the_contract_holds_through_each(kind, llama, tmp_path):
     with in_front(kind, llama.url, tmp_path) as url:
         found = list(asked_everything(url, key=KEY))
-    assert [one.name for one in found] == list(CHECKS) and all(one.state == "ok" for one in found), found
+    assert [one.name for one in found] == list(CHECKS) and not [one for one in found if one.state != "ok"]
 
 
 @FRONTS
