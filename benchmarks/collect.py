@@ -11,7 +11,8 @@ recorded (1.7 to 1.9); whole reply 9.8 ms, +2.8 ms (2.2 to 4.4) and +4.2 ms (3.0
 19.1 ms direct, +11.3 ms through it (9.6 to 12.8), +9.3 ms recorded (7.2 to 11.0); reply of some 25 pieces 40.9 ms,
 +14.4 ms (11.2 to 18.0) and +14.2 ms (9.6 to 17.3). With 8 clients at once, n=8x25: whole reply 217 ms, +52 ms (10 to
 81) and +70 ms (36 to 104). Recording itself cannot be told from passing on. A reply costs the proxy 5.7 ms of CPU
-(n=24).
+(n=24). All that was before a turn had to be on the disk; `--disk` says what that adds, on that disk: 0.16 ms a turn
+(0.15 to 0.16, n=400), with 8 at once 0.51 ms (0.49 to 0.52), without fsync 0.02 ms and 0.01 ms.
 """
 
 import argparse
