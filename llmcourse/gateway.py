@@ -154,7 +154,8 @@ class Passing:
         "What an ASGI server says when it starts and when it ends; then the connections are closed."
         for moment in ("startup", "shutdown"):
             await receive()
-            if moment == "shutdown" and self.session: await self.session.close()
+            if moment == "startup": self.session = connections(self.outside)   # the first request is not to wait for it
+            else: await self.session.close()
             await send({"type": f"lifespan.{moment}.complete"})
 
 # %% ../nbs/workshop/gateway.ipynb #c9d63693
@@ -199,5 +200,6 @@ def listener(
 ):                       # a `uvicorn.Server`, to be run
     "A server for an app that passes on: what the server behind says of itself is not said again."
     import uvicorn
-    quiet = dict(log_level="warning", access_log=False, server_header=False, date_header=False, ws="none")
+    quiet = dict(log_level="warning", access_log=False, server_header=False, date_header=False, ws="none",
+                 timeout_keep_alive=75)     # clients give up an idle connection after 5 to 60 s: they are to be first
     return uvicorn.Server(uvicorn.Config(app, host, port, **quiet | options))
