@@ -5,8 +5,8 @@
     python benchmarks/serving.py cache [n]       llama.cpp alone, its RAM cache of prompts off, against on
 
 n is the number of rounds of 16 questions. With several adapters the RAM cache is off, because it forgets whose prompt
-it holds; `door` asks the same engine both ways, so this is no part of its figure, and `cache` measures it by itself: +17.7 % of
-the engine's CPU time (10.0 to 21.9; 8 x 16 pairs) where every question comes back, and nothing that the clock shows.
+it holds; `door` asks the same engine both ways, so this is no part of its figure, and `cache` measures it by
+itself: +17.7 % of the engine's CPU time (10.0 to 21.9; 8 x 16 pairs) where every question comes back.
 """
 import random
 import re
