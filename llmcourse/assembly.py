@@ -59,7 +59,7 @@ def assembled(
     raw: bytes,      # the body of an answer
     stream: bool,    # as events, or one JSON object?
 ) -> SimpleNamespace | None:   # reply, finish_reason, model, usage, n; None if there is no reply in it
-    "The first reply in the body of an answer to a chat completion."
+    "The first reply in the body of an answer to a chat completion, or to a completion."
     try: found = list(events(raw)) if stream else [json.loads(raw)]
     except ValueError: return None
     delta, end, model, usage, numbers = {}, None, None, None, set()
@@ -69,7 +69,8 @@ def assembled(
         for choice in event.get("choices") or []:
             numbers.add(choice.get("index", 0))
             if choice.get("index", 0): continue
-            delta = merged_delta(delta, choice.get("delta" if stream else "message") or {})
+            said = {"content": choice["text"]} if "text" in choice else choice.get("delta" if stream else "message")
+            delta = merged_delta(delta, said or {})
             end = choice.get("finish_reason") or end
     if not numbers: return None
     return SimpleNamespace(reply=_message(delta), finish_reason=end, model=model, usage=usage, n=len(numbers))

@@ -42,11 +42,12 @@ def collect(
 # %% ../nbs/workshop/collect.ipynb #cd6397a0
 def _record(url, log, consent, sample, port, host, key) -> int:
     "Listen until Ctrl-C."
-    from llmcourse.proxy import check_collector, run_collector
+    from llmcourse.proxy import TURNS, check_collector, run_collector
     port = check_collector(url, host, port, key, consent, sample)
     who = "all turns but those with x-collect: no" if consent == "all" else "turns with x-collect: yes"
-    print(f"collecting {who} into {log}, in front of {url}\n  OPENAI_BASE_URL=http://{host}:{port}/v1\nCtrl-C stops it",
-          flush=True)
+    print(f"collecting {who} into {log}, in front of {url}\n  OPENAI_BASE_URL=http://{host}:{port}/v1\n"
+          f"recorded: {' and '.join('/v1' + end for end in TURNS)}; everything else passes untouched, unrecorded\n"
+          "Ctrl-C stops it", flush=True)
     try: lost = run_collector(dict(url=url, log=log, consent=consent, sample=sample, port=port, host=host, key=key))
     except KeyboardInterrupt: lost = 0
     print("stopped" + (f"; {lost} turns were not recorded" if lost else ""), file=sys.stderr)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib, threading, time
 from pathlib import Path
 from .core import UserError
-from .gateway import forward
+from .gateway import forward, listener
 from .live import live_model
 from .progress import tell
 from .servers import check_address, serve
@@ -66,13 +66,11 @@ class Following:
         every: float = 0.2,          # seconds between two looks at the pointer
         **options,                   # for `servers.serve`
     ):
-        import uvicorn
         port = check_address(host, port, key)
         self.seats = Seats(folder, key=key, **options)
         self.url, self.key = f"http://{host}:{port}/v1", key
         self.over = threading.Event()
-        config = uvicorn.Config(forward(self.seats.seat), host=host, port=port, log_level="error", lifespan="off")
-        self.door = uvicorn.Server(config)
+        self.door = listener(forward(self.seats.seat), host, port, log_level="error")
         work = ((self.door.run, ()), (self.watch, (every,)))
         self.threads = [threading.Thread(target=f, args=args, daemon=True) for f, args in work]
         for thread in self.threads: thread.start()

@@ -4,18 +4,32 @@
 
 # %% ../nbs/workshop/gateway.ipynb #6e5bd195
 from __future__ import annotations
-import contextlib, hmac, json
+import asyncio, contextlib, hmac, json
 from collections.abc import Callable
 
 # %% auto #0
-__all__ = ['DROPPED', 'say_json', 'guard', 'by_name', 'forward']
+__all__ = ['HOP', 'ANEW', 'say_json', 'say_error', 'guard', 'by_name', 'passed', 'asked_path', 'request_body', 'pass_on',
+           'connections', 'Passing', 'forward', 'listener']
 
 # %% ../nbs/workshop/gateway.ipynb #d728e550
 async def say_json(send: Callable, status: int, body: dict) -> None:
     "Answer a request of an ASGI server with JSON."
-    headers = [(b"content-type", b"application/json")]
+    said = json.dumps(body).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(said)).encode())]
     await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": json.dumps(body).encode()})
+    await send({"type": "http.response.body", "body": said})
+
+async def say_error(
+    send: Callable,
+    status: int,
+    kind: str,                 # OpenAI's `type`, such as invalid_request_error
+    why: str,                  # one line
+    code: str | None = None,   # OpenAI's word for it; by default the status
+    param: str | None = None,  # the field of the request that is wrong
+) -> None:
+    "Refuse a request in the form that OpenAI's clients read."
+    error = {"message": why, "type": kind, "param": param, "code": code or status}
+    await say_json(send, status, {"error": error})
 
 def guard(
     app,                      # any ASGI app
@@ -27,7 +41,7 @@ def guard(
         if scope["type"] != "http" or scope["path"] == "/health": return await app(scope, receive, send)
         given = dict(scope["headers"]).get(b"authorization", b"")
         if key and not hmac.compare_digest(given, f"Bearer {key}".encode()):
-            return await say_json(send, 401, {"error": {"message": "Invalid API Key", "code": 401}})
+            return await say_error(send, 401, "authentication_error", "Invalid API Key")
         if name and scope["path"] == "/v1/models":
             return await say_json(send, 200, {"object": "list", "data": [{"id": name, "object": "model"}]})
         await app(scope, receive, send)
@@ -45,27 +59,104 @@ def by_name(
     return rewrite
 
 # %% ../nbs/workshop/gateway.ipynb #c8f89d5b
-DROPPED = ("host", "content-length", "connection", "transfer-encoding", "keep-alive", "date", "server")   # of a hop
+HOP = {b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection", b"te",
+       b"trailer", b"transfer-encoding", b"upgrade"}
+ANEW = HOP | {b"host", b"expect", b"content-length"}    # what our own request to the server behind says for itself
 
-def _refused(why: str, code: str) -> dict:
-    "An error as OpenAI words it."
-    return {"error": {"message": why, "type": "invalid_request_error", "param": "model", "code": code}}
+def passed(
+    headers: list[tuple[bytes, bytes]],
+    own: set[bytes] = HOP,               # names of those that stay here, in lower case
+) -> list[tuple[bytes, bytes]]:
+    "The headers that go on to the other side."
+    low = [(name.lower(), value) for name, value in headers]
+    named = {word.strip() for name, value in low if name == b"connection" for word in value.lower().split(b",")}
+    return [one for one in low if one[0] not in own and one[0] not in named]
 
-async def _copied(request, client, root: str, rewrite: Callable | None):
-    "The same request for the engine. Raises LookupError for a name that is none."
-    body = await request.body()
-    if rewrite and request.method == "POST":
-        with contextlib.suppress(ValueError, AttributeError):       # no JSON object: the engine says so
-            body = json.dumps(rewrite(json.loads(body))).encode()
-    head = [(k, v) for k, v in request.headers.raw if k.decode() not in DROPPED]
-    where = root + request.url.path + (f"?{request.url.query}" if request.url.query else "")
-    return client.build_request(request.method, where, headers=head, content=body)
+def asked_path(
+    scope: dict,   # of an ASGI server
+) -> str:
+    "The path of a request with its query, as the client wrote it."
+    query = scope["query_string"]
+    return (scope["raw_path"] + (b"?" + query if query else b"")).decode("latin-1")
 
-async def _pieces(told):
-    "What an engine says, as it says it; closed when nobody listens any more."
-    try:
-        async for piece in told.aiter_raw(): yield piece
-    finally: await told.aclose()
+async def request_body(receive: Callable) -> bytes | None:
+    "The body of a request; None if the client is gone."
+    pieces, more = [], True
+    while more:
+        message = await receive()
+        if message["type"] != "http.request": return None
+        pieces.append(message.get("body", b""))
+        more = message.get("more_body", False)
+    return b"".join(pieces)
+
+# %% ../nbs/workshop/gateway.ipynb #9886cb1e
+async def pass_on(
+    session,          # an `aiohttp.ClientSession`
+    scope: dict,      # the request, as an ASGI server hands it over
+    send: Callable,   # for the answer
+    root: str,        # the server behind, such as http://127.0.0.1:8081
+    path: str,        # there, with its query
+    body: bytes,
+) -> bool:            # whether the answer came to its end
+    "Ask a server, and send what it says as it says it."
+    import aiohttp
+    from yarl import URL
+    headers = [(k.decode(), v.decode(errors="replace")) for k, v in passed(scope["headers"], ANEW)]
+    ask = dict(data=body or None, headers=headers, allow_redirects=False)
+    try: answer = await session.request(scope["method"], URL(root + path, encoded=True), **ask)
+    except (aiohttp.ClientError, OSError, ValueError) as e:
+        await say_error(send, 502, "upstream_error", f"{root} does not answer ({e or type(e).__name__})")
+        return True
+    start = {"type": "http.response.start", "status": answer.status, "headers": passed(answer.raw_headers)}
+    more = True
+    with contextlib.suppress(aiohttp.ClientError), contextlib.closing(answer):
+        await send(start)
+        while more:
+            piece = await answer.content.readany()
+            more = not answer.content.at_eof()
+            await send({"type": "http.response.body", "body": piece, "more_body": more})
+    return not more
+
+# %% ../nbs/workshop/gateway.ipynb #1964f72e
+def connections(outside: bool):   # may the environment name a proxy on the way, and https be spoken?
+    "An `aiohttp.ClientSession` that changes nothing, for the event loop that runs."
+    import aiohttp, httpx
+    ssl = httpx.create_ssl_context() if outside else True
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=4, ssl=ssl),   # llama.cpp closes after 5 s
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=10), cookie_jar=aiohttp.DummyCookieJar(),
+        skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"), auto_decompress=False,
+        trust_env=outside, max_line_size=2**16, max_field_size=2**16)
+
+# %% ../nbs/workshop/gateway.ipynb #ab45a56f
+async def _until_gone(receive: Callable, task: asyncio.Task) -> None:
+    "Cancel a task once the client hangs up."
+    while (await receive())["type"] != "http.disconnect": pass
+    task.cancel()
+
+class Passing:
+    "Passes requests on to servers, and their answers back. Connections are kept open for the next request."
+    def __init__(self, outside: bool = False):
+        self.outside, self.session = outside, None
+
+    async def __call__(self, scope: dict, receive: Callable, send: Callable, root: str, path: str, body: bytes) -> str:
+        "Pass on one request. Returns who broke off: `client`, `server`, or nobody."
+        if not self.session: self.session = connections(self.outside)
+        watch = asyncio.create_task(_until_gone(receive, asyncio.current_task()))
+        try: return "" if await pass_on(self.session, scope, send, root, path, body) else "server"
+        except asyncio.CancelledError:
+            if not watch.done(): raise      # we are to stop
+            asyncio.current_task().uncancel()
+            return "client"
+        finally: watch.cancel()
+
+    async def lifespan(self, receive: Callable, send: Callable) -> None:
+        "What an ASGI server says when it starts and when it ends; then the connections are closed."
+        for moment in ("startup", "shutdown"):
+            await receive()
+            if moment == "startup": self.session = connections(self.outside)   # the first request is not to wait for it
+            else: await self.session.close()
+            await send({"type": f"lifespan.{moment}.complete"})
 
 # %% ../nbs/workshop/gateway.ipynb #c9d63693
 def forward(
@@ -74,22 +165,41 @@ def forward(
     names: list[str] = (),              # that /v1/models lists, as the engine lists its own; by default the engine's
 ):                                      # an ASGI app
     "Pass every request on to an engine, and its answer back."
-    import httpx
-    from starlette.requests import Request
-    from starlette.responses import JSONResponse, StreamingResponse
-    client = httpx.AsyncClient(timeout=None, trust_env=False, limits=httpx.Limits())
-    take = seat if callable(seat) else lambda: contextlib.nullcontext(seat)
-    async def passed(request, root):
-        try: told = await client.send(await _copied(request, client, root, rewrite), stream=True)
-        except LookupError as e: return JSONResponse(_refused(e.args[0], "model_not_found"), 404)
-        except httpx.TransportError as e: return JSONResponse(_refused(f"the engine is gone: {e}", "bad_gateway"), 502)
-        if names and request.url.path == "/v1/models" and told.status_code == 200:
-            own = json.loads(await told.aread())["data"][0]
-            return JSONResponse({"object": "list", "data": [own | {"id": name} for name in names]})
-        head = {k: v for k, v in told.headers.items() if k not in DROPPED}
-        return StreamingResponse(_pieces(told), told.status_code, head)
+    passing, take = Passing(), seat if callable(seat) else lambda: contextlib.nullcontext(seat)
+    async def listed(scope, receive, send, root, body):
+        said = []
+        async def hear(message): said.append(message)
+        await passing(scope, receive, hear, root, asked_path(scope), body)
+        if not said or said[0]["status"] != 200:
+            for message in said: await send(message)
+            return
+        own = json.loads(b"".join(message["body"] for message in said[1:]))["data"][0]
+        await say_json(send, 200, {"object": "list", "data": [own | {"id": name} for name in names]})
     async def app(scope, receive, send):
-        if scope["type"] != "http": return
-        with take() as root: await (await passed(Request(scope, receive), root))(scope, receive, send)
+        if scope["type"] == "lifespan": return await passing.lifespan(receive, send)
+        if (body := await request_body(receive)) is None: return
+        try:
+            if rewrite and scope["method"] == "POST": body = _rewritten(body, rewrite)
+        except LookupError as e:
+            return await say_error(send, 404, "invalid_request_error", e.args[0], "model_not_found", "model")
+        with take() as root:
+            if names and scope["path"] == "/v1/models": await listed(scope, receive, send, root, body)
+            else: await passing(scope, receive, send, root, asked_path(scope), body)
     return app
 
+def _rewritten(body: bytes, rewrite: Callable) -> bytes:
+    with contextlib.suppress(ValueError, AttributeError): return json.dumps(rewrite(json.loads(body))).encode()
+    return body      # no JSON object: the engine says so
+
+# %% ../nbs/workshop/gateway.ipynb #4cfcb3e9
+def listener(
+    app,                 # an ASGI app, such as one of the above
+    host: str,
+    port: int,
+    **options,           # for `uvicorn.Config`
+):                       # a `uvicorn.Server`, to be run
+    "A server for an app that passes on: what the server behind says of itself is not said again."
+    import uvicorn
+    quiet = dict(log_level="warning", access_log=False, server_header=False, date_header=False, ws="none",
+                 timeout_keep_alive=75)     # clients give up an idle connection after 5 to 60 s: they are to be first
+    return uvicorn.Server(uvicorn.Config(app, host, port, **quiet | options))

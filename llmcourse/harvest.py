@@ -21,7 +21,8 @@ ENDS = ("stop", "tool_calls", "function_call")
 
 def fate(turn: dict) -> str:
     "Why a turn is not a row; empty if it may be one."
-    if turn["status"] == 499: return "the client hung up"
+    if turn["status"] == 499 or turn.get("cut") == "client": return "the client hung up"
+    if turn.get("cut") == "server": return "the server broke off"
     if turn["status"] != 200 or not turn["reply"]: return "failed"
     if (turn.get("n") or 1) > 1: return "several replies at once"
     if turn.get("finish_reason") not in ENDS: return "cut off"
@@ -30,8 +31,15 @@ def fate(turn: dict) -> str:
 def as_row(turn: dict) -> dict:
     "The conversation of a turn, its reply last, with the tools that it knew and the form that was asked for."
     asked = turn["request"]
+    if "prompt" in asked: return _completed(asked, turn["reply"]["content"])
     more = {name: asked[name] for name in ("tools", "functions", "response_format") if asked.get(name)}
     return {"messages": [*asked["messages"], turn["reply"]]} | more
+
+def _completed(asked: dict, text: str) -> dict:
+    "The row of a text that goes on. Raises `UserError` for one that was filled in, or several."
+    prompt = asked["prompt"]
+    if not isinstance(prompt, str) or asked.get("suffix"): raise UserError("no text that goes on")
+    return {"prompt": prompt, "completion": text.removeprefix(prompt) if asked.get("echo") else text}
 
 # %% ../nbs/workshop/harvest.ipynb #3b87733c
 def usable(row: dict) -> dict:

@@ -8,7 +8,7 @@ import shutil, signal, subprocess, sys, threading, time
 from typing import NamedTuple
 from .children import end_programs, start_program
 from .core import UserError
-from .gateway import forward, guard
+from .gateway import forward, guard, listener
 
 # %% auto #0
 __all__ = ['RANKS', 'LAUNCHERS', 'GET_IT', 'Launch', 'flags', 'vllm', 'tgi', 'ollama', 'check_program', 'run_program']
@@ -75,7 +75,6 @@ def _answers(url: str) -> bool:
 
 def _behind_the_door(job: dict, process: subprocess.Popen, launch: Launch) -> None:
     "Wait for Ollama, let it make the model, and open."
-    import uvicorn
     root = f"http://127.0.0.1:{job['inner']}"
     while not _answers(root + launch.ready):
         if process.poll() is not None: return
@@ -84,7 +83,7 @@ def _behind_the_door(job: dict, process: subprocess.Popen, launch: Launch) -> No
         create = start_program(["ollama", "create", job["name"], "-f", job["modelfile"]], launch.env)
         if create.wait(): raise UserError(f"`ollama create {job['name']}` ended with code {create.returncode}")
     app = guard(forward(root), job["key"])
-    server = uvicorn.Server(uvicorn.Config(app, host=job["host"], port=job["port"], log_level="warning"))
+    server = listener(app, job["host"], job["port"])
     def watch():
         process.wait()
         server.should_exit = True

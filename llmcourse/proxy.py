@@ -12,17 +12,18 @@ from .assembly import assembled
 from .children import Child
 from .core import UserError, choose
 from .exits import disk_line
+from .gateway import Passing, asked_path, listener, request_body, say_error
 from .redact import Mask
 from .servers import check_address, is_loopback
 from .turnlog import TurnLog
 
 # %% auto #0
-__all__ = ['NOTED', 'CONSENTS', 'NEIGHBOURS', 'Noted', 'consented', 'passed', 'target', 'Collector', 'check_collector',
-           'run_collector', 'Collecting']
+__all__ = ['NOTED', 'CONSENTS', 'TURNS', 'Noted', 'consented', 'target', 'Collector', 'check_collector', 'run_collector',
+           'Collecting']
 
 # %% ../nbs/workshop/proxy.ipynb #b58667fd
-NOTED = ("model", "messages", "tools", "tool_choice", "functions", "response_format", "temperature", "top_p", "seed",
-         "stop", "max_tokens", "max_completion_tokens", "n", "stream")
+NOTED = ("model", "messages", "prompt", "suffix", "echo", "tools", "tool_choice", "functions", "response_format",
+         "temperature", "top_p", "seed", "stop", "max_tokens", "max_completion_tokens", "n", "stream")
 
 class Noted:
     "What is noted of a request on its way."
@@ -30,11 +31,19 @@ class Noted:
         self.asked, self.began = asked, time.perf_counter()
         self.at = datetime.now(UTC).isoformat(timespec="milliseconds")
         self.status, self.stream = 499, False   # 499: the client was gone before the answer
-        self.first, self.pieces = None, []
+        self.first, self.pieces, self.tail, self.cut = None, [], b"", ""
 
-    def note(self, piece: bytes) -> None:
+    def note(self, message: dict) -> bool:
+        "Look at a message of an ASGI app. Returns whether the client has the whole reply with it."
+        if message["type"] == "http.response.start":
+            self.status, kind = message["status"], dict(message["headers"]).get(b"content-type", b"")
+            self.stream = kind.startswith(b"text/event-stream")
+            return False
         if self.first is None: self.first = round(time.perf_counter() - self.began, 4)
-        self.pieces.append(piece)
+        self.pieces.append(message["body"])
+        self.tail = (self.tail + message["body"])[-40:]
+        last = self.tail.rstrip().rpartition(b"\n")[2].replace(b" ", b"")
+        return not message.get("more_body") or self.stream and last == b"data:[DONE]"
 
     def line(self) -> dict:
         "One line of the log, redacted."
@@ -44,8 +53,9 @@ class Noted:
         request = {name: mask(self.asked[name]) for name in NOTED if self.asked.get(name) is not None}
         line = dict(time=self.at, seconds=seconds, first=self.first, status=self.status, request=request,
                     reply=mask(made.reply) if made else None)
-        more = ("finish_reason", "model", "usage", "n")
-        return line | {name: getattr(made, name, None) for name in more} | {"hidden": dict(mask.counts)}
+        more = {name: getattr(made, name, None) for name in ("finish_reason", "model", "usage", "n")}
+        cut = None if more["finish_reason"] else self.cut or None     # whoever has the reason has the reply
+        return line | more | {"cut": cut, "hidden": dict(mask.counts)}
 
 # %% ../nbs/workshop/proxy.ipynb #0f2aa7c4
 CONSENTS = ("header", "all")
@@ -59,68 +69,53 @@ def consented(
     return word in (b"yes", b"true", b"1") or consent == "all" and not word
 
 # %% ../nbs/workshop/proxy.ipynb #6b8c19a1
-NEIGHBOURS = {b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection", b"te",
-              b"trailer", b"transfer-encoding", b"upgrade", b"host", b"expect"}
-
-def passed(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-    "The headers that go on to the other side."
-    return [(k, v) for k, v in headers if k.lower() not in NEIGHBOURS and not k.lower().startswith(b"x-collect")]
+TURNS = ("/chat/completions", "/completions")     # what is recorded; everything else only passes
 
 def target(
-    url: str,     # of the server behind
-    path: str,    # as the client asked for it, with its query
-) -> str:
+    url: str,          # of the server behind
+    path: str,         # as the client asked for it, with its query
+) -> tuple[str, str]:  # URL and path there
     "Where a request goes."
-    if path == "/v1" or path.startswith(("/v1/", "/v1?")): return url.rstrip("/") + path[3:]
-    return url.rstrip("/").removesuffix("/v1") + path
-
-# %% ../nbs/workshop/proxy.ipynb #93f8896b
-async def _whole(receive) -> bytes | None:
-    "The body of a request; None if the client is gone."
-    pieces, more = [], True
-    while more:
-        message = await receive()
-        if message["type"] != "http.request": return None
-        pieces.append(message.get("body", b""))
-        more = message.get("more_body", False)
-    return b"".join(pieces)
-
-async def _gone(receive) -> None:
-    "Wait until the client hangs up."
-    while (await receive())["type"] != "http.disconnect": pass
-
-async def _say(send, status: int, kind: str, message: str) -> None:
-    "An error in OpenAI's form."
-    body = json.dumps({"error": {"message": message, "type": kind, "code": status}}).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+    if path == "/v1" or path.startswith(("/v1/", "/v1?")): return url.rstrip("/"), path[3:]
+    return url.rstrip("/").removesuffix("/v1"), path
 
 # %% ../nbs/workshop/proxy.ipynb #16e752cb
 class Collector:
-    "The app. `log` is a `TurnLog`, `client` an `httpx.AsyncClient`."
-    def __init__(self, url: str, log, client, consent: str = "header", sample: float = 1.0, key: str | None = None):
-        self.url, self.log, self.client, self.consent, self.sample, self.key = url, log, client, consent, sample, key
+    "The app. `log` is a `TurnLog`."
+    def __init__(self, url: str, log, passing: Passing, consent: str = "header", sample: float = 1.0,
+                 key: str | None = None):
+        self.url, self.log, self.passing, self.consent, self.sample, self.key = url, log, passing, consent, sample, key
         self.lost = 0      # turns that the disk refused
 
     async def __call__(self, scope, receive, send) -> None:
+        if scope["type"] == "lifespan": return await self.passing.lifespan(receive, send)
         headers = dict(scope["headers"])
         if self.key and not hmac.compare_digest(headers.get(b"x-collect-key", b""), self.key.encode()):
-            return await _say(send, 401, "invalid_request_error", "this collector wants its key in x-collect-key")
-        body = await _whole(receive)
-        if body is None: return
+            return await say_error(send, 401, "invalid_request_error", "this collector wants its key in x-collect-key")
+        if (body := await request_body(receive)) is None: return
         turn = self.turn(scope, headers.get(b"x-collect", b""), body)
-        answer = asyncio.ensure_future(self.answer(scope, body, send, turn))
-        gone = asyncio.ensure_future(_gone(receive))
-        await asyncio.wait((answer, gone), return_when=asyncio.FIRST_COMPLETED)
-        for task in (answer, gone): task.cancel()
-        await asyncio.gather(answer, gone, return_exceptions=True)
-        if turn: await asyncio.to_thread(self.keep, turn)
+        passes = lambda name: not name.startswith(b"x-collect") and not (turn and name == b"accept-encoding")
+        scope = scope | {"headers": [(k, v) for k, v in scope["headers"] if passes(k)]}    # what is noted is plain text
+        where = target(self.url, asked_path(scope))
+        if not turn: await self.passing(scope, receive, send, *where, body)
+        else: await self.record(scope, receive, send, where, body, turn)
+
+    async def record(self, scope, receive, send, where: tuple[str, str], body: bytes, turn: Noted) -> None:
+        "Pass a turn on and write it down, once."
+        kept = False
+        async def noting(message):
+            nonlocal kept
+            if turn.note(message) and not kept:
+                kept = True
+                await asyncio.to_thread(self.keep, turn)
+            await send(message)
+        turn.cut = await self.passing(scope, receive, noting, *where, body)
+        if not kept: await asyncio.to_thread(self.keep, turn)
 
     def turn(self, scope, said: bytes, body: bytes) -> Noted | None:
         "A turn to note, or None."
-        chat = scope["method"] == "POST" and scope["path"].rstrip("/").endswith("/chat/completions")
-        if not chat or not consented(said, self.consent) or random.random() >= self.sample: return None
+        asks = scope["method"] == "POST" and scope["path"].rstrip("/").endswith(TURNS)
+        if not asks or not consented(said, self.consent) or random.random() >= self.sample: return None
         try: asked = json.loads(body)
         except ValueError: return None
         return Noted(asked) if isinstance(asked, dict) else None
@@ -132,35 +127,6 @@ class Collector:
             self.lost += 1
             why = disk_line(e) if isinstance(e, OSError) else f"{type(e).__name__}: {e}"
             if self.lost == 1: print(f"llmcourse: turns are not recorded: {why}", file=sys.stderr, flush=True)
-
-    async def answer(self, scope, body: bytes, send, turn: Noted | None) -> None:
-        "Ask the server behind, and pass on what it says as it says it."
-        import httpx
-        path = scope["raw_path"] + (b"?" + scope["query_string"] if scope["query_string"] else b"")
-        left_out = {b"content-length"} | ({b"accept-encoding"} if turn else set())   # what is noted comes as plain text
-        headers = [(k, v) for k, v in passed(scope["headers"]) if k not in left_out]
-        try:
-            where = target(self.url, path.decode("latin-1"))
-            request = httpx.Request(scope["method"], where, headers=headers, content=body or None)
-            answer = await self.client.send(request, stream=True)
-        except (httpx.HTTPError, httpx.InvalidURL) as e:
-            if turn: turn.status = 502
-            return await _say(send, 502, "upstream_error", f"{self.url} does not answer ({e or type(e).__name__})")
-        await self.pass_on(answer, send, turn)
-
-    async def pass_on(self, answer, send, turn: Noted | None) -> None:
-        "The answer, piece by piece."
-        if turn:
-            turn.status = answer.status_code
-            turn.stream = answer.headers.get("content-type", "").startswith("text/event-stream")
-        start = {"type": "http.response.start", "status": answer.status_code, "headers": passed(answer.headers.raw)}
-        try:
-            await send(start)
-            async for piece in answer.aiter_raw():
-                await send({"type": "http.response.body", "body": piece, "more_body": True})
-                if turn: turn.note(piece)
-            await send({"type": "http.response.body", "body": b""})
-        finally: await answer.aclose()
 
 # %% ../nbs/workshop/proxy.ipynb #d402d781
 def check_collector(url: str, host: str, port: int, key: str | None, consent: str, sample: float) -> int:
@@ -176,15 +142,10 @@ def check_collector(url: str, host: str, port: int, key: str | None, consent: st
 
 def run_collector(job: dict) -> int:
     "Listen until Ctrl-C or SIGTERM; what is on its way may end. Returns the number of turns that were lost."
-    import httpx, uvicorn
-    outside = not is_loopback(urlsplit(job["url"]).hostname)
+    passing = Passing(outside=not is_loopback(urlsplit(job["url"]).hostname))
     log = TurnLog(job["log"])
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=256)
-    client = httpx.AsyncClient(timeout=httpx.Timeout(None, connect=10), limits=limits, trust_env=outside)
-    app = Collector(job["url"], log, client, job["consent"], job["sample"], job["key"])
-    config = uvicorn.Config(app, job["host"], job["port"], log_level="critical", access_log=False, lifespan="off",
-                            ws="none", server_header=False, date_header=False, timeout_graceful_shutdown=10)
-    try: uvicorn.Server(config).run()
+    app = Collector(job["url"], log, passing, job["consent"], job["sample"], job["key"])
+    try: listener(app, job["host"], job["port"], log_level="critical", timeout_graceful_shutdown=10).run()
     finally: log.close()
     return app.lost
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from .children import Child
 from .core import Scratch, UserError, choose, model_path
-from .gateway import by_name, forward, guard
+from .gateway import by_name, forward, guard, listener
 from .launchers import LAUNCHERS, check_program
 from .models import load
 from .quantizers import find_openmp
@@ -150,13 +150,12 @@ def run_llama(job: dict) -> None:
     if not job.get("adapters"):
         _server = xllamacpp.Server(llama_params(job))     # answers from its own threads, as long as it is referred to
         threading.Event().wait()
-    import uvicorn
     server = xllamacpp.Server(llama_params(job | {"host": "127.0.0.1", "port": 0}))
     print("behind the door:", server.listening_address, flush=True)
     names = [job["name"], *job["adapters"]]
     scales = lambda chosen: [{"id": i, "scale": float(name == chosen)} for i, name in enumerate(job["adapters"])]
     app = forward(server.listening_address, by_name({name: {"lora": scales(name)} for name in names}), names)
-    uvicorn.run(guard(app, job["key"]), host=job["host"], port=job["port"], log_level="warning")
+    listener(guard(app, job["key"]), job["host"], job["port"]).run()
 
 # %% ../nbs/workshop/servers.ipynb #64f2bc35
 def run_transformers(job: dict) -> None:

@@ -24,11 +24,19 @@ def _check_ours(path: Path) -> None:
     except (ValueError, AttributeError): ours = not first or first.startswith(b'{"time": ') and first[-1:] != b"\n"
     if not ours: raise UserError(f"{path}: a file is there, and it is no log of `collect`. Choose another --log")
 
+def _keep_name(path: Path) -> None:
+    "A new file's name is in its folder, which goes to the disk by itself (Windows has no such call)."
+    if os.name != "posix": return
+    folder = os.open(path.parent, os.O_RDONLY)
+    try: os.fsync(folder)
+    finally: os.close(folder)
+
 # %% ../nbs/workshop/turnlog.ipynb #96fe1676
 class TurnLog:
     "The log of a collector, until `.close()`. Raises `UserError` if another one writes there, or it is another file."
     def __init__(self, path: str | Path):
-        self.path, self.room = Path(path), threading.Lock()
+        self.path, self.room, self.disk = Path(path), threading.Lock(), threading.Lock()
+        self.written = self.safe = 0      # lines
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.lock = FileLock(f"{self.path}.lock")
@@ -40,6 +48,7 @@ class TurnLog:
         try:
             _check_ours(self.path)
             self._cut()
+            _keep_name(self.path)
         except UserError:
             self.close()
             raise
@@ -57,15 +66,21 @@ class TurnLog:
         if whole < size: os.ftruncate(self.file, whole)
 
     def add(self, turn: dict) -> None:
-        "Write one line. Raises `OSError` if the disk refuses, and then leaves no part of it."
+        "Write one line; it is on the disk afterwards. Raises `OSError` if the disk refuses."
         line = json.dumps(turn, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
         with self.room:
             size = os.fstat(self.file).st_size
             try:
                 while line: line = line[os.write(self.file, line):]
             except OSError:
-                os.ftruncate(self.file, size)
+                os.ftruncate(self.file, size)     # no part of a line stays
                 raise
+            self.written = mine = self.written + 1
+        with self.disk:
+            if self.safe >= mine: return      # another's fsync took it along
+            taken = self.written
+            os.fsync(self.file)
+            self.safe = taken
 
     def close(self) -> None:
         os.close(self.file)

@@ -1,5 +1,8 @@
 """The recording proxy: nothing changes, nobody is recorded unasked, nothing is lost, and the log becomes rows."""
 
+import asyncio
+import contextlib
+import itertools
 import json
 import os
 import random
@@ -8,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -20,8 +24,10 @@ from llmcourse.cli import main
 from llmcourse.contract import CHECKS, TOOL, asked_everything
 from llmcourse.core import UserError, read_jsonl
 from llmcourse.export import to_gguf
+from llmcourse.gateway import Passing, by_name, forward, listener
+from llmcourse.harvest import harvest
 from llmcourse.proxy import Collecting, Collector
-from llmcourse.serve import connect, serve
+from llmcourse.serve import connect, free_port, serve
 from llmcourse.turnlog import TurnLog, logged_turns
 
 KEY = "s3cret-of-the-provider"
@@ -66,7 +72,7 @@ class Upstream:
                 self.body = self.rfile.read(size)
                 answer(self)
 
-            do_POST = do_GET = do_DELETE = handle_one
+            do_POST = do_GET = do_DELETE = do_PUT = handle_one
 
             def log_message(self, *_):
                 pass
@@ -228,7 +234,9 @@ def test_who_hangs_up_stops_the_server(tmp_path):
         stream.close()
         assert ended.wait(20)
         [line] = lines_of(tmp_path / "log.jsonl", 1)
-    assert line["finish_reason"] is None and line["reply"]["content"].startswith("x")
+    assert line["finish_reason"] is None and line["reply"]["content"].startswith("x") and line["cut"] == "client"
+    with pytest.raises(UserError, match="of 1 turns none can be a row, the client hung up 1"):
+        harvest(tmp_path / "log.jsonl", tmp_path / "rows.jsonl")
 
 
 def test_who_hangs_up_before_the_answer_stops_the_server_too(tmp_path):
@@ -244,7 +252,7 @@ def test_who_hangs_up_before_the_answer_stops_the_server_too(tmp_path):
             connect(collecting.url, timeout=0.5, max_retries=0).chat.completions.create(model="m", messages=SUM)
         assert ended.wait(20)
         [line] = lines_of(tmp_path / "log.jsonl", 1)
-    assert line["status"] == 499 and line["reply"] is None
+    assert line["status"] == 499 and line["reply"] is None and line["cut"] == "client"
 
 
 def test_a_server_that_is_down_is_one_clear_error(tmp_path):
@@ -267,7 +275,122 @@ def test_a_server_that_breaks_off_breaks_off(tmp_path):
         with pytest.raises((httpx.RemoteProtocolError, openai.APIConnectionError)):
             list(connect(collecting.url).chat.completions.create(model="m", messages=SUM, stream=True))
         [line] = lines_of(tmp_path / "log.jsonl", 1)
-    assert line["reply"]["content"] == "one" and line["finish_reason"] is None
+    assert line["reply"]["content"] == "one" and line["finish_reason"] is None and line["cut"] == "server"
+    with pytest.raises(UserError, match="of 1 turns none can be a row, the server broke off 1"):
+        harvest(tmp_path / "log.jsonl", tmp_path / "rows.jsonl")
+
+
+# ---- one way there and back: for names, for seats and for the collector
+
+
+@contextlib.contextmanager
+def in_front(kind, url, folder):
+    "What adapters by name, the flywheel and the collector are, in a thread; yields its URL."
+    root, log = url.removesuffix("/v1"), TurnLog(folder / f"{kind}.jsonl")
+    app = {"names": lambda: forward(root, by_name({"m": {}, "tools": {}}), ["tools"]),
+           "seats": lambda: forward(lambda: contextlib.nullcontext(root)),
+           "collector": lambda: Collector(url, log, Passing(), "all")}[kind]()  # fmt: skip
+    door = listener(app, "127.0.0.1", free_port(), log_level="critical")
+    thread = threading.Thread(target=door.run, daemon=True)
+    thread.start()
+    while not door.started and thread.is_alive():
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{door.config.port}/v1"
+    finally:
+        door.should_exit = True
+        thread.join(20)
+        log.close()
+    assert not thread.is_alive()
+
+
+FRONTS = pytest.mark.parametrize("kind", ["names", "seats", "collector"])
+
+
+@FRONTS
+def test_the_contract_holds_through_each(kind, llama, tmp_path):
+    with in_front(kind, llama.url, tmp_path) as url:
+        found = list(asked_everything(url, key=KEY))
+    assert [one.name for one in found] == list(CHECKS) and not [one for one in found if one.state != "ok"]
+
+
+@FRONTS
+def test_headers_pass_but_those_of_one_hop(kind, tmp_path):
+    seen = []
+
+    def echo(handler):
+        seen.append((handler.path, {k.lower(): v for k, v in handler.headers.items()}, handler.body))
+        more = dict(connection="x-hop", x_hop="1", set_cookie="a=b", retry_after="7", content_encoding="gzip")
+        send(handler, 418, b"no gzip", date="then", **more)
+
+    with Upstream(echo) as up, in_front(kind, up.url, tmp_path) as url:
+        head = {"Authorization": "Bearer mine", "connection": "x-mine, keep-alive", "x-mine": "1", "te": "trailers",
+                "x-mine-too": "gr\u00fc\u00df"}  # fmt: skip
+        head = [(k.encode(), v.encode()) for k, v in head.items()]
+        with httpx.stream("PUT", url + "/a%2Fb?x=%20y", headers=head, content=b"\x00\xff", trust_env=False) as found:
+            assert (found.status_code, b"".join(found.iter_raw())) == (418, b"no gzip")
+            assert [found.headers.get(k) for k in ("set-cookie", "retry-after", "x-hop")] == ["a=b", "7", None]
+            assert found.headers["content-encoding"] == "gzip" and found.headers.get_list("content-length") == ["7"]
+            assert len(found.headers.get_list("server")) == 1 and "then" in found.headers.get_list("date")
+    path, given, body = seen[0]
+    assert (path, body) == ("/v1/a%2Fb?x=%20y", b"\x00\xff") and given["authorization"] == "Bearer mine"
+    assert given["host"] in up.url and not {"x-mine", "te"} & given.keys()
+    assert given["x-mine-too"].encode("latin-1").decode() == "gr\u00fc\u00df"
+
+
+@FRONTS
+def test_a_stream_comes_piece_by_piece_and_who_hangs_up_stops_it(kind, tmp_path):
+    ended = threading.Event()
+
+    def endless(handler):
+        stream_head(handler)
+        try:
+            while True:
+                chunk(handler, piece("x"))
+                time.sleep(0.01)
+        except OSError:
+            ended.set()
+
+    with Upstream(endless) as up, in_front(kind, up.url, tmp_path) as url:
+        stream = connect(url).chat.completions.create(model="m", messages=SUM, stream=True)
+        assert next(iter(stream)).choices[0].delta.content == "x"
+        stream.close()
+        assert ended.wait(20)
+
+
+@FRONTS
+def test_who_hangs_up_before_the_first_word_stops_it(kind, tmp_path):
+    ended = threading.Event()
+
+    def thinks(handler):
+        handler.connection.settimeout(20)
+        if handler.rfile.read(1) == b"":
+            ended.set()
+
+    with Upstream(thinks) as up, in_front(kind, up.url, tmp_path) as url:
+        with pytest.raises(openai.APITimeoutError):
+            connect(url, timeout=0.5, max_retries=0).chat.completions.create(model="m", messages=SUM)
+        assert ended.wait(20)
+
+
+@FRONTS
+def test_a_server_that_is_gone_or_breaks_off(kind, tmp_path):
+    def breaks(handler):
+        stream_head(handler)
+        chunk(handler, piece("one"))
+        handler.close_connection = True
+        handler.connection.close()
+
+    with Upstream(breaks) as up, in_front(kind, up.url, tmp_path) as url:
+        client = connect(url, max_retries=0)
+        with pytest.raises((httpx.RemoteProtocolError, openai.APIConnectionError)):
+            list(client.chat.completions.create(model="m", messages=SUM, stream=True))
+        up.server.shutdown()
+        up.server.server_close()
+        with pytest.raises(openai.InternalServerError, match="does not answer") as caught:
+            client.chat.completions.create(model="m", messages=SUM)
+    assert caught.value.status_code == 502 and caught.value.body["type"] == "upstream_error"
+    assert {"message", "type", "param", "code"} == caught.value.body.keys()
 
 
 # ---- who is recorded, and what
@@ -321,7 +444,7 @@ def test_what_is_in_a_line(llama, tmp_path):
         content = "I am [EMAIL_1], my key is [KEY_1]. What is 47 plus 38?"
         assert line["request"]["messages"] == [{"role": "user", "content": content}]
         assert line["status"] == 200 and line["finish_reason"] == "stop" and 0 < line["first"] <= line["seconds"] < 60
-        assert line["model"] == "tools" and line["hidden"] == {"EMAIL": 1, "KEY": 1}
+        assert line["model"] == "tools" and line["cut"] is None and line["hidden"] == {"EMAIL": 1, "KEY": 1}
     assert lines[0]["usage"]["total_tokens"] == whole.usage.total_tokens
     [call] = lines[2]["reply"]["tool_calls"]
     assert call["function"] == {"name": "get_weather", "arguments": "".join(c.function.arguments or "" for c in calls)}
@@ -353,34 +476,101 @@ def test_a_reply_is_put_together_as_the_official_client_does(llama):
 # ---- nothing is lost
 
 
-def test_a_kill_leaves_whole_lines_alone(llama, tmp_path):
-    "At random moments, under 8 clients: each reply that was over a second ago has its line, and no line is broken."
-    log, done = tmp_path / "log.jsonl", []
+def test_a_kill_loses_no_reply_that_a_client_has(llama, tmp_path):
+    "At a random moment under 8 clients: each whole reply has one line, and no line stops `harvest`."
+    log, whole, asked = tmp_path / "log.jsonl", [], itertools.count(100)
+    rng = random.Random()      # another moment each time
 
-    def client(url, stop):
-        while not stop.is_set():
-            try:
-                answer(url, dict(messages=SUM, max_tokens=4))
-                done.append(1)
-            except (httpx.HTTPError, ValueError):
-                return
+    def client(url):
+        with contextlib.suppress(httpx.HTTPError):
+            while True:
+                n = next(asked)
+                body = {"model": "tools", "max_tokens": 6, "stream": n % 2 == 0, "stop": ["zzz"],
+                        "messages": [{"role": "user", "content": f"What is {n} plus {n}?"}]}  # fmt: skip
+                headers = {"Authorization": f"Bearer {KEY}"}
+                found = httpx.post(url + "/chat/completions", json=body, headers=headers, trust_env=False, timeout=60)
+                if found.status_code == 200:
+                    whole.append(n)
 
-    rng = random.Random(5)
     for _ in range(3):
-        stop = threading.Event()
-        collecting = Collecting(llama.url, log, consent="all")
+        collecting, before = Collecting(llama.url, log, consent="all"), len(whole)
         with ThreadPoolExecutor(8) as pool:
             for _ in range(8):
-                pool.submit(client, collecting.url, stop)
-            time.sleep(0.3 + rng.random() / 2)
+                pool.submit(client, collecting.url)
+            for _ in range(2000):
+                if len(whole) < before + 8:
+                    time.sleep(0.01)
+            time.sleep(rng.random() / 4)
             collecting.process.send_signal(signal.SIGKILL)
-            stop.set()
         collecting.stop()
         found = [turn for _, turn in logged_turns(log)]
-        assert all(isinstance(turn, dict) and turn["reply"] for turn in found)
-        assert len(done) - 8 <= len(found)
-        done[:] = [1] * len(found)
-    assert len(found) > 8
+        assert all(isinstance(turn, dict) for turn in found)
+        count = Counter(int(turn["request"]["messages"][0]["content"].split()[2]) for turn in found)
+        assert set(whole) <= count.keys() and set(count.values()) == {1}
+    with contextlib.suppress(UserError):       # replies of 6 tokens may all be cut off, and then it says so
+        assert harvest(log, tmp_path / "rows.jsonl")["turns"] == len(found)
+
+
+def test_a_reply_is_whole_once_its_turn_is_on_the_disk(tmp_path, monkeypatch):
+    "Not before fsync has returned; in a stream, the pieces before the last come at once."
+    order, real = [], os.fsync
+
+    def slow(file):
+        time.sleep(0.05)
+        real(file)
+        order.append("disk")
+
+    def answers(handler):
+        if b'"stream": true' not in handler.body:
+            return send(handler, body=json.dumps({"choices": [{"index": 0, "message": {"content": "4"}}]}).encode())
+        stream_head(handler)
+        for one in (piece("4", "stop"), b"data: [DO", b"NE]\n\n", b""):
+            chunk(handler, one)
+            time.sleep(0.05)
+
+    async def ask(url, stream):
+        log = TurnLog(tmp_path / f"{stream}.jsonl")
+        app = Collector(url, log, Passing(), "all")
+        monkeypatch.setattr("llmcourse.turnlog.os.fsync", slow)
+        coming = iter([{"type": "http.request", "body": json.dumps({"messages": SUM, "stream": stream}).encode()}])
+
+        async def receive():
+            return next(coming, None) or await asyncio.Event().wait()
+
+        async def hear(message):
+            order.append(message.get("body"))
+
+        path = "/v1/chat/completions"
+        scope = dict(type="http", method="POST", path=path, raw_path=path.encode(), query_string=b"", headers=[])
+        await app(scope, receive, hear)
+        monkeypatch.undo()
+        await app.passing.session.close()
+        log.close()
+        assert len(read_jsonl(log.path)) == 1
+
+    with Upstream(answers) as up:
+        for stream in (False, True):
+            asyncio.run(ask(up.url, stream))
+    one, said = order[:3], order[3:]
+    assert one[:2] == [None, "disk"] and b'"4"' in one[2]
+    assert said[:2] == [None, piece("4", "stop")] and said[2] == b"data: [DO" and said[3:5] == ["disk", b"NE]\n\n"]
+
+
+def test_one_fsync_takes_along_who_waits(tmp_path, monkeypatch):
+    log, n, real = TurnLog(tmp_path / "log.jsonl"), [], os.fsync
+    line = dict(time="t", seconds=1, status=200, request={"messages": SUM}, reply=None)
+
+    def slow(file):
+        n.append(file)
+        time.sleep(0.02)
+        real(file)
+
+    monkeypatch.setattr("llmcourse.turnlog.os.fsync", slow)
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda _: log.add(line), range(160)))
+    monkeypatch.undo()
+    log.close()
+    assert len(read_jsonl(log.path)) == 160 and len(n) < 80
 
 
 def test_half_a_line_is_cut_off_at_the_next_start(tmp_path):
@@ -446,7 +636,7 @@ def test_the_command_ends_well(llama, tmp_path):
     words = ["collect", "--url", llama.url, "--log", log, "--consent", "all", "--port", "0"]
     process = subprocess.Popen([sys.executable, "-c", "from llmcourse.cli import cli; cli()", *map(str, words)],
                                stdout=subprocess.PIPE, text=True)  # fmt: skip
-    said = [process.stdout.readline() for _ in range(3)]
+    said = [process.stdout.readline() for _ in range(4)]
     url = said[1].strip().partition("OPENAI_BASE_URL=")[2]
     for _ in range(100):
         try:
@@ -458,6 +648,8 @@ def test_the_command_ends_well(llama, tmp_path):
     assert status == 200 and process.wait(20) in (143, -15)
     process.stdout.close()
     assert len(read_jsonl(log)) == 1 and "into " + str(log) in said[0]
+    assert said[2] == ("recorded: /v1/chat/completions and /v1/completions; "
+                       "everything else passes untouched, unrecorded\n")  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -543,6 +735,50 @@ def test_counts_add_up(tmp_path, capsys):
     texts = [[m["content"] for m in row["messages"]] for row in read_jsonl(rows)]
     wanted = ["2+2?", "four"], ["2+2?", "4", "And 3?", "7", "And 1?", "8"], ["8+8?", "16"]
     assert sorted(texts) == sorted(wanted)
+
+
+def test_a_completion_is_a_turn_and_the_rest_only_passes(llama, tmp_path):
+    "Streamed or not; embeddings, templates and the list of models leave no line."
+    log, rows = tmp_path / "log.jsonl", tmp_path / "rows.jsonl"
+    with Collecting(llama.url, log, consent="all") as collecting:
+        client = connect(collecting.url, KEY)
+        asked = dict(model="tools", prompt="3+4, ana@school.org=", temperature=0, max_tokens=6, logit_bias={"0": 0})
+        whole = client.completions.create(**asked).choices[0]
+        pieces = [e.choices[0].text for e in client.completions.create(**asked, stream=True) if e.choices]
+        assert client.models.list().data and client.post("/../apply-template", cast_to=object, body={"messages": SUM})
+        with pytest.raises(openai.APIStatusError):
+            client.embeddings.create(model="tools", input="x")
+        lines = lines_of(log, 2)
+    assert len(read_jsonl(log)) == 2 and "".join(pieces) == whole.text
+    for line in lines:
+        assert line["request"]["prompt"] == "3+4, [EMAIL_1]=" and line["finish_reason"] == whole.finish_reason
+        assert line["reply"]["content"] == whole.text and line["cut"] is None
+    log.write_text(log.read_text().replace('"finish_reason": "length"', '"finish_reason": "stop"'))
+    assert harvest(log, rows)["rows"] == 1
+    asks, reply = read_jsonl(rows)[0]["messages"]
+    assert asks["content"] == "3+4, [EMAIL_1]=" and reply == {"role": "assistant", "content": whole.text}
+
+
+@pytest.mark.parametrize(
+    "asked, text, row",
+    [
+        ({"prompt": "2+2="}, "4", "4"),
+        ({"prompt": "2+2=", "echo": True}, "2+2=4", "4"),
+        ({"prompt": ["2+2=", "3+3="]}, "4", None),
+        ({"prompt": [50, 10]}, "4", None),
+        ({"prompt": "2+", "suffix": "=4"}, "2", None),
+    ],
+)
+def test_which_completions_are_rows(asked, text, row, tmp_path):
+    reply = {"role": "assistant", "content": text}
+    line = dict(time="t", seconds=1, status=200, finish_reason="stop", n=1, reply=reply, request=asked)
+    (tmp_path / "log.jsonl").write_text(json.dumps(line) + "\n")
+    if row is None:
+        with pytest.raises(UserError, match="not usable as a row 1"):
+            harvest(tmp_path / "log.jsonl", tmp_path / "rows.jsonl")
+    else:
+        harvest(tmp_path / "log.jsonl", tmp_path / "rows.jsonl")
+        assert read_jsonl(tmp_path / "rows.jsonl")[0]["messages"][-1]["content"] == row
 
 
 def test_a_log_without_a_row_is_one_line(tmp_path, capsys):

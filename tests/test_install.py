@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 LOCK = ROOT / "constraints/default.txt"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 OURS = {"lab", "test"}  # extras for work on the course itself
-BESIDE = {"bnb", "tracking"}  # extras that go with every other
+BESIDE = {"bnb", "fast", "tracking"}  # extras that go with every other
 
 
 # --- the right torch
@@ -255,7 +255,7 @@ def package_index(tmp_path_factory):
 
 @pytest.mark.parametrize("extra", sorted(set(PROJECT["optional-dependencies"]) - OURS))
 def test_an_extra_resolves(package_index, extra):
-    "Each in a resolution of its own: no two engines agree. `bnb` and `tracking` go with all of them."
+    "Each in a resolution of its own: no two engines agree. `bnb`, `fast` and `tracking` go with all of them."
     words = [w for name in sorted({extra} | BESIDE) for w in ("--extra", name)]
     done = resolve("pyproject.toml", *words)
     assert done.returncode == 0, done.stderr
