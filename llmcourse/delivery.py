@@ -16,10 +16,10 @@ __all__ = ['export', 'same_model', 'push', 'named_folder', 'how_to_ask', 'serve'
 # %% ../nbs/workshop/delivery.ipynb #704f897c
 def _shipped(program: str | None, adapter: bool, model: str, output: str | None, quant: str | None, prove):
     "The files of an export."
-    from llmcourse.layouts import laid_out
+    from llmcourse.layouts import export_for
     from llmcourse.shipping import export_beside, export_folder
     output = output or f"runs/{program or 'gguf'}"
-    if program: return laid_out(program, model, output, quant, prove)
+    if program: return export_for(program, model, output, quant, prove)
     return (export_beside if adapter else export_folder)(model, output, quant or "Q8_0", prove)
 
 def export(

@@ -21,7 +21,7 @@ from .tensors import check_tensors, check_values, slabs, tensor_index
 # %% auto #0
 __all__ = ['SHARD', 'MLX_TYPES', 'MLX_README', 'LAYOUTS', 'published_as', 'lmstudio_folder', 'gpt4all_session', 'check_gpt4all',
            'gpt4all_folder', 'mlx_config', 'mlx_type', 'save_tensors', 'write_words', 'is_mlx', 'mlx_folder',
-           'no_empty_folders', 'check_layout', 'laid_out']
+           'no_empty_folders', 'check_layout', 'export_for']
 
 # %% ../nbs/workshop/layouts.ipynb #dab500a8
 def published_as(
@@ -220,7 +220,7 @@ def check_layout(
     if adapter: raise UserError(f"--adapter: {program} takes one whole model. Leave it out, and the adapter is merged")
     if ollama: raise UserError(f"--ollama: {program} has a folder of its own. Give one of the two")
 
-def laid_out(
+def export_for(
     program: str,          # a key of `LAYOUTS`
     model: str | Path,     # a checkpoint, a model or adapter folder, or a Hub name
     output: str | Path,    # the program's folder of models; for MLX the model's own

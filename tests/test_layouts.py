@@ -15,7 +15,7 @@ from llmcourse.layouts import (
     check_gpt4all,
     gpt4all_folder,
     gpt4all_session,
-    laid_out,
+    export_for,
     lmstudio_folder,
     mlx_config,
     mlx_folder,
@@ -125,7 +125,7 @@ def test_gpt4all_has_a_file_and_its_words(tmp_path):
 def test_what_gpt4all_cannot_have_leaves_nothing(options, why, tmp_path):
     make_model(tmp_path / "model", tokenizer=make_tokenizer(**options))
     with pytest.raises(UserError, match=why):
-        laid_out("gpt4all", tmp_path / "model", tmp_path / "new/all")
+        export_for("gpt4all", tmp_path / "model", tmp_path / "new/all")
     assert not (tmp_path / "new").exists()
     check_gpt4all(make_tokenizer())
 
@@ -184,14 +184,14 @@ def test_nan_is_not_written_for_mlx(tmp_path):
     net.model.norm.weight.data[3] = float("nan")
     net.save_pretrained(tmp_path / "model")
     with pytest.raises(UserError, match="model.norm.weight"):
-        laid_out("mlx", tmp_path / "model", tmp_path / "a/b/mlx")
+        export_for("mlx", tmp_path / "model", tmp_path / "a/b/mlx")
     assert not (tmp_path / "a").exists()
 
 
 def test_what_was_there_before_stays(tmp_path):
     (tmp_path / "kept/empty").mkdir(parents=True)
     with pytest.raises(UserError):
-        laid_out("lmstudio", tmp_path / "nowhere", tmp_path / "kept/new")
+        export_for("lmstudio", tmp_path / "nowhere", tmp_path / "kept/new")
     assert [str(p.relative_to(tmp_path)) for p in sorted(tmp_path.rglob("*"))] == ["kept", "kept/empty"]
 
 
