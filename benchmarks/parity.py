@@ -84,10 +84,10 @@ def spoiled(room: Path) -> dict[str, Path]:
     for file in ends.glob("*.j*"):
         text = file.read_text().replace('"eos_token": "<|eot_id|>"', '"eos_token": "<|end_of_text|>"')
         file.write_text(text.replace('"eos_token_id": 1022', '"eos_token_id": 1017').replace("<|eot_id|>", "<|finis|>"))
-    head = "<|end_header_id|>\n"
+    head, eps = "<|end_header_id|>\n", '"rms_norm_eps": 1e-0'
     return {"q and k not dealt": MODEL,
             "another rope": altered(MODEL, room / "rope", "config.json", "10000.0", "30000.0"),
-            "another eps": altered(MODEL, room / "eps", "config.json", '"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'),
+            "another eps": altered(MODEL, room / "eps", "config.json", eps + "6", eps + "5"),
             "a newline less": altered(MODEL, room / "line", "chat_template.jinja", head + "\n", head),
             "no trim": altered(MODEL, room / "trim", "chat_template.jinja", "m['content'] | trim", "m['content']"),
             "an unknown end token": ends,
