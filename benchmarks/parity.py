@@ -4,10 +4,10 @@
     python benchmarks/parity.py rope 1,2,3,4,5,6,7,8,9,10 [--small] [parity.jsonl]
 
 `kinds`: `tutor/grpo` as each type of file; `faults`: the same model spoiled on the way, as F16, Q8_0 and Q4_K_M. A seed
-draws other problems, 20 of each of five kinds, and with them other prompts; the weights stay. `rope`: a tutor with
-Llama 3's rope, whose weights each seed moves by 1 %, and the same with another factor, which only the slowest waves
-feel. Each file is a line of JSON, added as it is made; `data/parity.jsonl` holds them. What was measured already is
-not measured again.
+draws other problems, 20 of each of five kinds, for faults 8, and with them other prompts; the weights stay. `rope`: a
+tutor with Llama 3's rope, whose weights each seed moves by 1 %, and the same with another factor, which only the
+slowest waves feel. Each file is a line of JSON, added as it is made; `data/parity.jsonl` holds them. What was measured
+already is not measured again.
 """
 import json
 import shutil
@@ -97,7 +97,7 @@ def spoiled(room: Path) -> dict[str, Path]:
 
 def measure(part: str, seed: int, room: Path) -> None:
     "All files of one part."
-    gguf, n = room / "a.gguf", 1 if SMALL else 20
+    gguf, n = room / "a.gguf", 1 if SMALL else {"kinds": 20, "faults": 8}.get(part)
     if part == "rope":
         right = with_rope(moved(room / "moved", seed, 0.01), room / "right", 8.0)
         model, wrong = refer(right, n=1, seed=seed), with_rope(right, room / "wrong", 32.0)

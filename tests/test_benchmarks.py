@@ -18,6 +18,7 @@ BENCHMARKS = {
     "gallery": ["--small", "gallery.jsonl"],
     "collect": ["3"],
     "flywheel": ["honest", "1", "--small"],
+    "parity": ["kinds", "1", "--small"],
     "serving": ["door", "1"],
 }
 
@@ -40,5 +41,5 @@ def test_a_benchmark_runs(name, more, tmp_path):
             "export": "small Q8_0    ours / stock:", "ppo": "mean 42: 0/2, reward [0.0]",
             "preference": "dpo, seed 1:", "rounds": "done: 31 measurements",
             "gallery": "chosen fine: grpo, seed 1", "collect": "whole reply  direct ",
-            "flywheel": "done: 1 measurements", "serving": "the door: "}
+            "flywheel": "done: 1 measurements", "parity": "done: 1 measurements", "serving": "the door: "}
     assert said[name] in done.stdout
