@@ -26,7 +26,7 @@ from .tutor import problems, to_chat
 # %% auto #0
 __all__ = ['LIMITS', 'OTHERS_MAY', 'FEW_BYTES', 'allowed', 'interval', 'task_loss', 'Reference', 'unlike', 'writes_end',
            'stored_bytes', 'too_large', 'task_rows', 'refer', 'to_compare', 'compare_all', 'NotTheSame', 'parity_check',
-           'likeness']
+           'likeness', 'export_parity']
 
 # %% ../nbs/workshop/paritygate.ipynb #54fea680
 LIMITS = {   # the beginning of a file's kind → (nats on average, share of places with the same likeliest token)
@@ -195,3 +195,17 @@ def likeness(found: Found, model: Reference) -> str:
             f"{sum(found.kl) / max(1, len(found.kl)):.2g} nats over {len(found.kl)} places")
     right = [sum(r["right"] for r in results) for results in (found.results, model.results)]
     return line + (f", {right[0]} and {right[1]} of {len(model.rows)} answers right" if model.rows else "")
+
+# %% ../nbs/workshop/paritygate.ipynb #804bde2c
+def export_parity(
+    model: str | Path,
+    gguf: str | Path,        # made of it
+    data: tuple,             # rows to be graded, and how
+) -> tuple[list[str], str]:  # what makes the file another model; that, or what was compared, in a line
+    "Is this file the model?"
+    if why := too_large(model): return [], f"not compared with its model: {why}"
+    known = refer(model, data)
+    found = measure_file(gguf, known.tokenizer, known.cases, known.rows, known.grade)
+    faults = unlike(found, known)
+    return faults, "; ".join(faults) or likeness(found, known)
+

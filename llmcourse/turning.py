@@ -19,8 +19,7 @@ from .opinions import MAKES, read_feedback, says
 from .flywheel import cleaned, may_serve
 from .following import Following
 from .live import follows, live_model, read_live, rollback, swap
-from .paritygate import likeness, refer, too_large, unlike
-from .parityruns import measure_file
+from .paritygate import export_parity
 from .preference import prefer
 from .progress import tell
 from .rounds import gate
@@ -33,9 +32,9 @@ from .tables import show
 from .users import pleases, rated, user_questions
 
 # %% auto #0
-__all__ = ['WHEEL', 'exam_of', 'asked_at', 'asked_of', 'slower_than', 'export_parity', 'judged', 'learn', 'replay_of',
-           'best_answers', 'begin', 'turn', 'heard', 'turn_rounds', 'history_of', 'said', 'plot_rounds', 'alone',
-           'unseen', 'first_model', 'tell_round', 'flywheel']
+__all__ = ['WHEEL', 'exam_of', 'asked_at', 'asked_of', 'slower_than', 'judged', 'learn', 'replay_of', 'best_answers', 'begin',
+           'turn', 'heard', 'turn_rounds', 'history_of', 'said', 'plot_rounds', 'alone', 'unseen', 'first_model',
+           'tell_round', 'flywheel']
 
 # %% ../nbs/workshop/turning.ipynb #4be2b645
 def exam_of(
@@ -75,16 +74,6 @@ def slower_than(
             ask(chat)
             return time.perf_counter() - start
         return statistics.median(1 / (seconds(asks[0], chat) / seconds(asks[1], chat)) for chat in chats)
-
-def export_parity(
-    run: str | Path, gguf: str | Path,
-    exam: tuple,            # a few of the questions, and how to grade a reply
-) -> tuple[list[str], str]: # what makes the file another model; that, or what was compared, in a line
-    "Is the file the trained model?"
-    if why := too_large(run): return [], f"not compared with its model: {why}"
-    model = refer(run, exam)
-    faults = unlike(found := measure_file(gguf, *model[:3], model.grade), model)
-    return faults, "; ".join(faults) or likeness(found, model)
 
 def judged(
     first: list[dict], best: list[dict], new: list[dict],   # answers at the start, of the live model, of the candidate
