@@ -101,7 +101,7 @@ def measure(part: str, seed: int, room: Path) -> None:
     if part == "rope":
         right = with_rope(moved(room / "moved", seed, 0.01), room / "right", 8.0)
         model, wrong = refer(right, n=1, seed=seed), with_rope(right, room / "wrong", 32.0)
-        for kind in KINDS[:1] if SMALL else ("f16", "Q8_0", "Q5_K_M", "Q4_K_M"):
+        for kind in KINDS[:1] if SMALL else ("Q8_0", "Q5_K_M", "Q4_K_M"):
             for fault, folder in (("none", right), ("another factor", wrong)):
                 note({"part": part, "seed": seed, "fault": fault}, to_gguf(folder, gguf, kind, verify=False), model)
         return

@@ -310,10 +310,12 @@ def exact_in_file(path: str | Path) -> Exact:
     kind = contents(reader, "general.architecture")
     def of(key, default=None): return contents(reader, f"{kind}.{key}") if f"{kind}.{key}" in reader.fields else default
     eps, size, scaling = of("attention.layer_norm_rms_epsilon"), of("rope.dimension_count"), of("rope.scaling.type")
-    if not size or scaling not in (None, "none", "linear"): return Exact(None, eps)
-    turns = of("rope.freq_base", 1e4) ** -(np.arange(0, size, 2) / size) / (of("rope.scaling.factor") or 1)
-    stretch = [t.data for t in reader.tensors if t.name == "rope_freqs.weight"]
-    return Exact(turns / stretch[0] if stretch else turns, eps)
+    stretch = {t.name: t.data for t in reader.tensors if t.name.startswith("rope_f")}
+    if not size or scaling not in (None, "none", "linear") or {*stretch} - {"rope_freqs.weight"}:
+        return Exact(None, eps)   # YaRN and LongRoPE turn by how long a conversation is
+    factor = of("rope.scaling.factor") if scaling != "none" else None
+    turns = of("rope.freq_base", 1e4) ** -(np.arange(0, size, 2) / size) / (factor or 1)
+    return Exact(turns / stretch.get("rope_freqs.weight", 1), eps)
 
 def otherwise(ours: Exact, theirs: Exact) -> list[str]:
     "What is not the same, in a sentence each."
