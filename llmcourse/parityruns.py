@@ -19,8 +19,8 @@ from .serve import remote
 
 # %% auto #0
 __all__ = ['TIE', 'Case', 'prompt_of', 'asked_of_all', 'spread', 'reference_cases', 'divergence', 'last_words', 'text_parts',
-           'Found', 'kind_of_file', 'measure_file', 'measure_net', 'measure_url', 'Exact', 'exact_in_net',
-           'exact_in_file', 'otherwise']
+           'Found', 'kind_of_file', 'Exact', 'exact_in_net', 'exact_in_file', 'otherwise', 'measure_file',
+           'measure_net', 'measure_url']
 
 # %% ../nbs/workshop/parityruns.ipynb #9d68719d
 class Case(NamedTuple):
@@ -164,6 +164,48 @@ def _asked_file(engine: Engine, tokenizer, case: Case, found: Found, n: int) -> 
     for place, expected in zip(case.places, case.expected):
         found.place(expected, engine.logprobs(case.ids + case.reply[:place], 1000))
 
+# %% ../nbs/workshop/parityruns.ipynb #b8385f73
+class Exact(NamedTuple):
+    "What has to be the same at any number of bits."
+    turns: object        # float64 array: radians a token, of each pair of a head's numbers; None: nobody knows
+    eps: float | None    # of the norms
+
+def exact_in_net(
+    net,   # of transformers
+) -> Exact:
+    "What a model computes with."
+    found = [module.inv_freq for module in net.modules() if hasattr(module, "inv_freq")]
+    turns = found[0].double().cpu().numpy() if len(found) == 1 else None
+    return Exact(turns, getattr(net.config, "rms_norm_eps", None))
+
+def exact_in_file(path: str | Path) -> Exact:
+    "What a GGUF file tells llama.cpp to compute with."
+    import numpy as np
+    reader = read_gguf(path)
+    kind = contents(reader, "general.architecture")
+    def of(key, default=None): return contents(reader, f"{kind}.{key}") if f"{kind}.{key}" in reader.fields else default
+    eps, size, scaling = of("attention.layer_norm_rms_epsilon"), of("rope.dimension_count"), of("rope.scaling.type")
+    stretch = {t.name: t.data for t in reader.tensors if t.name.startswith("rope_f")}
+    if not size or scaling not in (None, "none", "linear") or {*stretch} - {"rope_freqs.weight"}:
+        return Exact(None, eps)   # YaRN and LongRoPE turn by how long a conversation is
+    factor = of("rope.scaling.factor") if scaling != "none" else None
+    turns = of("rope.freq_base", 1e4) ** -(np.arange(0, size, 2) / size) / (factor or 1)
+    return Exact(turns / stretch.get("rope_freqs.weight", 1), eps)
+
+def otherwise(ours: Exact, theirs: Exact) -> list[str]:
+    "What is not the same, in a sentence each."
+    import numpy as np
+    said, (a, b) = [], (ours.turns, theirs.turns)
+    known = a is not None and b is not None
+    if known and len(a) != len(b): said.append(f"turns {len(b)} pairs of numbers, not {len(a)}")
+    elif known and not np.allclose(a, b, 1e-4, 0):
+        i = int(np.abs(np.log(b / a)).argmax())
+        said.append(f"turns pair {i + 1} of {len(a)} by {b[i]:.3g} radians a token, not {a[i]:.3g}: another rope")
+    if ours.eps and theirs.eps and not math.isclose(ours.eps, theirs.eps, rel_tol=1e-4):
+        said.append(f"has {theirs.eps:.3g} in its norms, not {ours.eps:.3g}")
+    return said
+
+
 # %% ../nbs/workshop/parityruns.ipynb #4895393e
 def measure_file(
     path: str | Path,             # a GGUF
@@ -288,45 +330,3 @@ def measure_url(
         _compared(found, tokenizer, texts, case, reply.choices[0])
     if rows: found.results = evaluate(ask, rows, grade, 4, progress=False)
     return found
-
-# %% ../nbs/workshop/parityruns.ipynb #b8385f73
-class Exact(NamedTuple):
-    "What has to be the same at any number of bits."
-    turns: object        # float64 array: radians a token, of each pair of a head's numbers; None: nobody knows
-    eps: float | None    # of the norms
-
-def exact_in_net(
-    net,   # of transformers
-) -> Exact:
-    "What a model computes with."
-    found = [module.inv_freq for module in net.modules() if hasattr(module, "inv_freq")]
-    turns = found[0].double().cpu().numpy() if len(found) == 1 else None
-    return Exact(turns, getattr(net.config, "rms_norm_eps", None))
-
-def exact_in_file(path: str | Path) -> Exact:
-    "What a GGUF file tells llama.cpp to compute with."
-    import numpy as np
-    reader = read_gguf(path)
-    kind = contents(reader, "general.architecture")
-    def of(key, default=None): return contents(reader, f"{kind}.{key}") if f"{kind}.{key}" in reader.fields else default
-    eps, size, scaling = of("attention.layer_norm_rms_epsilon"), of("rope.dimension_count"), of("rope.scaling.type")
-    stretch = {t.name: t.data for t in reader.tensors if t.name.startswith("rope_f")}
-    if not size or scaling not in (None, "none", "linear") or {*stretch} - {"rope_freqs.weight"}:
-        return Exact(None, eps)   # YaRN and LongRoPE turn by how long a conversation is
-    factor = of("rope.scaling.factor") if scaling != "none" else None
-    turns = of("rope.freq_base", 1e4) ** -(np.arange(0, size, 2) / size) / (factor or 1)
-    return Exact(turns / stretch.get("rope_freqs.weight", 1), eps)
-
-def otherwise(ours: Exact, theirs: Exact) -> list[str]:
-    "What is not the same, in a sentence each."
-    import numpy as np
-    said, (a, b) = [], (ours.turns, theirs.turns)
-    known = a is not None and b is not None
-    if known and len(a) != len(b): said.append(f"turns {len(b)} pairs of numbers, not {len(a)}")
-    elif known and not np.allclose(a, b, 1e-4, 0):
-        i = int(np.abs(np.log(b / a)).argmax())
-        said.append(f"turns pair {i + 1} of {len(a)} by {b[i]:.3g} radians a token, not {a[i]:.3g}: another rope")
-    if ours.eps and theirs.eps and not math.isclose(ours.eps, theirs.eps, rel_tol=1e-4):
-        said.append(f"has {theirs.eps:.3g} in its norms, not {ours.eps:.3g}")
-    return said
-
