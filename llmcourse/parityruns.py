@@ -192,6 +192,9 @@ def exact_in_file(path: str | Path) -> Exact:
     turns = of("rope.freq_base", 1e4) ** -(np.arange(0, size, 2) / size) / (factor or 1)
     return Exact(turns / stretch.get("rope_freqs.weight", 1), eps)
 
+
+
+# %% ../nbs/workshop/parityruns.ipynb #7bc18d0e
 def otherwise(ours: Exact, theirs: Exact) -> list[str]:
     "What is not the same, in a sentence each."
     import numpy as np
@@ -204,7 +207,6 @@ def otherwise(ours: Exact, theirs: Exact) -> list[str]:
     if ours.eps and theirs.eps and not math.isclose(ours.eps, theirs.eps, rel_tol=1e-4):
         said.append(f"has {theirs.eps:.3g} in its norms, not {ours.eps:.3g}")
     return said
-
 
 # %% ../nbs/workshop/parityruns.ipynb #4895393e
 def measure_file(
