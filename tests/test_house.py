@@ -26,8 +26,9 @@ LEVEL = {
     "pretraining": 2, "prices": 2, "quantizers": 2, "rehearsal": 2, "report": 2, "turnlog": 2,
     "adapted": 3, "byfield": 3, "earlier": 3, "keeping": 3, "letters": 3, "lookalike": 3, "models": 3, "parcel": 3,
     "prompts": 3, "replies": 3, "rows": 3, "shapes": 3, "templates": 3, "users": 3,
-    "copies": 4, "duels": 4, "engine": 4, "intake": 4, "labels": 4, "loading": 4, "meter": 4, "promptfiles": 4,
-    "pushing": 4, "questions": 4, "recorder": 4, "requested": 4, "runs": 4, "saves": 4, "servers": 4, "yourdata": 4,
+    "copies": 4, "drafting": 4, "duels": 4, "engine": 4, "intake": 4, "labels": 4, "loading": 4, "meter": 4,
+    "promptfiles": 4, "pushing": 4, "questions": 4, "recorder": 4, "requested": 4, "runs": 4, "saves": 4, "servers": 4,
+    "yourdata": 4,
     "data": 5, "entrance": 5, "flight": 5, "following": 5, "gguf_tokens": 5, "harvest": 5, "jobcheck": 5, "merging": 5,
     "plan": 5, "proxy": 5, "scorer": 5, "serve": 5, "synthesis": 5, "training": 5, "views": 5,
     "calculator": 6, "chats": 6, "collect": 6, "contract": 6, "converter": 6, "explain": 6, "fleet": 6, "footprint": 6,
@@ -144,6 +145,14 @@ def test_chapters_hold_outputs():
         assert any(c.get("outputs") for c in json.loads(path.read_text())["cells"]), f"{path.name}: no stored outputs"
 
 
+def test_what_is_expected_to_fail_is_tried():
+    "`expect_fail(f, UserError)` makes a context and throws it away: nothing is called, and nothing can fail."
+    for path in NOTEBOOKS:
+        calls = [line for cell in json.loads(path.read_text())["cells"] for line in cell["source"]
+                 if line.lstrip().startswith("expect_fail(")]  # fmt: skip
+        assert not calls, f"{path.name}: write `with expect_fail(…): …` instead of {calls}"
+
+
 def test_site():
     "Every sidebar entry exists, and every link between notebooks leads somewhere."
     assert (ROOT / "nbs/_quarto.yml").is_symlink()
@@ -152,6 +161,8 @@ def test_site():
     assert entries and all((ROOT / "nbs" / e).is_file() for e in entries), entries
     chapters = {p.name for p in (ROOT / "nbs").glob("[0-9]*.ipynb")}
     assert chapters <= set(entries)
+    workshop = sorted(f"workshop/{p.name}" for p in (ROOT / "nbs/workshop").glob("*.ipynb"))
+    assert sorted(e for e in entries if e.startswith("workshop/")) == workshop, "each page once"
     for path in NOTEBOOKS:
         for link in re.findall(r"\]\(([\w./-]+\.ipynb)", path.read_text()):
             assert (path.parent / link).is_file(), f"{path.name} links to {link}"
