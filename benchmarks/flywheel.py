@@ -1,6 +1,6 @@
 """Rounds of the flywheel from `tutor/sft` with simulated users: honest ones, and with three of ten hostile.
 
-    python benchmarks/flywheel.py honest,first,hostile,methods 1,2,3 [--small] [flywheel.jsonl]
+    python benchmarks/flywheel.py honest,first,hostile,methods,forgetful 1,2,3 [--small] [flywheel.jsonl]
 
 Each round is a line of JSON, added to the file as it is made; chapter 12 draws `data/flywheel.jsonl`. About two
 minutes for three honest rounds on one busy core. What was measured already is not measured again.
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from llmcourse.core import read_jsonl
 from llmcourse.following import Following
-from llmcourse.turning import exam_of, heard, replay_of, turn, turn_rounds
+from llmcourse.turning import begin, exam_of, heard, replay_of, turn, turn_rounds
 
 SMALL = "--small" in sys.argv
 WORDS = [word for word in sys.argv[1:] if not word.startswith("--")]
@@ -47,6 +47,15 @@ def attacked(folder: Path, seed: int, clean: bool) -> dict:
     return turn(folder, 2, lambda: said, exam, "tutor/sft", "sft", "Q8_0", seed, replay, clean)
 
 
+def forgetful(folder: Path, seed: int) -> dict:
+    "The first honest round of a seed, without the chats that the model was trained on before."
+    exam = exam_of(None, "tutor/sft", N, seed)
+    begin(folder, "tutor/sft", exam, "Q8_0")
+    with Following(folder, n_parallel=8) as server:
+        said = heard(server, N, seed, 1)
+    return turn(folder, 1, lambda: said, exam, "tutor/sft", "sft", "Q8_0", seed, replay=[])
+
+
 def measure(part: str, seed: int, room: Path) -> None:
     "All rounds of one part."
     if part == "honest":
@@ -64,6 +73,8 @@ def measure(part: str, seed: int, room: Path) -> None:
     if part == "methods":
         for method in ("dpo", "kto"):
             note({"part": part, "seed": seed, "method": method} | wheel(room / method, seed, method=method)[0])
+    if part == "forgetful":
+        note({"part": part, "seed": seed} | forgetful(room / part, seed))
 
 
 def main() -> None:

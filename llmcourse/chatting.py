@@ -6,6 +6,7 @@
 from __future__ import annotations
 import contextlib, os, sys
 from pathlib import Path
+from typing import Literal
 from .core import UserError, choose
 
 # %% auto #0
@@ -120,7 +121,7 @@ def _whose(db: str, action: str, token: str | None, person: str | None) -> list[
 
 # %% ../nbs/workshop/chatting.ipynb #97950484
 def chatlog(
-    action: str,             # votes, feedback, pairs, wins: what people liked; export, delete, expire: what they said
+    action: Literal[ACTIONS],  # votes, feedback, pairs, wins: what people liked; export, delete, expire: what they said
     database: str = None,    # a file, or a PostgreSQL URL; else $DATABASE_URL or runs/chat.db
     token: str = None,       # for export and delete: of conversations; several with commas
     person: str = None,      # for export and delete: all of somebody who logs in

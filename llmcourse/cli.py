@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib, functools, inspect, os, signal, sys
 from json import dumps
 from pathlib import Path
+from typing import Literal
 from . import __version__
 from .core import CHAPTERS, UserError, choose, is_run
 from .chatting import chat, chatlog, passwd
@@ -76,7 +77,7 @@ def scores(
 
 # %% ../nbs/workshop/cli.ipynb #370feec8
 def course(
-    action: str = "list",   # list: the chapters, and which exercises you have solved
+    action: Literal["list"] = "list",   # list: the chapters, and which exercises you have solved
     chapter: str = None,    # only this one, such as 06
 ):
     """Show the map of the course and your progress through it.
@@ -94,7 +95,7 @@ def course(
 
 # %% ../nbs/workshop/cli.ipynb #c2166969
 def data(
-    action: str,                    # check: examine the file line by line
+    action: Literal["check"],       # check: examine the file line by line
     file: str,                      # JSONL, JSON, CSV, TSV or Parquet, or a data set on the Hub
     against: str = None,            # another file that must share no question with this one: your test set
     model: str = None,              # whose tokenizer and chat template; the scale's by default
@@ -121,7 +122,7 @@ def data(
 
 # %% ../nbs/workshop/cli.ipynb #89d2aee8
 def try_reward(
-    action: str,               # check: try it on replies of known worth
+    action: Literal["check"],  # check: try it on replies of known worth
     file: str,                 # your rewards: FILE.py, or FILE.py:function
     data: str = None,          # rows with answers; by default the tutor's problems
     n: int = 8,                # rows to try, spread over the data

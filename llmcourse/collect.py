@@ -5,6 +5,7 @@
 # %% ../nbs/workshop/collect.ipynb #89723115
 from __future__ import annotations
 import os, sys
+from typing import Literal
 from .core import UserError, choose
 
 # %% auto #0
@@ -14,7 +15,7 @@ __all__ = ['DOINGS', 'collect']
 DOINGS = ("record", "rows")
 
 def collect(
-    action: str = "record",   # record: stand in front of --url; rows: make rows of a log
+    action: Literal[DOINGS] = "record",   # record: stand in front of --url; rows: make rows of a log
     file: str = None,         # for rows: the log
     url: str = None,          # for record: the server behind; ends in /v1. The clients' own keys go on to it
     log: str = "runs/collected.jsonl",  # for record: JSONL, one turn a line; it goes on where it ended

@@ -55,7 +55,7 @@ def export(
 
 # %% ../nbs/workshop/delivery.ipynb #f65230c8
 def same_model(
-    run: str,               # the model: a checkpoint, a model or adapter folder, or a Hub name
+    model: str,             # a checkpoint, a model or adapter folder, or a Hub name
     files: list,            # GGUF files, straight after it; BASE.gguf+ADAPTER.gguf for an adapter beside its base
     url: str = None,        # OpenAI-compatible servers, with commas; the key from $LLMCOURSE_API_KEY
     data: str = None,       # rows with the expected reply, as for eval; default: the tutor's problems, for small models
@@ -74,10 +74,10 @@ def same_model(
     from llmcourse.paritypage import check_page, parity_lines, parity_page, parity_text, write_page
     files, urls = to_compare(files, url)
     if report: check_page(report)
-    model, places = compare_all(run, files, urls, data, n, seed)
-    lines = parity_lines(model, places)
+    known, places = compare_all(model, files, urls, data, n, seed)
+    lines = parity_lines(known, places)
     print(dumps(lines) if json else parity_text(lines))
-    if report: tell(f"the report: {write_page(report, parity_page(run, model, places))}")
+    if report: tell(f"the report: {write_page(report, parity_page(model, known, places))}")
     return int(any(line["faults"] for line in lines))
 
 # %% ../nbs/workshop/delivery.ipynb #a71bd1c7

@@ -88,18 +88,18 @@ def cleaned(
     return steps[-1][1], [{"step": name, "left": len(left)} for name, left in steps]
 
 # %% ../nbs/12_flywheel.ipynb #865c43b7
-BOUNDS = {"same": .8, "slower": 1.5, "longer": 1.25}
+BOUNDS = {"slower": 1.5, "longer": 1.25}
 
 def may_serve(
-    verdict: dict,   # from `rounds.gate`
-    same: float,     # share of replies that are the same in transformers and in the exported file
-    slower: float,   # seconds of a reply, divided by those of the model that is live
-    longer: float,   # … and its length, which is what a reply costs
-) -> dict:           # the verdict with these numbers; `passed` and `why` take them into account
+    verdict: dict,       # from `rounds.gate`
+    faults: list[str],   # what makes the exported file another model, from chapter 10's gate
+    slower: float,       # seconds of a reply, divided by those of the model that is live
+    longer: float,       # … and its length, which is what a reply costs
+) -> dict:               # the verdict with all of these; `passed` and `why` take them into account
     "A better model that cannot be exported, or that nobody has time or money for, does not go live either."
-    found = {"same": same, "slower": slower, "longer": longer}
-    bad = {"same": f"the exported file says something else in {1 - same:.0%} of the replies",
-           "slower": f"{slower:.2f} times as slow", "longer": f"replies {longer:.2f} times as long"}
-    over = [name for name in found if (same < BOUNDS["same"] if name == "same" else found[name] > BOUNDS[name])]
-    why = "; ".join([*([] if verdict["passed"] else [verdict["why"]]), *map(bad.get, over)])
-    return verdict | found | {"passed": not why, "why": why or verdict["why"]}
+    found = {"slower": slower, "longer": longer}
+    bad = {"slower": f"{slower:.2f} times as slow", "longer": f"replies {longer:.2f} times as long"}
+    why = [] if verdict["passed"] else [verdict["why"]]
+    why += [f"the export: {fault}" for fault in faults]
+    why += [bad[name] for name, most in BOUNDS.items() if found[name] > most]
+    return verdict | found | {"faults": faults, "passed": not why, "why": "; ".join(why) or verdict["why"]}

@@ -10,11 +10,10 @@ from fastcore.docments import docments
 from .core import UserError, choose
 
 # %% auto #0
-__all__ = ['WORDS', 'MOST', 'option', 'parser', 'parse']
+__all__ = ['WORDS', 'MOST', 'option', 'is_word', 'parser', 'parse']
 
 # %% ../nbs/workshop/options.ipynb #5ab5d764
-# parameters that are given without `--`
-WORDS = ("action", "file", "card", "base", "job", "words", "run", "files", "name", "server")   # `words`: all the rest
+WORDS = ("action", "file", "base", "files", "server")   # without `--`, as is whatever has no default
 MOST = 2**32                         # no option is a larger number: seeds are 32 bits
 
 def _refuse(message: str): raise UserError(f"{message}. llmcourse COMMAND --help lists the options")
@@ -23,14 +22,20 @@ def option(name: str) -> str:
     "`learning_rate` as it is typed: `--learning-rate`."
     return "--" + name.replace("_", "-")
 
+def is_word(parameter: inspect.Parameter) -> bool:
+    "Is it given without `--`?"
+    return parameter.name in WORDS or parameter.default is parameter.empty
+
 def _add(options: argparse.ArgumentParser, parameter: inspect.Parameter, kind: type, note: str) -> None:
     "Add one parameter: a word, a switch, an option that may be repeated, or one with a value."
-    name, default = parameter.name, parameter.default
+    name, default, choices = parameter.name, parameter.default, typing.get_args(kind)
     shown = "" if default in (None, False, parameter.empty) else f" (default: {default})"
     text = (note + shown).replace("%", "%%")
     optional = {} if default is parameter.empty else dict(nargs="?", default=default)
     if kind is list: options.add_argument(name, nargs="*" if name == "files" else argparse.REMAINDER, help=text)
-    elif name in WORDS: options.add_argument(name, type=kind, help=text, **optional)
+    elif is_word(parameter) and typing.get_origin(kind) is typing.Literal:   # the command says which was meant
+        options.add_argument(name, metavar=f"{{{','.join(choices)}}}", help=text, **optional)
+    elif is_word(parameter): options.add_argument(name, type=kind, help=text, **optional)
     elif kind is bool: options.add_argument(option(name), action="store_true", help=text)
     elif kind == list[str]: options.add_argument(option(name), action="append", metavar="NAME=FOLDER", help=text)
     else: options.add_argument(option(name), type=kind, default=default, metavar=kind.__name__.upper(), help=text)
@@ -60,7 +65,7 @@ def parse(
     "Read the words. Raises `UserError` for a word that is not known, with the option that was probably meant."
     options = parser(function, prog)
     found, rest = options.parse_known_args(argv)
-    known = [option(name) for name in inspect.signature(function).parameters if name not in WORDS]
+    known = [option(p.name) for p in inspect.signature(function).parameters.values() if not is_word(p)]
     for word in rest:
         if word.startswith("-"): choose(word.split("=")[0], known, f"option of {prog}:")
     if rest: raise UserError(f"{rest[0]!r} is one word too many. {prog} --help shows what it takes")

@@ -15,7 +15,8 @@ from .fetching import fetched
 from .gguf_file import contents, read_gguf
 from .memory import free_memory
 from .models import Local, load, stop_ids
-from .parityruns import Found, asked_of_all, measure_file, measure_net, measure_url, reference_cases
+from .parityruns import Exact, Found, asked_of_all, exact_in_net, measure_file, measure_net, measure_url
+from .parityruns import otherwise, reference_cases
 from .pretrained import adapter_base
 from .progress import tell
 from .serve import remote
@@ -23,9 +24,9 @@ from .tensors import weight_files
 from .tutor import problems, to_chat
 
 # %% auto #0
-__all__ = ['LIMITS', 'OTHERS_MAY', 'FEW_BYTES', 'allowed', 'interval', 'task_loss', 'unlike', 'writes_end', 'Reference',
+__all__ = ['LIMITS', 'OTHERS_MAY', 'FEW_BYTES', 'allowed', 'interval', 'task_loss', 'Reference', 'unlike', 'writes_end',
            'stored_bytes', 'too_large', 'task_rows', 'refer', 'to_compare', 'compare_all', 'NotTheSame', 'parity_check',
-           'likeness']
+           'likeness', 'export_parity']
 
 # %% ../nbs/workshop/paritygate.ipynb #54fea680
 LIMITS = {   # the beginning of a file's kind → (nats on average, share of places with the same likeliest token)
@@ -48,12 +49,22 @@ def task_loss(found: Found, before: list[dict]) -> dict | None:
     return compare(before, found.results) if before and found.results else None
 
 # %% ../nbs/workshop/paritygate.ipynb #7cac4c26
+class Reference(NamedTuple):
+    "A model of transformers, and what it makes of the cases."
+    tokenizer: object
+    cases: list          # of `parityruns.Case`
+    rows: list           # to be graded
+    results: list        # from `evaluate`
+    grade: object        # the grader; None: what fits
+    merged: object       # what it makes of them after the merge, a `Found`; None for a model that is no adapter
+    exact: Exact         # what every file of it has to say
+
 def unlike(
     found: Found,
-    before: list[dict] = (),   # the reference's results on the rows
-) -> list[str]:                # one sentence each; empty for the same model
+    model: Reference | None = None,   # without it, only what needs none is asked
+) -> list[str]:                       # one sentence each; empty for the same model
     "What is wrong with a file or a server."
-    said, (nats, share) = [], allowed(found.kind)
+    said, (nats, share) = otherwise(model.exact, found.exact) if model and found.exact else [], allowed(found.kind)
     wrong = sum(one is False for one in found.prompts)
     if wrong: said.append(f"reads {wrong} of {len(found.prompts)} prompts otherwise: {found.template}")
     if found.ends: said.append(f"a reply {found.ends}")
@@ -64,7 +75,7 @@ def unlike(
         said.append(f"another likeliest token in {1 - agree / len(found.top1):.0%} of {len(found.top1)} places")
     if found.kind == "server" and not found.top1 and not all(found.replies):
         said.append(f"{found.replies.count(False)} of {len(found.replies)} replies differ, and no probabilities given")
-    lost = task_loss(found, before)
+    lost = task_loss(found, model.results) if model else None
     if lost and lost["gain"] < 0 and lost["p"] < .01:
         said.append(f"answers {lost['after']:.0%} right, not {lost['before']:.0%} (n={lost['n']}, p={lost['p']:.1g})")
     return said
@@ -84,15 +95,6 @@ def writes_end(
 # %% ../nbs/workshop/paritygate.ipynb #7f345782
 FEW_BYTES = 4e8   # bytes of weights as they are stored
 
-class Reference(NamedTuple):
-    "A model of transformers, and what it makes of the cases."
-    tokenizer: object
-    cases: list        # of `parityruns.Case`
-    rows: list         # to be graded
-    results: list      # from `evaluate`
-    grade: str | None  # the grader; None: what fits
-    merged: object     # what it makes of them after the merge, a `Found`; None for a model that is no adapter
-
 def stored_bytes(model: str | Path) -> int:
     "Bytes of a model's weights, an adapter's base with it."
     path = fetched(model, weights=True)
@@ -105,8 +107,9 @@ def too_large(model: str | Path) -> str:
     need, free = 3 * stored_bytes(model), free_memory(torch.device("cpu"))   # 16 bits widened to 32, and room to work
     return f"{need / 1e9:.1f} GB of memory to compare it, {free / 1e9:.1f} GB are free" if need > free else ""
 
-def task_rows(model: str | Path, data: str | None, n: int, seed: int, small: bool) -> tuple[list, str | None]:
+def task_rows(model: str | Path, data: str | tuple | None, n: int, seed: int, small: bool) -> tuple:
     "Rows to be graded, and the grader."
+    if isinstance(data, tuple): return data
     if not data: return [to_chat(p, answered=False) for p in problems(n, seed, split="test")] if small else [], None
     rows = exam_rows(data, str(model))
     return rows, exam_grader(rows, None, data)
@@ -114,7 +117,7 @@ def task_rows(model: str | Path, data: str | None, n: int, seed: int, small: boo
 # %% ../nbs/workshop/paritygate.ipynb #d3495f7a
 def refer(
     model: str | Path,         # `tutor/NAME`, a folder (model or adapter), or a Hub name
-    data: str | None = None,   # rows to be graded, as for `llmcourse eval`; the tutor's problems by default
+    data: str | tuple | None = None,   # rows to be graded, as for `llmcourse eval`; (rows, grader); else the tutor's
     n: int = 20,               # problems of each kind, without `data`
     seed: int = 1,
 ) -> Reference:
@@ -128,10 +131,10 @@ def refer(
     room = min(320, net.config.max_position_embeddings - 80)
     cases = reference_cases(net, tokenizer, asked_of_all(tokenizer, asked, room))
     results = evaluate(Local(net, tokenizer), rows, grade, progress=False) if rows else []
-    merged = None
+    merged, exact = None, exact_in_net(net)
     if hasattr(net, "merge_and_unload"):
         merged = measure_net("merged, in transformers", net.merge_and_unload(), tokenizer, cases, rows, grade)
-    return Reference(tokenizer, cases, rows, results, grade, merged)
+    return Reference(tokenizer, cases, rows, results, grade, merged, exact)
 
 # %% ../nbs/workshop/paritygate.ipynb #ba502e82
 def to_compare(
@@ -177,7 +180,7 @@ def parity_check(
                                                 "On a larger machine: llmcourse parity")
         if not known: known.append(refer(model, n=8))
         found = measure_file(path, known[0].tokenizer, known[0].cases, known[0].rows, known[0].grade, adapter)
-        faults = unlike(found, known[0].results)
+        faults = unlike(found, known[0])
         if not writes_end(known[0].tokenizer):
             faults.append("its chat template writes no end token behind a reply, so it has not learned to stop")
         if not faults: return tell(f"{found.name}: {likeness(found, known[0])}")
@@ -192,3 +195,17 @@ def likeness(found: Found, model: Reference) -> str:
             f"{sum(found.kl) / max(1, len(found.kl)):.2g} nats over {len(found.kl)} places")
     right = [sum(r["right"] for r in results) for results in (found.results, model.results)]
     return line + (f", {right[0]} and {right[1]} of {len(model.rows)} answers right" if model.rows else "")
+
+# %% ../nbs/workshop/paritygate.ipynb #804bde2c
+def export_parity(
+    model: str | Path,
+    gguf: str | Path,        # made of it
+    data: tuple,             # rows to be graded, and how
+) -> tuple[list[str], str]:  # what makes the file another model; that, or what was compared, in a line
+    "Is this file the model?"
+    if why := too_large(model): return [], f"not compared with its model: {why}"
+    known = refer(model, data)
+    found = measure_file(gguf, known.tokenizer, known.cases, known.rows, known.grade)
+    faults = unlike(found, known)
+    return faults, "; ".join(faults) or likeness(found, known)
+

@@ -33,7 +33,7 @@ def parity_line(
     out["tokens a second"] = found.tokens / found.seconds if found.seconds else None
     if found.results: out["task"] = score(sum(r["right"] for r in found.results), len(found.results))
     if lost := task_loss(found, model.results): out["task"] |= {"gain": lost["gain"], "p": lost["p"]}
-    return out | {"faults": unlike(found, model.results)}
+    return out | {"faults": unlike(found, model)}
 
 def parity_lines(model: Reference, places: list[Found]) -> list[dict]:
     "The numbers of all places, the reference first."

@@ -12,14 +12,15 @@ from .core import UserError
 from .engine import Engine
 from .evals import evaluate
 from .export import greedy
-from .gguf_file import read_gguf
+from .gguf_file import contents, read_gguf
 from .gguf_tokens import TEXTS, golden_chats, parts_at
 from .models import Local, stop_ids
 from .serve import remote
 
 # %% auto #0
 __all__ = ['TIE', 'Case', 'prompt_of', 'asked_of_all', 'spread', 'reference_cases', 'divergence', 'last_words', 'text_parts',
-           'Found', 'kind_of_file', 'measure_file', 'measure_net', 'measure_url']
+           'Found', 'kind_of_file', 'Exact', 'exact_in_net', 'exact_in_file', 'otherwise', 'measure_file',
+           'measure_net', 'measure_url']
 
 # %% ../nbs/workshop/parityruns.ipynb #9d68719d
 class Case(NamedTuple):
@@ -115,6 +116,7 @@ class Found:
     tokens: int = 0             # written …
     seconds: float = 0.0        # … in so much time, prompts read
     results: list = field(default_factory=list)   # from `evaluate`
+    exact: Exact | None = None  # what a file says that has to be the same at any number of bits
 
     def place(self, expected, theirs: dict[int, float]) -> None:
         "Note one place."
@@ -162,6 +164,50 @@ def _asked_file(engine: Engine, tokenizer, case: Case, found: Found, n: int) -> 
     for place, expected in zip(case.places, case.expected):
         found.place(expected, engine.logprobs(case.ids + case.reply[:place], 1000))
 
+# %% ../nbs/workshop/parityruns.ipynb #b8385f73
+class Exact(NamedTuple):
+    "What has to be the same at any number of bits."
+    turns: object        # float64 array: radians a token, of each pair of a head's numbers; None: nobody knows
+    eps: float | None    # of the norms
+
+def exact_in_net(
+    net,   # of transformers
+) -> Exact:
+    "What a model computes with."
+    found = [module.inv_freq for module in net.modules() if hasattr(module, "inv_freq")]
+    turns = found[0].double().cpu().numpy() if len(found) == 1 else None
+    return Exact(turns, getattr(net.config, "rms_norm_eps", None))
+
+def exact_in_file(path: str | Path) -> Exact:
+    "What a GGUF file tells llama.cpp to compute with."
+    import numpy as np
+    reader = read_gguf(path)
+    kind = contents(reader, "general.architecture")
+    def of(key, default=None): return contents(reader, f"{kind}.{key}") if f"{kind}.{key}" in reader.fields else default
+    eps, size, scaling = of("attention.layer_norm_rms_epsilon"), of("rope.dimension_count"), of("rope.scaling.type")
+    stretch = {t.name: t.data for t in reader.tensors if t.name.startswith("rope_f")}
+    if not size or scaling not in (None, "none", "linear") or {*stretch} - {"rope_freqs.weight"}:
+        return Exact(None, eps)   # YaRN and LongRoPE turn by how long a conversation is
+    factor = of("rope.scaling.factor") if scaling != "none" else None
+    turns = of("rope.freq_base", 1e4) ** -(np.arange(0, size, 2) / size) / (factor or 1)
+    return Exact(turns / stretch.get("rope_freqs.weight", 1), eps)
+
+
+
+# %% ../nbs/workshop/parityruns.ipynb #7bc18d0e
+def otherwise(ours: Exact, theirs: Exact) -> list[str]:
+    "What is not the same, in a sentence each."
+    import numpy as np
+    said, (a, b) = [], (ours.turns, theirs.turns)
+    known = a is not None and b is not None
+    if known and len(a) != len(b): said.append(f"turns {len(b)} pairs of numbers, not {len(a)}")
+    elif known and not np.allclose(a, b, 1e-4, 0):
+        i = int(np.abs(np.log(b / a)).argmax())
+        said.append(f"turns pair {i + 1} of {len(a)} by {b[i]:.3g} radians a token, not {a[i]:.3g}: another rope")
+    if ours.eps and theirs.eps and not math.isclose(ours.eps, theirs.eps, rel_tol=1e-4):
+        said.append(f"has {theirs.eps:.3g} in its norms, not {ours.eps:.3g}")
+    return said
+
 # %% ../nbs/workshop/parityruns.ipynb #4895393e
 def measure_file(
     path: str | Path,             # a GGUF
@@ -176,7 +222,7 @@ def measure_file(
     path = Path(path)
     files = [path, *([Path(adapter)] if adapter else [])]
     found = Found(" + ".join(file.name for file in files), kind_of_file(path))
-    found.mb = sum(file.stat().st_size for file in files) / 1e6
+    found.mb, found.exact = sum(file.stat().st_size for file in files) / 1e6, exact_in_file(path)
     room = max(1024, max(len(case.ids) for case in cases) + n + 8)
     threads = os.cpu_count() if found.mb > 100 else 1
     with Engine(path, room, threads, max_tokens=160, adapter=adapter) as engine:

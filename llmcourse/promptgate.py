@@ -6,6 +6,7 @@
 from __future__ import annotations
 import sys
 from json import dumps
+from typing import Literal
 from .asking import Completion, conversation, place_of
 from .core import Generate, UserError, choose
 from .evals import compare, evaluate, score
@@ -147,7 +148,7 @@ def tested_files(
 
 # %% ../nbs/workshop/promptgate.ipynb #97c9b5d4
 def prompts(
-    action: str,               # test: ask all rows through each prompt, and say whether an edit helped
+    action: Literal["test"],   # test: ask all rows through each prompt, and say whether an edit helped
     file: str,                 # a prompt file, or a folder of them
     data: str = None,          # rows with the expected reply, as for eval; default: the tutor's problems
     url: str = None,           # ask this OpenAI-compatible server; its key from $LLMCOURSE_API_KEY

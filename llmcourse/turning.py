@@ -4,21 +4,22 @@
 
 # %% ../nbs/workshop/turning.ipynb #056a12ad
 from __future__ import annotations
-import contextlib, statistics, time
+import contextlib, shutil, statistics, time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 from filelock import FileLock, Timeout
 from .asking import conversation
 from .checkpoints import sft_rows
 from .core import Scratch, UserError, choose, is_run, once, read_jsonl, same_settings, write_jsonl
 from .evals import evaluate, wilson
 from .exam import exam_grader, exam_rows
-from .export import parity, to_gguf
+from .export import to_gguf
 from .opinions import MAKES, read_feedback, says
 from .flywheel import cleaned, may_serve
 from .following import Following
 from .live import follows, live_model, read_live, rollback, swap
-from .models import load
+from .paritygate import export_parity
 from .preference import prefer
 from .progress import tell
 from .rounds import gate
@@ -31,9 +32,9 @@ from .tables import show
 from .users import pleases, rated, user_questions
 
 # %% auto #0
-__all__ = ['WHEEL', 'exam_of', 'asked_at', 'asked_of', 'slower_than', 'same_as', 'judged', 'learn', 'replay_of', 'best_answers',
-           'begin', 'turn', 'heard', 'turn_rounds', 'history_of', 'said', 'plot_rounds', 'alone', 'unseen',
-           'first_model', 'tell_round', 'flywheel']
+__all__ = ['WHEEL', 'exam_of', 'asked_at', 'asked_of', 'slower_than', 'judged', 'learn', 'replay_of', 'best_answers', 'begin',
+           'turn', 'heard', 'turn_rounds', 'history_of', 'said', 'plot_rounds', 'alone', 'unseen', 'first_model',
+           'tell_round', 'flywheel']
 
 # %% ../nbs/workshop/turning.ipynb #4be2b645
 def exam_of(
@@ -74,14 +75,6 @@ def slower_than(
             return time.perf_counter() - start
         return statistics.median(1 / (seconds(asks[0], chat) / seconds(asks[1], chat)) for chat in chats)
 
-def same_as(
-    run: str | Path, gguf: str | Path,
-    rows: list[dict],
-) -> float:   # share of replies whose first 32 tokens are the same
-    "Does the file say what the trained model says?"
-    found = parity(gguf, *load(run), [conversation(row, "row") for row in rows], 32)
-    return found["same"] / found["prompts"]
-
 def judged(
     first: list[dict], best: list[dict], new: list[dict],   # answers at the start, of the live model, of the candidate
     run: str | Path, old: str | Path, gguf: str | Path,     # the candidate's run; the live file, the candidate's
@@ -91,7 +84,8 @@ def judged(
     few = exam[0][::max(1, len(exam[0]) // 12)][:12]
     size = lambda results: statistics.fmean(len(r["reply"]) for r in results) or 1
     longer = size(new) / size(best)
-    return may_serve(gate(first, best, new), same_as(run, gguf, few), slower_than(old, gguf, few), longer)
+    faults, compared = export_parity(run, gguf, (few, exam[1]))
+    return may_serve(gate(first, best, new), faults, slower_than(old, gguf, few), longer) | {"parity": compared}
 
 # %% ../nbs/workshop/turning.ipynb #8d3b6c10
 def _uncleaned(opinions: list[dict]) -> list[dict]:
@@ -189,8 +183,8 @@ def turn_rounds(
     "Rounds with simulated users on the tutor. Called again, it goes on."
     folder, exam = Path(folder), exam_of(None, model, n, seed)
     same_settings(folder, model=model, method=method, n=n, seed=seed, quant=quant, clean=clean, **users or {})
-    begin(folder, model, exam, quant)
     replay, history = replay_of(before, model, seed), []
+    begin(folder, model, exam, quant)
     with Following(folder, n_parallel=8) as server:
         for i in range(1, rounds + 1):
             listen = lambda: heard(server, n, seed, i, **users or {})
@@ -208,7 +202,8 @@ def said(line: dict) -> str:
     "A round in one line."
     gain = f"{line['before']:.0%} → {line['after']:.0%} ({100 * line['low']:+.0f} to {100 * line['high']:+.0f} points)"
     what = f"live: {line['why']}" if line["passed"] else f"stopped by the gate: {line['why']}"
-    return f"round {line['round']}: {line['opinions']:,} opinions, {line['kept']:,} rows, {gain}, {what}"
+    compared = f"; its file: {line['parity']}" if line.get("parity") and not line["faults"] else ""
+    return f"round {line['round']}: {line['opinions']:,} opinions, {line['kept']:,} rows, {gain}, {what}{compared}"
 
 # %% ../nbs/workshop/turning.ipynb #1f6add30
 def plot_rounds(history: list[dict], ax=None):   # → the axes
@@ -231,12 +226,21 @@ def plot_rounds(history: list[dict], ax=None):   # → the axes
 # %% ../nbs/workshop/turning.ipynb #25d4e187
 @contextlib.contextmanager
 def alone(folder: Path):
-    "Nobody else turns this wheel meanwhile."
+    "Nobody else turns this wheel meanwhile. What ends before anything is live leaves nothing."
+    new = [place for place in (folder, *folder.parents) if not place.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(folder / ".turning", timeout=0): yield
+    fresh = not any(folder.iterdir())
+    lock = FileLock(folder / ".turning", timeout=0)
+    try: lock.acquire()
     except Timeout:
         raise UserError(f"{folder}: another process is turning it. Wait, or give another --output") from None
+    try: yield
+    finally:
+        for left in list(folder.iterdir()) if fresh and not follows(folder) else [folder / ".turning"]:
+            with contextlib.suppress(OSError): shutil.rmtree(left) if left.is_dir() else left.unlink()
+        lock.release()
+        for place in new:
+            with contextlib.suppress(OSError): place.rmdir()     # unless something is in it
 
 # %% ../nbs/workshop/turning.ipynb #7699d10e
 def unseen(
@@ -256,12 +260,13 @@ def _heard_from(folder: Path, source, database: bool, way: tuple, exam: tuple, r
     opinions, hidden = read_feedback(source, database)
     opinions = unseen(opinions, exam)
     if hidden: tell("hidden in the feedback: " + ", ".join(f"{n} {kind}" for kind, n in sorted(hidden.items())))
+    before = replay_of(replay, way[0], way[3])
     same_settings(folder, **dict(zip(("model", "method", "quant", "seed"), way)), exam=len(exam[0]))
     begin(folder, way[0], exam, way[2])
     i = 1
     while (there := folder / f"round{i}/opinions.jsonl").is_file() and read_jsonl(there) != opinions: i += 1
     if (folder / f"round{i}/done.jsonl").is_file(): tell(f"round {i} was turned with these opinions already")
-    tell_round(turn(folder, i, lambda: opinions, exam, *way, replay_of(replay, way[0], way[3])))
+    tell_round(turn(folder, i, lambda: opinions, exam, *way, before))
 
 def _judge(folder: Path, model: str, exam: tuple, quant: str) -> int:
     "The verdict on any model, against what is live; nothing is swapped."
@@ -273,6 +278,7 @@ def _judge(folder: Path, model: str, exam: tuple, quant: str) -> int:
         verdict = judged(first, best, asked_of(gguf, exam), model, old, gguf, exam)
     columns = ("kind", "n", "before", "after", "gain", "low", "high")
     print(show([{name: row[name] for name in columns} for row in verdict["kinds"]]).to_string(index=False))
+    print(f"its file: {verdict['parity']}")
     print(f"{model}: {'may go live' if verdict['passed'] else 'stopped'}: {verdict['why']}")
     return int(not verdict["passed"])
 
@@ -288,11 +294,12 @@ def _status(folder: Path) -> None:
 # %% ../nbs/workshop/turning.ipynb #e9189b3c
 WHEEL = ("run", "gate", "rollback", "status")
 
-def _check(action: str, method: str, hostile: float, n: int) -> None:
+def _check(action: str, method: str, hostile: float, n: int, quant: str) -> None:
     choose(action, WHEEL, "action")
     choose(method, MAKES, "method")
     if hostile > 1: raise UserError(f"--hostile {hostile}: give a share from 0 to 1")
     if n > 100: raise UserError(f"--n {n}: there are 100 different questions of a kind. Give fewer")
+    gguf_name_of("", quant)
 
 def first_model(folder: Path) -> str:
     "Where the wheel started."
@@ -303,7 +310,7 @@ def tell_round(line: dict) -> None: tell(said(line))
 
 # %% ../nbs/workshop/turning.ipynb #4444e200
 def flywheel(
-    action: str,                    # run: from feedback to a live model; gate: would --model pass; rollback; status
+    action: Literal[WHEEL],         # run: from feedback to a live model; gate: would --model pass; rollback; status
     output: str = "runs/flywheel",  # folder of the wheel; llmcourse chat --model runs/flywheel follows what is live
     data: str = None,               # votes, thumbs or pairs as JSONL, for one round; without any, simulated users
     database: str = None,           # … or a chat's: a file, or a PostgreSQL URL
@@ -321,7 +328,7 @@ def flywheel(
 
     llmcourse flywheel run --data runs/votes.jsonl
     """
-    _check(action, method, hostile, n)
+    _check(action, method, hostile, n, quant)
     folder, way = Path(output), (model, method, quant, seed)
     if action == "rollback": return print(f"live again: {rollback(folder)['live']}")
     if action == "status": return _status(folder)

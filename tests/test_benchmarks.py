@@ -18,6 +18,7 @@ BENCHMARKS = {
     "gallery": ["--small", "gallery.jsonl"],
     "collect": ["3"],
     "flywheel": ["honest", "1", "--small"],
+    "parity": ["kinds", "1", "--small"],
     "serving": ["door", "1"],
     "drafts": ["--small", "drafts.jsonl"],
     "layouts": ["gpt4all", "layouts.jsonl", "-n", "3", "--only", "Q8_0$"],
@@ -42,7 +43,7 @@ def test_a_benchmark_runs(name, more, tmp_path):
             "export": "small Q8_0    ours / stock:", "ppo": "mean 42: 0/2, reward [0.0]",
             "preference": "dpo, seed 1:", "rounds": "done: 31 measurements",
             "gallery": "chosen fine: grpo, seed 1", "collect": "whole reply  direct ",
-            "flywheel": "done: 1 measurements", "serving": "the door: ",
+            "flywheel": "done: 1 measurements", "parity": "done: 1 measurements", "serving": "the door: ",
             "drafts": "| × 1 | 10.5 | tutor/draft | ",
             "layouts": '"what": "Q8_0", "n": 3, "same_1": 3'}
     assert said[name] in done.stdout

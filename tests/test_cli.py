@@ -1,11 +1,13 @@
 """The command line: help that helps, and one line, code 2 and nothing half-written for bad input."""
 
+import inspect
 import json
 import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 
@@ -43,6 +45,26 @@ def test_help_lists_every_command_and_option(capsys):
         said = capsys.readouterr().out
         assert stop.value.code == 0 and f"llmcourse {name}" in said
     assert "llmcourse COMMAND --help" in usage()
+
+
+def test_usage_shows_what_an_action_may_be(capsys):
+    "And the command takes just those."
+    with_action = [name for name in COMMANDS if "action" in inspect.signature(command(name)).parameters]
+    assert {"flywheel", "data", "prompts", "chatlog", "collect", "course", "reward"} <= {*with_action}
+    for name in with_action:
+        kinds = get_args(get_type_hints(command(name))["action"])
+        with pytest.raises(SystemExit):
+            main([name, "--help"])
+        assert f"{{{','.join(kinds)}}}" in capsys.readouterr().out
+        files = ["a.jsonl"] * (name in ("data", "prompts", "reward"))
+        assert kinds and main([name, "no-such-action", *files]) == 2
+        assert capsys.readouterr().err.rstrip().endswith((", ".join(kinds), f"the only one is {kinds[0]}"))
+
+
+def test_parity_takes_a_model(capsys):
+    with pytest.raises(SystemExit):
+        main(["parity", "--help"])
+    assert "model [files ...]" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

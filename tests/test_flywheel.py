@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 
 from llmcourse.chatdb import export_votes, save_turn, save_vote
 from llmcourse.cli import main
-from llmcourse.core import UserError, is_run, read_jsonl
+from llmcourse.core import UserError, is_run, read_jsonl, weights
 from llmcourse.export import to_gguf
 from llmcourse.opinions import chats_of, pairs_of, read_feedback, thumbs_of
 from llmcourse.feedback import export_feedback
@@ -137,13 +138,43 @@ def test_a_lucky_round_is_stopped_19_times_of_20():
     assert passed <= 50
 
 
-@pytest.mark.parametrize("what", ["same", "slower", "longer"])
+@pytest.mark.parametrize("what", ["faults", "slower", "longer"])
 def test_a_better_model_can_be_stopped_too(what):
     better = {"passed": True, "why": "better"}
-    fine = {"same": 1.0, "slower": 1.0, "longer": 1.0}
+    fine = {"faults": [], "slower": 1.0, "longer": 1.0}
     assert may_serve(better, **fine)["passed"]
-    found = may_serve(better, **fine | {what: 0.5 if what == "same" else 2.0})
+    found = may_serve(better, **fine | {what: ["another rope"] if what == "faults" else 2.0})
     assert not found["passed"] and found["why"] != "better"
+    assert what != "faults" or found["why"] == "the export: another rope"
+
+
+@pytest.mark.parametrize("fault", [False, True], ids=["healthy", "q and k not dealt"])
+def test_a_broken_export_stops_the_round(fault, tmp_path, monkeypatch):
+    "The same round, with and without a fault on the way to the file."
+    from llmcourse import converter, turning
+
+    def answers(gguf, exam):
+        asked = [(row, row["messages"][-1]["content"]) for row in exam[0]]
+        return [row | {"question": text, "right": "round1" in str(gguf), "reply": "yes"} for row, text in asked]
+
+    def learned(*_, **__):
+        shutil.copytree(weights() / "grpo", tmp_path / "round1/run")
+
+    for name, stand_in in (("asked_of", answers), ("learn", learned), ("slower_than", lambda *_: 1.0)):
+        monkeypatch.setattr(turning, name, stand_in)
+    exam = turning.exam_of(None, "tutor/sft", 4)
+    turning.begin(tmp_path, "tutor/base", exam, "Q8_0")
+    if fault:
+        monkeypatch.setattr(converter, "permute", lambda w, heads: w)
+    said = opinions(vote("a"))
+    line = turning.turn(tmp_path, 1, lambda: said, exam, "tutor/base", "sft", "Q8_0", 42, [])
+    assert line["passed"] != fault and bool(line["faults"]) == fault
+    assert read_live(tmp_path)["live"] == ("round0/round0.gguf" if fault else "round1/round1.gguf")
+    if fault:
+        assert "the export: " in line["why"] and "nats from the model" in line["why"]
+        assert "the export: " in turning.said(line)
+    else:
+        assert "its file: the same model: " in turning.said(line)
 
 
 # The swap
@@ -301,6 +332,9 @@ def test_killed_between_training_and_swap(tmp_path):
         (["run", "--method", "grop"], "unknown method"),
         (["run", "--hostile", "3"], "a share from 0 to 1"),
         (["run", "--n", "1000"], "--n 1000"),
+        (["run", "--quant", "Q9"], "GGUF type"),
+        (["run", "--model", "tutor/stf", "--data", "votes.jsonl"], "did you mean"),
+        (["run", "--replay", "missing.jsonl"], "missing.jsonl: no such file"),
         (["run", "--data", "missing.jsonl"], "missing.jsonl: no such file"),
         (["run", "--data", "bad.jsonl"], 'bad.jsonl:2: "vote" is 7'),
         (["run", "--data", "chats.jsonl"], "not feedback"),
@@ -316,12 +350,11 @@ def test_bad_input_is_one_line(words, says, tmp_path, monkeypatch, capsys):
     (tmp_path / "bad.jsonl").write_text(good + "\n" + json.dumps(vote("a", up=7)))
     (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": [*QUESTION, {"role": "assistant", "content": "85"}]}))
     (tmp_path / "empty.jsonl").write_text("")
-    before = sorted(p.name for p in tmp_path.rglob("*") if p.name not in (".turning", "flywheel", "runs"))
+    before = sorted(tmp_path.rglob("*"))
     assert main(["flywheel", *words]) == 2
     err = capsys.readouterr().err
     assert says in err and err.count("\n") == 1, err
-    left = sorted(p.name for p in tmp_path.rglob("*") if p.name not in (".turning", "flywheel", "runs"))
-    assert left == before
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_the_exam_is_not_learned(capsys):
@@ -339,6 +372,26 @@ def test_two_do_not_turn_the_same_wheel(tmp_path):
 
     with alone(tmp_path), pytest.raises(UserError, match="another process"), alone(tmp_path):
         pass
+
+
+def test_a_wheel_that_was_stopped_keeps_what_is_live_and_nobody_elses_files(tmp_path):
+    from llmcourse.turning import alone
+
+    for place in (tmp_path / "a/wheel", tmp_path / "b"):
+        with pytest.raises(UserError), alone(place):
+            (place / "settings.jsonl").write_text("{}")
+            if place.name == "b":
+                (place / "model.gguf").write_text("")
+                swap(place, place / "model.gguf")
+            raise UserError("stopped")
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["b", LIVE, "model.gguf", "settings.jsonl"]
+    with alone(tmp_path / "b"):
+        pass
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c/mine.txt").write_text("mine")
+    with alone(tmp_path / "c"):
+        pass
+    assert [p.name for p in (tmp_path / "c").iterdir()] == ["mine.txt"] and (tmp_path / "b" / LIVE).is_file()
 
 
 def test_a_damaged_pointer_is_named(tmp_path):

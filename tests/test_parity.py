@@ -13,7 +13,9 @@ from llmcourse.converter import to_gguf
 from llmcourse.core import weights
 from llmcourse.gguf_adapter import lora_to_gguf
 from llmcourse.paritygate import Found, refer, unlike
-from llmcourse.parityruns import divergence, measure_file, measure_url, text_parts
+from llmcourse.models import load
+from llmcourse.parityruns import divergence, exact_in_file, exact_in_net, measure_file, measure_url, otherwise
+from llmcourse.parityruns import text_parts
 from test_export import make_model
 
 MODEL = "tutor/grpo"
@@ -27,7 +29,7 @@ def known():
 
 
 def said_of(gguf, known, adapter=None):
-    return unlike(measure_file(gguf, known.tokenizer, known.cases, known.rows, adapter=adapter), known.results)
+    return unlike(measure_file(gguf, known.tokenizer, known.cases, known.rows, adapter=adapter), known)
 
 
 def altered(folder, **texts):
@@ -73,6 +75,37 @@ def test_a_wrong_rope_factor(shape, old, new, tmp_path):
     assert any("nats from the model" in fault for fault in said)
 
 
+@pytest.mark.parametrize("shape", ["head_dim", "linear"])
+def test_few_bits_hide_no_wrong_rope(shape, tmp_path):
+    "Rope and eps are compared exactly: with what transformers computes, and at any number of bits."
+    make_model(tmp_path / "model", shape)
+    ours = exact_in_net(load(tmp_path / "model")[0])
+    for kind in ("Q8_0", "Q4_K_M"):
+        file = to_gguf(tmp_path / "model", tmp_path / "a.gguf", kind, verify=False)
+        assert otherwise(ours, exact_in_file(file)) == []
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    rope = config["rope_parameters"]
+    wrong = {"head_dim": {"factor": 32.0}, "linear": {"rope_type": "default"}}[shape]
+    for said, change in (("another rope", {"rope_parameters": rope | wrong}), ("in its norms", {"rms_norm_eps": 1e-5})):
+        (tmp_path / "model/config.json").write_text(json.dumps(config | change))
+        file = to_gguf(tmp_path / "model", tmp_path / "b.gguf", "Q4_K_M", verify=False)
+        (fault,) = otherwise(ours, exact_in_file(file))
+        assert said in fault and "\n" not in fault
+
+
+def test_another_eps_is_named_though_nothing_else_shows_it(known, tmp_path):
+    other = altered(tmp_path / "other", config_json=('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1.1e-06'))
+    assert said_of(to_gguf(other, tmp_path / "a.gguf", "Q8_0", verify=False), known) == [
+        "has 1.1e-06 in its norms, not 1e-06"
+    ]
+
+
+def test_rows_and_how_to_grade_them_are_taken_too():
+    rows = [{"messages": [{"role": "user", "content": "Say yes."}]}]
+    model = refer(MODEL, (rows, lambda row, reply: True))
+    assert model.rows == rows and [r["right"] for r in model.results] == [True]
+
+
 TWISTS = [("<|end_header_id|>\n\n", "<|end_header_id|>\n"), ("m['content'] | trim", "m['content']")]
 
 
@@ -95,7 +128,6 @@ def test_an_end_token_that_the_engine_does_not_know(known, tmp_path):
 
 def test_embeddings_untied(known, tmp_path):
     import torch
-    from llmcourse.models import load
 
     net, tokenizer = load(MODEL)
     head = net.get_output_embeddings().weight.detach()
@@ -113,7 +145,7 @@ def test_too_few_bits(known, tmp_path):
 
 def test_an_adapter_beside_its_base_is_compared_too(known, tmp_path):
     sft = refer("tutor/sft", n=4)
-    assert unlike(sft.merged, sft.results) == []
+    assert unlike(sft.merged, sft) == []
     base, beside = to_gguf("tutor/base", tmp_path / "b.gguf", "f16", verify=False), tmp_path / "a.gguf"
     lora_to_gguf("tutor/sft", beside)
     assert said_of(base, sft, beside) == []
@@ -129,7 +161,7 @@ def test_a_server_is_compared_by_what_it_says(known, tmp_path):
     for file, faults in ((good, 0), (bad, 1)):
         with serve(file) as server:
             found = measure_url(server.url, known.tokenizer, known.cases, known.rows[:8])
-        assert bool(unlike(found, known.results[:8])) == bool(faults) and len(found.kl) > 5
+        assert bool(unlike(found, known._replace(results=known.results[:8]))) == bool(faults) and len(found.kl) > 5
     assert "prompts otherwise" in unlike(found)[0] and found.template.startswith("token ")
 
 
