@@ -224,7 +224,7 @@ def test_the_demo_needs_nothing_of_the_laboratory():
     "What `make demo` installs is the package and nothing else."
     assert install.STAGES["demo"] == ""
     names = {re.match(r"[\w-]+", x)[0] for x in PROJECT["dependencies"]}
-    assert not names & {"jupyterlab", "playwright", "axe-playwright-python", "tensorboard", "papermill", "pytest", "bitsandbytes", "nbdev"}
+    assert not names & {"jupyterlab", "playwright", "tensorboard", "papermill", "pytest", "bitsandbytes", "nbdev"}
 
 
 def test_every_target_asks_for_what_it_needs():

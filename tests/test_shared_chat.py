@@ -456,44 +456,43 @@ def serious(page, axe):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("blind", [False, True], ids=["one model", "two models"])
-def test_browser_axe_finds_nothing_serious_that_we_could_mend(people, tmp_path, scheme, blind):
-    "At three widths: the door, the empty page, and a page with a conversation and everything open."
+def test_browser_axe_finds_nothing_serious_that_we_could_mend(people, tmp_path, scheme):
+    "At three widths: the empty page, one with a conversation and all of it open, one with two models; and the door."
     name = "axe_playwright_python.sync_playwright"
     axe = (importlib.import_module(name) if os.environ.get("CI") else pytest.importorskip(name)).Axe()
     good, bad, found = Fake(MARKED_UP), Fake("Answer: 75"), {}
-    more = {"against": {"bad one": bad.url}} if blind else {}
-    fleet = {"good one": good.url} if blind else {"good one": good.url, "bad one": bad.url}
+
+    def look(page, where, widths=(390, 820, 1280)):
+        for width in widths:
+            page.set_viewport_size({"width": width, "height": 900})
+            found[where, width] = serious(page, axe)
+
     with browser_on() as browser:
         context = browser.new_context(color_scheme=scheme)
-        with page_of(context, fleet, tmp_path / "chat.db", people=people, **more) as (page, app):
-
-            def look(where):
-                for width, height in ((390, 800), (820, 1100), (1280, 900)):
-                    page.set_viewport_size({"width": width, "height": height})
-                    found[where, width] = serious(page, axe)
-
+        with page_of(context, {"good": good.url, "bad": bad.url}, tmp_path / "one.db", people=people) as (page, app):
             page.get_by_label("username").wait_for(timeout=60_000)
-            look("door")
+            look(page, "door", [390])
             enter(page, "ada", SECRET)
             page.get_by_role("button", name="Log out ada").wait_for(timeout=60_000)
             page.get_by_role("heading", name="Hello!").wait_for(timeout=10_000)
-            look("empty")
+            look(page, "empty")
             say(page, "What is 47 + 38?")
-            if blind:
-                page.get_by_role("button", name="A is better").wait_for(timeout=30_000)
-            else:
-                settled(page, "Answer: 85")
-                page.get_by_label("Dislike", exact=True).click()
-                page.get_by_label("What should it have said?").wait_for(timeout=10_000)
+            settled(page, "Answer: 85")
+            page.get_by_label("Dislike", exact=True).click()
+            page.get_by_label("What should it have said?").wait_for(timeout=10_000)
             for word in ("Earlier chats", "Settings", "Your data"):
                 page.get_by_role("button", name=word).first.click()
             page.get_by_role("button", name="Delete all my conversations").wait_for()
-            look("full")
+            look(page, "full")
             page.evaluate("document.querySelector('#said').innerHTML = '<button></button><img src=\"data:,\">'")
             assert {rule for rule, _ in serious(page, axe)} >= {"button-name", "image-alt"}, "it finds what is wrong"
+        with page_of(context, good.url, tmp_path / "two.db", against={"bad": bad.url}) as (page, app):
+            ready(page)
+            say(page, "What is 47 + 38?")
+            page.get_by_role("button", name="A is better").wait_for(timeout=30_000)
+            look(page, "two models")
     good.stop(), bad.stop()
-    assert {place: left for place, now in found.items() if (left := now - GRADIOS)} == {} and len(found) == 9
+    assert {place: left for place, now in found.items() if (left := now - GRADIOS)} == {} and len(found) == 10
 
 
 def enter(page, name, password):
