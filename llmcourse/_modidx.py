@@ -1463,6 +1463,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'llmcourse.page.wire_leaving': ('workshop/page.html#wire_leaving', 'llmcourse/page.py'),
                                 'llmcourse.page.wire_opening': ('workshop/page.html#wire_opening', 'llmcourse/page.py'),
                                 'llmcourse.page.wire_rest': ('workshop/page.html#wire_rest', 'llmcourse/page.py'),
+                                'llmcourse.page.wire_thumbs': ('workshop/page.html#wire_thumbs', 'llmcourse/page.py'),
                                 'llmcourse.page.wire_turns': ('workshop/page.html#wire_turns', 'llmcourse/page.py')},
             'llmcourse.pairs': { 'llmcourse.pairs.Taste': ('workshop/pairs.html#taste', 'llmcourse/pairs.py'),
                                  'llmcourse.pairs.Taste.__init__': ('workshop/pairs.html#taste.__init__', 'llmcourse/pairs.py'),

@@ -71,6 +71,7 @@ def data_buttons(
             p.delete_all = gr.Button("Delete all my conversations", size="sm", variant="stop")
     p.taken = gr.Textbox(visible="hidden", label="JSONL")
 
+# %% ../nbs/workshop/yourdata.ipynb #8e6dd132
 def wire_data(
     p: types.SimpleNamespace,   # the things on the page
     desk,                       # a `Desk`
