@@ -831,7 +831,7 @@ def test_browser_stops_after_a_reload(page, fake, db):
     page.reload()
     page.locator("button.stop-button").click(timeout=30_000)
     page.get_by_text(f"{FLAG} stopped").wait_for(timeout=10_000)
-    assert sql(db, "SELECT status FROM messages WHERE role = 'assistant'") == [("stopped",)]
+    until(lambda: sql(db, "SELECT status FROM messages WHERE role = 'assistant'") == [("stopped",)])
 
 
 def test_browser_finds_an_answer_that_came_while_it_was_away(page, fake, db):
@@ -864,7 +864,7 @@ def test_browser_stops_and_reads_on(page, fake, db):
     page.get_by_text("47+38: ones").wait_for(timeout=30_000)
     page.locator("button.stop-button").click()
     page.get_by_text(f"{FLAG} stopped").wait_for(timeout=10_000)
-    assert sql(db, "SELECT status FROM messages WHERE role = 'assistant'") == [("stopped",)]
+    until(lambda: sql(db, "SELECT status FROM messages WHERE role = 'assistant'") == [("stopped",)])
     fake.delay = 0
     page.get_by_label("Retry", exact=True).click()
     page.get_by_text("Answer: 85").wait_for(timeout=30_000)
