@@ -97,5 +97,6 @@ def drill(
     for i in tqdm(range(kills), desc="kills", file=sys.stdout, ncols=90):
         place = output / f"shot-{i:02d}"
         found = _shoot(start, place, (signal.SIGKILL, signal.SIGTERM)[i % 2], rng.uniform(0, seconds))
+        if not place.exists(): tqdm.write(f"{place.name} did not go on: {_last_line(output / 'log.txt')}", sys.stdout)
         results.append(found | {"same": place.exists() and _weights(place) == _weights(output / "straight")})
     return results

@@ -10,6 +10,7 @@ from .calls import sent_calls
 from .children import Child
 from .core import Message, UserError
 from .models import DATE
+from .quantizers import find_openmp
 
 # %% auto #0
 __all__ = ['run_engine', 'Engine']
@@ -17,7 +18,9 @@ __all__ = ['run_engine', 'Engine']
 # %% ../nbs/workshop/engine.ipynb #ae86735e
 def run_engine(job: dict) -> None:
     "Serve one GGUF file with llama.cpp in this process, and write the address to the log."
-    import threading, xllamacpp
+    import threading
+    find_openmp()
+    import xllamacpp
     params = xllamacpp.CommonParams()
     params.model.path, params.n_ctx = job["gguf"], job["n_ctx"]
     params.hostnames, params.port, params.n_parallel = ["127.0.0.1"], 0, 1

@@ -4,7 +4,7 @@
 
 # %% ../nbs/workshop/quantizers.ipynb #1a8a5c75
 from __future__ import annotations
-import ctypes, functools, importlib.util, re
+import contextlib, ctypes, functools, importlib.util, re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from .core import UserError, choose
@@ -12,15 +12,23 @@ from .gguf_file import contents, read_gguf, tensor_bytes, write_gguf
 from .tensors import check_values, rows_in_slab
 
 # %% auto #0
-__all__ = ['PIN', 'KINDS', 'FALLBACK', 'FLOATS', 'open_library', 'quantize_rows', 'ggml', 'packed', 'requantized', 'block_size',
-           'wanted_type', 'tensor_type', 'shape_of', 'llama_order', 'stays_float', 'mixture', 'plan_types', 'add_kind',
-           'quantize']
+__all__ = ['PIN', 'KINDS', 'FALLBACK', 'FLOATS', 'find_openmp', 'open_library', 'quantize_rows', 'ggml', 'packed', 'requantized',
+           'block_size', 'wanted_type', 'tensor_type', 'shape_of', 'llama_order', 'stays_float', 'mixture',
+           'plan_types', 'add_kind', 'quantize']
 
 # %% ../nbs/workshop/quantizers.ipynb #cf877f58
+def find_openmp() -> None:
+    "llama.cpp wants the system's libgomp.so.1; where there is none, as in a slim image, load the one inside torch."
+    try: ctypes.CDLL("libgomp.so.1")
+    except OSError:
+        torch = Path(importlib.util.find_spec("torch").origin).parent
+        with contextlib.suppress(OSError): ctypes.CDLL(str(torch / "lib/libgomp.so.1"))
+
 PIN = "Install xllamacpp==2026.10.11549"
 
 def open_library():
     "xllamacpp's library, with the types of the function that we call. Raises `UserError` if this version hides it."
+    find_openmp()
     found = importlib.util.find_spec("xllamacpp.xllamacpp")
     try:
         lib = ctypes.CDLL(found.origin)

@@ -60,12 +60,17 @@ def _alone(folder: Path):
 def _unfinished(place: Path, run: Run) -> None:
     "Raise `UserError` unless `place` is new, or an unfinished run with the same settings."
     if not is_run(place):
-        if any(p.name != "lock" for p in place.iterdir()):
+        ours = ("lock", ".run.yaml.")   # a kill while the card was written leaves these
+        if any(not p.name.startswith(ours) for p in place.iterdir()):
             raise UserError(f"{place}: exists and is not an unfinished run. "
                             "Move it away, or choose another output folder")
     elif changed := differences(read_card(place), run):
         raise UserError(f"{place}: an unfinished run with other settings ({'; '.join(changed[:3])}). "
                         "Repeat those, or delete the folder")
+
+def _clear(place: Path) -> None:
+    "Remove all but checkpoints, card and lock, so that a kill on the way leaves an unfinished run and no riddle."
+    for name in ("run", "earlier", "done"): shutil.rmtree(place / name, ignore_errors=True)
 
 # %% ../nbs/workshop/runs.ipynb #095e8590
 @contextlib.contextmanager
@@ -85,15 +90,18 @@ def run_folder(
     with _alone(place):
         _unfinished(place, run)
         write_card(run, place)
-        shutil.rmtree(place / "run", ignore_errors=True)
+        _clear(place)
         (place / "run").mkdir()
         try: yield place / "run"
         except BaseException:
+            _clear(place)
             if not any(place.glob("checkpoints/*")): shutil.rmtree(place)
             raise
         check_output(output, run.model or "tutor/base")
-        if output.is_dir(): shutil.rmtree(output)
+        if output.is_dir(): os.replace(output, place / "earlier")
         os.replace(place / "run", output)
+        if (place / "checkpoints").is_dir(): os.replace(place / "checkpoints", place / "done")
+        _clear(place)
     shutil.rmtree(place)
 
 # %% ../nbs/workshop/runs.ipynb #f995d420

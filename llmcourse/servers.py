@@ -12,6 +12,7 @@ from .core import Scratch, UserError, choose, model_path
 from .gateway import by_name, forward, guard
 from .launchers import LAUNCHERS, check_program
 from .models import load
+from .quantizers import find_openmp
 from .tensors import tensor_index
 
 # %% auto #0
@@ -144,6 +145,7 @@ def llama_params(
 # %% ../nbs/workshop/servers.ipynb #67c07f59
 def run_llama(job: dict) -> None:
     "Run llama.cpp's server in this process until it is killed; with adapters, behind a door that knows their names."
+    find_openmp()
     import xllamacpp
     if not job.get("adapters"):
         _server = xllamacpp.Server(llama_params(job))     # answers from its own threads, as long as it is referred to

@@ -1,5 +1,6 @@
 """`make setup`: the right torch for this machine, pip's settings for uv, and extras that resolve."""
 
+import ctypes
 import os
 import re
 import shutil
@@ -283,3 +284,32 @@ def test_stopped_while_the_environment_is_made(tmp_path):
         said = running.communicate(timeout=60)[0]
     assert running.returncode == 1 and said.splitlines()[-1] == "stopped; the same command goes on from here"
     assert "Traceback" not in said and not list((tmp_path / "env").glob(".ready-*"))
+
+
+WITHOUT_OPENMP = """
+from llmcourse.converter import to_gguf
+from llmcourse.serve import remote
+from llmcourse.servers import serve
+to_gguf("tutor/sft", "sft.gguf", "Q4_K_M")
+with serve("sft.gguf") as server:
+    print(server.engine, remote(server.url)([{"role": "user", "content": "What is 47 + 38?"}])[-10:])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="hides a library as Linux can")
+def test_a_machine_without_openmp(tmp_path):
+    "A slim image has no libgomp.so.1, which llama.cpp wants; the one inside torch will do."
+    ctypes.CDLL("libgomp.so.1")
+    where = next(line.split()[-1] for line in open("/proc/self/maps") if "/libgomp.so.1" in line)
+    if "site-packages" in where:
+        pytest.skip("this machine has none")
+
+    def hidden(code):
+        words = ["unshare", "--map-root-user", "--mount", "sh", "-c", f'mount --bind /dev/null {where} && "$@"', "-"]
+        return subprocess.run([*words, sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+
+    if hidden("").returncode:
+        pytest.skip("no namespaces here")
+    assert "libgomp.so.1: file too short" in hidden("import xllamacpp").stderr
+    done = hidden(WITHOUT_OPENMP)
+    assert done.stdout.split() == ["llama.cpp", "Answer:", "85"], done.stderr

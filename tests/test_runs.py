@@ -197,6 +197,52 @@ def test_two_processes_do_not_write_one_run(tmp_path):
         assert last_complete(folder.parent / "checkpoints")
 
 
+def killed_at(count, output):
+    "A run of `run_folder` in another process, killed before file operation number `count`. Returns its exit status."
+    left = [count]
+
+    def before(event, args):
+        if event in {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree", "os.scandir"}:
+            left[0] -= 1
+            if not left[0]:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def train():
+        with run_folder(output, CARD, keep=True) as folder:
+            if not last_complete(folder.parent / "checkpoints"):
+                written = files(folder / "checkpoint-5", "model.safetensors", *STATE_FILES)
+                seal(written, folder.parent / "checkpoints/step-000005")
+            write_card(CARD, folder)
+            files(folder / "more", "x")
+
+    if not (child := os.fork()):
+        sys.addaudithook(before)
+        try:
+            train()
+        except BaseException as e:
+            print(e, file=sys.__stderr__)
+            os._exit(1)
+        os._exit(0)
+    return os.waitpid(child, 0)[1]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_kill_at_any_file_operation_leaves_a_run_that_goes_on(earlier, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda file: None)  # a kill is no power cut
+    for count in range(1, 1000):
+        output = tmp_path / f"{count}/run"
+        if earlier:
+            files(output / "old", "x")
+            write_card(CARD, output)
+        if killed_at(count, output) != signal.SIGKILL:
+            break
+        assert not output.exists() or [p for p in output.glob("*/x")] and (output / "run.yaml").is_file()
+        assert killed_at(1000, output) == 0, f"killed at {count}"
+        assert [p.name for p in output.parent.iterdir()] == ["run"] and (output / "more/x").is_file()
+    assert 30 < count < 1000
+
+
 # training
 
 
