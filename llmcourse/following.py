@@ -21,7 +21,7 @@ class Seats:
     def __init__(self, folder: str | Path, **options):   # of a flywheel; for `servers.serve`
         self.folder, self.options = folder, options
         self.lock = threading.Lock()
-        self.model = live_model(folder)
+        self.model = self.tried = live_model(folder)     # the one that answers; the one started last
         self.engines: list[list] = [[serve(self.model, **options), 0]]     # [server, how many are seated]
 
     @contextlib.contextmanager
@@ -44,10 +44,12 @@ class Seats:
     def look(self) -> bool:
         "Read the pointer; if it names another model, start that one. Returns whether it did."
         model = live_model(self.folder)
-        if model == self.model: return False
-        self.model = model          # one try each: a model that does not start is not started again and again
+        if model == self.tried: return False
+        self.tried = model          # one try each: a model that does not start is not started again and again
         new = serve(model, **self.options)
-        with self.lock: self.engines.append([new, 0])
+        with self.lock:
+            self.engines.append([new, 0])
+            self.model = model      # not before: until here the old one answered
         return True
 
     def close(self) -> None:
@@ -80,11 +82,13 @@ class Following:
         "Follow the pointer. A model that does not start is said, and the old one stays."
         while not self.over.wait(every):
             try:
-                if self.seats.look(): tell(f"{self.url}: {self.seats.model} answers from now on")
+                if self.seats.look():
+                    tell(f"{self.url}: {self.seats.model} answers from now on")
+                    self.said = ""
             except UserError as e: self.say(str(e))
             self.seats.tidy()
 
-    said = ""
+    said = ""     # why the model that should answer does not
     def say(self, line: str) -> None:
         if line != self.said: tell(f"{line}. The model before it stays")
         self.said = line

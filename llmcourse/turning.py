@@ -163,7 +163,9 @@ def turn(
 # %% ../nbs/workshop/turning.ipynb #ece470e1
 def heard(server: Following, n: int, seed: int, i: int, **users) -> list[dict]:
     "What simulated users say in a round, once the live model answers."
-    while server.answers != live_model(server.seats.folder): time.sleep(.05)
+    while server.answers != live_model(server.seats.folder):
+        if server.said: raise UserError(server.said)
+        time.sleep(.05)
     rows = user_questions(n, 100 * seed + i)
     ask = remote(server.url, max_tokens=240)
     replies = evaluate(ask, rows, pleases, workers=8, progress=False)
@@ -244,7 +246,7 @@ def unseen(
     "What may be learned without learning the exam. Raises `UserError` if nothing is left."
     asked = {same_text(conversation(row, "exam")[-1:]) for row in exam[0]}
     left = [opinion for opinion in opinions if same_text(opinion["prompt"][-1:]) not in asked]
-    if n := len(opinions) - len(left): tell(f"{n:,} opinions are about questions of the exam, and left out")
+    if n := len(opinions) - len(left): tell(f"opinions left out, because they are about questions of the exam: {n:,}")
     if not left: raise UserError("all opinions are about questions of the exam. Give --exam rows that nobody asked")
     return left
 

@@ -1,5 +1,6 @@
 """What ships in deployment/ parses, imports, and says what it should."""
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -8,8 +9,10 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import types
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
@@ -20,6 +23,7 @@ from jsonschema import Draft202012Validator, validators
 from llmcourse.cli import COMMANDS, command
 from llmcourse.core import UserError
 from llmcourse.options import parse
+from llmcourse.passwords import add_person
 from llmcourse.redact import secret
 from llmcourse.servers import free_port
 
@@ -342,21 +346,63 @@ def test_the_space_runs_here(tmp_path):
     done = subprocess.run([sys.executable, app], env=env, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1 and "CHAT_PASSWORD" in done.stderr and done.stderr.count("\n") == 1
     env |= {"CHAT_PASSWORD": "tulip"}
-    process = subprocess.Popen([sys.executable, app], env=env, cwd=tmp_path, stdout=subprocess.DEVNULL)
+    with page(port, [sys.executable, app], env=env, cwd=tmp_path) as url:
+        assert logged_in(url, "guest", "tulip") == 200 and logged_in(url, "guest", "rose") == 401
+
+
+@contextlib.contextmanager
+def page(port: int, words: list[str], **how):
+    "Start a chat page and yield its address once it answers."
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, **how)
+    url, end = f"http://127.0.0.1:{port}", time.monotonic() + 120
     try:
-        url, end = f"http://127.0.0.1:{port}", time.monotonic() + 120
         while True:
             assert process.poll() is None and time.monotonic() < end
             try:
-                page = httpx.get(url, trust_env=False)
+                assert httpx.get(url, trust_env=False).status_code == 200
                 break
             except httpx.TransportError:
                 time.sleep(0.2)
-        assert page.status_code == 200 and httpx.get(url + "/config", trust_env=False).status_code == 401
-        login = {"username": "guest", "password": "tulip"}
-        with httpx.Client(trust_env=False) as client:
-            assert client.post(url + "/login", data=login).status_code == 200
-            assert client.get(url + "/config").status_code == 200
+        yield url
     finally:
         process.terminate()
         process.wait(20)
+
+
+def logged_in(url: str, name: str, password: str) -> int:
+    "The status of the page's settings for somebody who tries to log in."
+    with httpx.Client(trust_env=False, base_url=url) as client:
+        assert client.get("/config").status_code == 401
+        client.post("/login", data={"username": name, "password": password})
+        return client.get("/config").status_code
+
+
+class Models(BaseHTTPRequestHandler):
+    "As much of a server as a chat page asks for when it starts."
+
+    def do_GET(self):
+        body = b'{"object": "list", "data": [{"id": "tutor", "object": "model"}]}'
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *words):
+        pass
+
+
+@pytest.mark.parametrize("where", ["compose app", "kubernetes chat"])
+def test_the_chat_that_is_deployed_lets_its_people_in(where, tmp_path):
+    "Its own command, with its secret in another place."
+    people, port = tmp_path / "people.txt", free_port()
+    add_person(people, "ada", "eleven tulips")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Models)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    words = [re.sub(r"^http://.*", f"http://127.0.0.1:{server.server_port}/v1", word) for word in commands()[where]]
+    words = [re.sub(r"^/run/secrets/.*", str(people), word) for word in words]
+    env = {k: v for k, v in os.environ.items() if k != "DATABASE_URL"}
+    words = [str(Path(sys.executable).with_name("llmcourse")), *words, "--port", str(port)]
+    with page(port, words, env=env, cwd=tmp_path) as url:
+        assert logged_in(url, "ada", "eleven tulips") == 200 and logged_in(url, "ada", "ten tulips") == 401
+    server.shutdown()

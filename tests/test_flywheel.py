@@ -184,7 +184,11 @@ def test_no_reply_is_dropped(wheel):
                 move()
                 until(live_model(wheel).stem)
             swap(wheel, wheel / "broken.gguf")
-            until("broken")
+            end = time.monotonic() + 120
+            while not server.said and time.monotonic() < end:
+                time.sleep(0.05)
+            assert "broken" in server.said
+            until("sft")
             names, end = [], time.monotonic() + 60
             while names != ["sft"] and time.monotonic() < end:     # an engine goes when its last reply is out
                 time.sleep(0.05)
@@ -196,6 +200,34 @@ def test_no_reply_is_dropped(wheel):
             rollback(wheel) if live_model(wheel).stem == "broken" else None
     assert all(job.exception() is None for job in jobs)
     assert all(text.strip().startswith("47+38") or "Answer" in text for text in heard)
+
+
+def test_a_model_that_is_loading_does_not_answer_yet(tmp_path, monkeypatch):
+    "`answers` names the model of the newest engine: not one that is being started, nor one that did not start."
+    import llmcourse.following as following
+
+    for name in ("old", "new", "bad"):
+        (tmp_path / name).write_text(name)
+    swap(tmp_path, tmp_path / "old")
+    said = []
+
+    class Engine:
+        def __init__(self, model):
+            said.append((model.name, seats.model.name if seats else None))
+            if model.name == "bad":
+                raise UserError("bad: no model")
+
+    seats = None
+    monkeypatch.setattr(following, "serve", Engine)
+    seats = following.Seats(tmp_path)
+    swap(tmp_path, tmp_path / "new")
+    assert seats.look() and seats.model.name == "new"
+    swap(tmp_path, tmp_path / "bad")
+    with pytest.raises(UserError):
+        seats.look()
+    assert not seats.look(), "one try each"
+    assert seats.model.name == "new"
+    assert said == [("old", None), ("new", "old"), ("bad", "new")]
 
 
 def test_the_pointer_is_old_or_new_whoever_reads_it(tmp_path):
@@ -297,7 +329,7 @@ def test_the_exam_is_not_learned(capsys):
 
     said = opinions(vote("a"), vote("b") | {"prompt": "Only a hint,  please. 2+2?"})
     exam = ([{"messages": [{"role": "user", "content": "only a hint, please. 2+2?"}]}], None)
-    assert unseen(said, exam) == said[:1] and "1 opinions" in capsys.readouterr().err
+    assert unseen(said, exam) == said[:1] and "of the exam: 1" in capsys.readouterr().err
     with pytest.raises(UserError, match="--exam"):
         unseen(said[1:], exam)
 

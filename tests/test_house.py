@@ -144,6 +144,14 @@ def test_chapters_hold_outputs():
         assert any(c.get("outputs") for c in json.loads(path.read_text())["cells"]), f"{path.name}: no stored outputs"
 
 
+def test_what_is_expected_to_fail_is_tried():
+    "`expect_fail(f, UserError)` makes a context and throws it away: nothing is called, and nothing can fail."
+    for path in NOTEBOOKS:
+        calls = [line for cell in json.loads(path.read_text())["cells"] for line in cell["source"]
+                 if line.lstrip().startswith("expect_fail(")]  # fmt: skip
+        assert not calls, f"{path.name}: write `with expect_fail(…): …` instead of {calls}"
+
+
 def test_site():
     "Every sidebar entry exists, and every link between notebooks leads somewhere."
     assert (ROOT / "nbs/_quarto.yml").is_symlink()
@@ -152,6 +160,8 @@ def test_site():
     assert entries and all((ROOT / "nbs" / e).is_file() for e in entries), entries
     chapters = {p.name for p in (ROOT / "nbs").glob("[0-9]*.ipynb")}
     assert chapters <= set(entries)
+    workshop = sorted(f"workshop/{p.name}" for p in (ROOT / "nbs/workshop").glob("*.ipynb"))
+    assert sorted(e for e in entries if e.startswith("workshop/")) == workshop, "each page once"
     for path in NOTEBOOKS:
         for link in re.findall(r"\]\(([\w./-]+\.ipynb)", path.read_text()):
             assert (path.parent / link).is_file(), f"{path.name} links to {link}"
