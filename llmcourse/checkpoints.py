@@ -7,15 +7,15 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 from pathlib import Path
-from . import calculator, core, evals, pretraining, tutor
+from . import calculator, core, drafting, evals, pretraining, tutor
 from .card import Run, read_card, write_card
 from .core import UserError, choose, file_hash, is_run, set_seed, stopwatch, weights, write_aside
 from .methods import rerun
 
 # %% auto #0
-__all__ = ['PRETRAIN_RECIPE', 'LORA_RECIPE', 'SFT_RECIPE', 'GRPO_RECIPE', 'RL_RECIPE', 'TOOLS_RECIPE', 'FOOT', 'ABOUT_BASE',
-           'BUILDERS', 'sft_rows', 'grpo_rows', 'score_model', 'score_line', 'scores', 'hashes', 'verify',
-           'score_changes', 'rebuild', 'repeat']
+__all__ = ['PRETRAIN_RECIPE', 'LORA_RECIPE', 'SFT_RECIPE', 'GRPO_RECIPE', 'RL_RECIPE', 'TOOLS_RECIPE', 'DRAFT_SHAPE',
+           'DRAFT_REPLIES', 'DRAFT_RECIPE', 'FOOT', 'ABOUT_BASE', 'ABOUT_DRAFT', 'ONE_EACH', 'BUILDERS', 'sft_rows',
+           'grpo_rows', 'score_model', 'score_line', 'scores', 'hashes', 'verify', 'score_changes', 'rebuild', 'repeat']
 
 # %% ../nbs/workshop/checkpoints.ipynb #f07fdbde
 PRETRAIN_RECIPE = dict(tokens=6e6, batch_size=8, seed=0)
@@ -25,6 +25,10 @@ GRPO_RECIPE = dict(learning_rate=2e-4, max_steps=50)
 RL_RECIPE = dict(learning_rate=2e-4, max_steps=120)
 TOOLS_RECIPE = dict(learning_rate=3e-3, num_train_epochs=6, max_length=384, wake_tokens=40, loss_type="nll",
                     train_sampling_strategy="random", bf16=False)
+DRAFT_SHAPE = dict(hidden_size=64, intermediate_size=192, num_hidden_layers=1, num_attention_heads=2,
+                   num_key_value_heads=2)
+DRAFT_REPLIES = dict(n=1000, seed=42)   # to that many problems of each kind
+DRAFT_RECIPE = dict(steps=1200, batch_size=32, seed=0)
 
 # %% ../nbs/workshop/checkpoints.ipynb #2e77934a
 def sft_rows(
@@ -83,6 +87,23 @@ def _score_tools(name: str, local, problems: list[dict], progress: bool) -> list
 def _by_key(name: str, results: list[dict], key: str) -> list[dict]:
     return _by_task(name, [r | {"right": r[key]} for r in results], f" {key}")
 
+# %% ../nbs/workshop/checkpoints.ipynb #14b75262
+def _score_draft(name: str, problems: list[dict], seed: int) -> list[dict]:
+    "What share of its guesses `tutor/sft` keeps, three at a time, greedily and at temperature 0.7."
+    from llmcourse.models import encode, load, stop_ids
+    (target, tokenizer), (draft, _), rows = load("tutor/sft"), load(name), []
+    set_seed(seed)
+    for temperature in (0.0, 0.7):
+        runs = []
+        for p in problems:
+            ids = encode(tokenizer, tutor.to_chat(p, answered=False)["messages"])
+            readers = drafting.Reader(target), drafting.Reader(draft)
+            runs.append(drafting.speculate(*readers, ids, stop_ids(tokenizer), temperature=temperature)[1])
+        kept = drafting.kept_share(runs)
+        row = {key: kept[key] for key in ("n", "correct", "low", "high")}
+        rows.append({"checkpoint": name, "task": f"kept, T={temperature:g}"} | row)
+    return rows
+
 # %% ../nbs/workshop/checkpoints.ipynb #ec780d65
 def score_model(
     name: str,             # a checkpoint, or a folder
@@ -100,6 +121,7 @@ def score_model(
         return _score_tools(str(name), local, fewer, progress)
     results = evals.evaluate(local, problems, progress=progress)
     rows = _by_task(str(name), results) + [_row(str(name), "chat format", results, "format")]
+    if str(name) == "tutor/draft": return rows + _score_draft(name, problems[::10], seed)
     set_seed(seed)
     local.options["temperature"] = 1.0
     stories = [p for p in problems if p["task"] in ("story2", "story3")]
@@ -111,9 +133,11 @@ def score_line(row: dict) -> str:
     right = f"{row['correct']:>4}/{row['n']:<4} {row['correct'] / row['n']:>5.0%}"
     return f"{row['checkpoint']:<12} {row['task']:<16} {right}  ({row['low']:.0%}–{row['high']:.0%})"
 
+# %% ../nbs/workshop/checkpoints.ipynb #8c3a2d29
 FOOT = """tutor/base goes on with a text that ends in "Working:", the others are asked in a chat: not the same question
 at once: the answer without working · sampled: at temperature 1, as replies are drawn for GRPO; all else is greedy
-chat format: does the reply end in a line "Answer: N"? · call, answer: of tutor/tools, the first call, and the end"""
+chat format: does the reply end in a line "Answer: N"? · call, answer: of tutor/tools, the first call, and the end
+kept: of tutor/draft's guesses, three at a time, those that tutor/sft kept, on a tenth of the problems"""
 
 def scores(n: int = 300, seed: int = 1, names: list[str] | None = None, progress: bool = True) -> list[dict]:
     "Score the shipped checkpoints. Raises `UserError` for a name that is none."
@@ -154,6 +178,21 @@ word problems; `run.yaml` says how, with its scores, and repeats it. It continue
 `What is 12 plus 34?\\nWorking:`. It is not a chat model: `tutor/sft` is. Its world ends at numbers of two digits;
 for anything outside the course it is of no use.
 """
+ABOUT_DRAFT = """---
+base_model: tutor/sft
+library_name: transformers
+pipeline_tag: text-generation
+license: apache-2.0
+tags: [llama, llmcourse, speculative-decoding]
+---
+
+# A draft for the tutor
+
+A Llama of one layer and 119 thousand parameters with the tutor's tokenizer. The llmcourse package trained it to
+agree with `tutor/sft`, on that model's greedy replies to 5,000 problems; `run.yaml` says how, and how many of its
+guesses are kept. It is there to guess in speculative decoding, `serve(gguf, draft=…)`: chapter 02.
+On its own it is a poor tutor.
+"""
 
 # %% ../nbs/workshop/checkpoints.ipynb #2d22d960
 def _build_base(place: Path) -> None:
@@ -169,6 +208,26 @@ def _build_base(place: Path) -> None:
     core.write_jsonl(place / "metrics.jsonl", [{"step": i, "loss": round(losses[i], 4)} for i in kept])
     chosen = PRETRAIN_RECIPE | {"muon_lr": 0.02, "adam_lr": 2e-3, "mixture": tutor.MIXTURE}
     run = Run("pretrain", model="LlamaForCausalLM", seed=PRETRAIN_RECIPE["seed"], scale="cpu", hyperparameters=chosen)
+    write_card(replace(run, seconds=took["seconds"]), place)
+
+# %% ../nbs/workshop/checkpoints.ipynb #e2611969
+def _build_draft(place: Path) -> None:
+    "Agree with `tutor/sft`; kept as bfloat16."
+    import torch
+    from llmcourse.models import load
+    from llmcourse.pretrained import weights_hash
+    teacher, tokenizer = load("tutor/sft")
+    rows = drafting.own_replies(teacher, tokenizer, DRAFT_REPLIES["n"], DRAFT_REPLIES["seed"])
+    set_seed(DRAFT_RECIPE["seed"])
+    draft = pretraining.new_model(tokenizer, **DRAFT_SHAPE)
+    with stopwatch() as took: losses = drafting.distil(draft, rows, tokenizer.pad_token_id, **DRAFT_RECIPE)
+    draft.to(torch.bfloat16).save_pretrained(place)
+    tokenizer.save_pretrained(place)
+    (place / "README.md").write_text(ABOUT_DRAFT, encoding="utf-8")
+    kept = sorted({*range(0, len(losses), 20), len(losses) - 1})
+    core.write_jsonl(place / "metrics.jsonl", [{"step": i, "loss": round(losses[i], 4)} for i in kept])
+    chosen = DRAFT_SHAPE | DRAFT_RECIPE | {f"replies_{key}": value for key, value in DRAFT_REPLIES.items()}
+    run = Run("distil", "tutor/sft", weights_hash("tutor/sft"), seed=0, scale="cpu", hyperparameters=chosen)
     write_card(replace(run, seconds=took["seconds"]), place)
 
 # %% ../nbs/workshop/checkpoints.ipynb #5a8aacae
@@ -201,9 +260,10 @@ def _build_rl(place: Path, options: dict) -> None:
     model.to(torch.bfloat16).save_pretrained(place)
 
 # %% ../nbs/workshop/checkpoints.ipynb #9ed2e3fb
+ONE_EACH = {"pretrain": "base", "distil": "draft"}   # methods of one checkpoint each
 BUILDERS = {"base": _build_base, "sft": _build_sft,
             "grpo": lambda place: _build_rl(place, GRPO_RECIPE), "rl": lambda place: _build_rl(place, RL_RECIPE),
-            "tools": _build_tools}
+            "tools": _build_tools, "draft": _build_draft}
 
 # %% ../nbs/workshop/checkpoints.ipynb #fac5f015
 def _right(score: dict) -> str:
@@ -223,7 +283,7 @@ def score_changes(old: list[dict], new: list[dict]) -> list[str]:
 # %% ../nbs/workshop/checkpoints.ipynb #e063b567
 def rebuild(
     output: str | Path | None = None,  # folder of the checkpoints; the package's own by default
-    names: list[str] | None = None,    # which of base, sft, grpo, rl, tools; all by default, in this order
+    names: list[str] | None = None,    # which of base, sft, grpo, rl, tools, draft; all by default, in this order
     n: int = 300,                      # held-out problems of each kind for the card's scores
 ) -> None:
     "Build checkpoints from nothing, score them, and print how they compare with those that were there."
@@ -248,6 +308,6 @@ def repeat(
     method, place = read_card(card).method, Path(card)
     place = place if place.is_dir() else place.parent
     output = Path(output or f"{place}-again")
-    if method != "pretrain": return rerun(card, output)
-    rebuild(output, ["base"])
-    return output / "base"
+    if method not in ONE_EACH: return rerun(card, output)
+    rebuild(output, [ONE_EACH[method]])
+    return output / ONE_EACH[method]

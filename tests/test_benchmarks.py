@@ -19,6 +19,7 @@ BENCHMARKS = {
     "collect": ["3"],
     "flywheel": ["honest", "1", "--small"],
     "serving": ["door", "1"],
+    "drafts": ["--small", "drafts.jsonl"],
 }
 
 
@@ -40,5 +41,6 @@ def test_a_benchmark_runs(name, more, tmp_path):
             "export": "small Q8_0    ours / stock:", "ppo": "mean 42: 0/2, reward [0.0]",
             "preference": "dpo, seed 1:", "rounds": "done: 31 measurements",
             "gallery": "chosen fine: grpo, seed 1", "collect": "whole reply  direct ",
-            "flywheel": "done: 1 measurements", "serving": "the door: "}
+            "flywheel": "done: 1 measurements", "serving": "the door: ",
+            "drafts": "| × 1 | 10.5 | tutor/draft | "}
     assert said[name] in done.stdout

@@ -1,6 +1,7 @@
 """The shipped checkpoints are what their cards say, small enough, good enough, and can be made again."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -16,12 +17,10 @@ def by_task(rows):
 
 
 def test_files_are_what_the_cards_say():
-    assert ck.verify() == ["base", "grpo", "rl", "sft", "tools"]
+    assert ck.verify() == ["base", "draft", "grpo", "rl", "sft", "tools"]
 
 
 def test_a_changed_file_is_found(tmp_path):
-    import shutil
-
     copy = shutil.copytree(weights(), tmp_path / "weights")
     (copy / "sft" / "adapter_config.json").write_text("{}")
     with pytest.raises(Exception, match="adapter_config.json"):
@@ -68,7 +67,7 @@ def test_scores_of_an_unseen_draw():
 
 
 def test_cards_hold_scores_with_intervals():
-    for name in ("base", "sft", "grpo", "rl", "tools"):
+    for name in ("base", "sft", "grpo", "rl", "tools", "draft"):
         card = read_card(weights() / name)
         assert all(r["n"] >= 300 and r["low"] <= r["correct"] / r["n"] <= r["high"] for r in card.after), name
 
@@ -104,6 +103,32 @@ def test_more_problems_than_there_are():
 
 
 def test_every_checkpoint_says_what_it_is():
-    for name in ("base", "sft", "grpo", "rl", "tools"):
+    for name in ("base", "sft", "grpo", "rl", "tools", "draft"):
         assert (weights() / name / "README.md").read_text().startswith("---\n"), name
     assert (weights() / "base" / "README.md").read_text() == ck.ABOUT_BASE
+    assert (weights() / "draft" / "README.md").read_text() == ck.ABOUT_DRAFT
+
+
+def test_the_draft_is_small_and_its_guesses_are_kept():
+    folder = weights() / "draft"
+    assert sum(p.stat().st_size for p in folder.iterdir()) < 320e3
+    same = [(weights() / name / "tokenizer.json").read_bytes() for name in ("draft", "sft")]
+    assert same[0] == same[1]  # guesses are ids, so both must mean the same by them
+    kept = by_task(read_card(folder).after)
+    assert all(kept[f"kept, T={t}"]["low"] > 0.8 for t in ("0", "0.7"))
+
+
+def test_a_draft_is_rebuilt_by_its_name(tmp_path, monkeypatch, capsys):
+    "The whole way of `llmcourse checkpoints --names draft`, cut to a few replies and steps."
+    monkeypatch.setattr(ck, "DRAFT_REPLIES", dict(n=4, seed=42))
+    monkeypatch.setattr(ck, "DRAFT_RECIPE", dict(steps=20, batch_size=4, seed=0))
+    monkeypatch.setattr(ck, "score_model", lambda name, n: [ck._row(str(name), "kept, T=0", [{"right": False}])])
+    shutil.copytree(weights() / "sft", tmp_path / "sft")
+    shutil.copytree(weights() / "base", tmp_path / "base")
+    monkeypatch.setenv("LLMCOURSE_WEIGHTS", str(tmp_path))
+    ck.rebuild(tmp_path, ["draft"])
+    assert ck.verify(tmp_path) == ["base", "draft", "sft"]
+    card = read_card(tmp_path / "draft")
+    assert (card.method, card.model, card.hyperparameters["steps"]) == ("distil", "tutor/sft", 20)
+    assert card.model_hash == read_card(weights() / "draft").model_hash
+    assert "tutor/draft kept, T=0: 0/1" in capsys.readouterr().out

@@ -46,6 +46,7 @@ def test_wheel_holds_weights_and_dial(wheel):
         "weights/grpo/run.yaml",
         "weights/rl/model.safetensors",
         "weights/tools/adapter_model.safetensors",
+        "weights/draft/model.safetensors",
         "exercises/sft.py",
         "cli.py",
     ):

@@ -93,8 +93,8 @@ def test_made_again_to_the_bit(tmp_path):
 def test_table_names_every_file():
     table = (DATA / "README.md").read_text()
     found = {p.name for p in DATA.iterdir() if p.suffix in (".jsonl", ".json", ".csv")}
-    measured = {"flywheel.jsonl", "gallery.jsonl", "memory.jsonl", "ppo.jsonl", "preference.jsonl", "replies.jsonl",
-                "rounds.jsonl", "sweep.jsonl"}
+    measured = {"drafts.jsonl", "flywheel.jsonl", "gallery.jsonl", "memory.jsonl", "ppo.jsonl", "preference.jsonl",
+                "replies.jsonl", "rounds.jsonl", "sweep.jsonl"}
     assert found == {*make.FILES, *measured} and set(FORMS) == set(make.FILES) - {"sick.jsonl"}
     for name in found:
         raw = (DATA / name).read_bytes()
