@@ -13,7 +13,7 @@ from .database import connect_db, one_line, db_name, upgrade, use_wal, writer
 
 # %% auto #0
 __all__ = ['MIGRATIONS', 'CONVERSATIONS', 'MESSAGES', 'VOTES', 'COMPARISONS', 'DETAILS', 'PATH', 'open_db', 'reading', 'writing',
-           'save_turn', 'save_pair', 'saved_reply', 'path_to', 'newest', 'save_vote', 'as_text', 'votes',
+           'save_turn', 'save_pair', 'saved_reply', 'path_to', 'newest', 'save_vote', 'as_text', 'rater_of', 'votes',
            'export_votes']
 
 # %% ../nbs/workshop/chatdb.ipynb #e52351dd
@@ -155,7 +155,7 @@ PATH = """
 WITH RECURSIVE up (id, parent, height) AS (
   SELECT id, parent, 0 FROM messages WHERE id = :message
   UNION ALL SELECT m.id, m.parent, height + 1 FROM messages m JOIN up ON m.id = up.parent)
-SELECT m.*, c.token, v.vote, v.correction FROM up
+SELECT m.*, c.token, c.owner, v.vote, v.correction FROM up
   JOIN messages m ON m.id = up.id
   JOIN conversations c ON c.id = m.conversation
   LEFT JOIN votes v ON v.message = m.id
@@ -222,6 +222,13 @@ def as_text(
     head = [m for m in messages[:1] if m["role"] == "system"]
     return [{"role": m["role"], "content": m["content"]} for m in head + messages[len(head) + dropped:]]
 
+def rater_of(
+    owner: str | None,    # of a conversation
+    token: str,           # of the same one
+) -> str:                 # twelve hexadecimal digits
+    "The same person in every file of opinions, where it is nobody's business who it is."
+    return hashlib.sha256((owner or token).encode()).hexdigest()[:12]
+
 def votes(
     db: str | Path,   # a file, or a URL
 ) -> list[dict]:      # prompt (messages), reply, vote (1, -1, None), correction, model, status, message (its id), rater
@@ -234,7 +241,7 @@ def votes(
         *before, reply = path
         facts = {k: reply[k] for k in ("vote", "correction", "model", "status")}
         prompt = as_text(before, reply["dropped"])
-        rater = hashlib.sha256(reply["token"].encode()).hexdigest()[:12]     # a conversation; its token would open it
+        rater = rater_of(reply["owner"], reply["token"])
         rows.append({"prompt": prompt, "reply": reply["content"], **facts, "message": reply["id"], "rater": rater})
     return rows
 

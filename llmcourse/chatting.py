@@ -48,7 +48,7 @@ def _servers(stack: contextlib.ExitStack, model: str, url: str | None, against: 
 
 # %% ../nbs/workshop/chatting.ipynb #bf01ee58
 def chat(
-    model: str = "tutor/sft",  # what to serve and chat with; several with commas, or a folder of runs, to pick from
+    model: list[str] = None,   # what to serve: tutor/sft; to pick from: several, repeated or with commas, or a folder
     against: str = None,       # a second model, compared blind with the first; with --url one that the server lists
     url: str = None,           # chat with this OpenAI-compatible server instead
     system: str = None,        # system prompt; by default the tutor's for the tutor, none for any other model
@@ -74,7 +74,7 @@ def chat(
     known, port = check_auth(None, host, people), free_port(host, port)     # before the model is loaded
     options |= dict(key=key or os.environ.get("LLMCOURSE_API_KEY"), system=system)
     with contextlib.ExitStack() as stack:
-        there, rival = _servers(stack, model, url, against, options["key"])
+        there, rival = _servers(stack, ",".join(model or ["tutor/sft"]), url, against, options["key"])
         launch(there, which_db(database, "runs/chat.db"), port, host=host, auth=known, against=rival,
                **options)
 
@@ -114,10 +114,10 @@ def _print_wins(db: str) -> None:
 
 def _whose(db: str, action: str, token: str | None, person: str | None) -> list[str]:
     "The tokens that an export or a deletion is about."
-    from llmcourse.earlier import earlier, owner_of
+    from llmcourse.earlier import owner_of, tokens_of
     if not token and not person: raise UserError(f"{action}: whose? Give --token, or --person where people log in")
     tokens = token.split(",") if token else []
-    return tokens + [each for _, each in earlier(db, owner_of(person, None), most=10**6)] if person else tokens
+    return tokens + tokens_of(db, owner_of(person, None)) if person else tokens
 
 # %% ../nbs/workshop/chatting.ipynb #97950484
 def chatlog(

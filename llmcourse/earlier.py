@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from .chatdb import COMPARISONS, CONVERSATIONS, MESSAGES, reading, writing
 
 # %% auto #0
-__all__ = ['owner_of', 'rater_of', 'earlier', 'title', 'adopt', 'may_open', 'branches']
+__all__ = ['owner_of', 'earlier', 'tokens_of', 'title', 'adopt', 'may_open', 'branches']
 
 # %% ../nbs/workshop/earlier.ipynb #8dd4bbf0
 def owner_of(
@@ -21,23 +21,29 @@ def owner_of(
     if name: return f"name:{name}"
     return f"browser:{hashlib.sha256(secret.encode()).hexdigest()[:32]}" if secret else None
 
-def rater_of(owner: str | None) -> str | None:
-    "The same person in a file of votes, where it is nobody's business who it is."
-    return owner and hashlib.sha256(owner.encode()).hexdigest()[:12]
-
 # %% ../nbs/workshop/earlier.ipynb #6ecad437
 def earlier(
     db: str | Path,            # a file, or a URL
     owner: str | None,         # from `owner_of`
     most: int = 50,
 ) -> list[tuple[str, str]]:    # (the first question, the token), the newest first
-    "The conversations of one owner."
+    "The conversations of one owner; none where nobody knows whose they would be."
+    if owner is None: return []
     m, c = MESSAGES.c, CONVERSATIONS.c
     said = sa.select(m.conversation, sa.func.min(m.id).label("first"), sa.func.max(m.id).label("last"))
     said = said.where(m.role == "user").group_by(m.conversation).subquery()
     wanted = (sa.select(m.content, c.token).select_from(CONVERSATIONS).join(said, said.c.conversation == c.id)
               .join(MESSAGES, m.id == said.c.first).where(c.owner == owner).order_by(said.c.last.desc()).limit(most))
     with reading(db) as con: return [(title(text), token) for text, token in con.execute(wanted)]
+
+def tokens_of(
+    db: str | Path,        # a file, or a URL
+    owner: str | None,     # from `owner_of`
+) -> list[str]:
+    "Everything of one owner: to take along, or to delete."
+    if owner is None: return []
+    c = CONVERSATIONS.c
+    with reading(db) as con: return list(con.scalars(sa.select(c.token).where(c.owner == owner).order_by(c.id)))
 
 def title(
     text: str,

@@ -42,8 +42,7 @@ def check_auth(
     found = given | people_here(people)
     if not found and not is_loopback(host):
         raise UserError(f"host {host}: other machines can reach it, so it needs names and passwords. "
-                        "Give --people FILE (`llmcourse passwd NAME` writes one), auth=('name', 'password'), "
-                        "or host 127.0.0.1")
+                        "Give --people FILE (`llmcourse passwd NAME` writes one), or --host 127.0.0.1")
     if people: return lambda: given | read_people(people)
     return (lambda: found) if found else None
 

@@ -6,10 +6,9 @@
 from __future__ import annotations
 from pathlib import Path
 import sqlalchemy as sa
-from .chatdb import COMPARISONS, CONVERSATIONS, MESSAGES, VOTES, as_text, path_to, reading
+from .chatdb import COMPARISONS, VOTES, as_text, path_to, rater_of, reading
 from .core import UserError, write_jsonl
 from .database import db_name
-from .earlier import rater_of
 
 # %% auto #0
 __all__ = ['USABLE', 'feedback', 'export_feedback', 'duel_counts']
@@ -20,28 +19,25 @@ USABLE = (None, "done", "cut")   # a reply that failed, or that somebody stopped
 def _said(text: str | None) -> list[dict] | None:
     return [{"role": "assistant", "content": text}] if text else None
 
-def _row(path: list[dict], kind: str, chosen: tuple, rejected: tuple, ids: list[int], owner, when) -> dict:
+def _row(path: list[dict], kind: str, chosen: tuple, rejected: tuple, ids: list[int], when) -> dict:
     "One row. `chosen` and `rejected` are (text, model)."
     *before, reply = path
     return {"kind": kind, "prompt": as_text(before, reply["dropped"]), "chosen": _said(chosen[0]),
             "rejected": _said(rejected[0]), "chosen_model": chosen[1], "rejected_model": rejected[1],
-            "message_ids": ids, "rater": rater_of(owner), "when": when}
+            "message_ids": ids, "rater": rater_of(reply["owner"], reply["token"]), "when": when}
 
 # %% ../nbs/workshop/feedback.ipynb #80725c86
 def _voted(db: str | Path, con: sa.Connection) -> list[tuple]:
-    "(path, vote, correction, owner, when) of each reply with a thumb or a correction."
-    v, m, c = VOTES.c, MESSAGES.c, CONVERSATIONS.c
-    given = (sa.select(v.message, v.vote, v.correction, c.owner, v.changed).select_from(VOTES)
-             .join(MESSAGES, m.id == v.message).join(CONVERSATIONS, c.id == m.conversation)
+    "(path, vote, correction, when) of each reply with a thumb or a correction."
+    v = VOTES.c
+    given = (sa.select(v.message, v.vote, v.correction, v.changed)
              .where(sa.or_(v.vote.is_not(None), v.correction.is_not(None))).order_by(v.message))
     return [(path_to(db, message), *rest) for message, *rest in con.execute(given).all()]
 
 def _decided(db: str | Path, con: sa.Connection) -> list[tuple]:
-    "(path to A, path to B, verdict, owner, when) of each comparison with a verdict."
-    k, m, c = COMPARISONS.c, MESSAGES.c, CONVERSATIONS.c
-    given = (sa.select(k.a, k.b, k.verdict, c.owner, k.decided).select_from(COMPARISONS)
-             .join(MESSAGES, m.id == k.a).join(CONVERSATIONS, c.id == m.conversation)
-             .where(k.verdict.is_not(None)).order_by(k.id))
+    "(path to A, path to B, verdict, when) of each comparison with a verdict."
+    k = COMPARISONS.c
+    given = sa.select(k.a, k.b, k.verdict, k.decided).where(k.verdict.is_not(None)).order_by(k.id)
     return [(path_to(db, a), path_to(db, b), *rest) for a, b, *rest in con.execute(given).all()]
 
 # %% ../nbs/workshop/feedback.ipynb #9188ba5f
@@ -51,17 +47,17 @@ def feedback(
     "All that people said about replies."
     with reading(db) as con: voted, decided = _voted(db, con), _decided(db, con)
     rows = []
-    for path, vote, correction, owner, when in voted:
+    for path, vote, correction, when in voted:
         if not path or path[-1]["status"] not in USABLE and not correction: continue
         reply, nothing = (path[-1]["content"], path[-1]["model"]), (None, None)
         chosen, rejected = (reply, nothing) if vote == 1 else ((correction, None), reply)
         kind = "correction" if correction else "thumb"
-        rows.append(_row(path, kind, chosen, rejected, [path[-1]["id"]], owner, when))
-    for a, b, verdict, owner, when in decided:
+        rows.append(_row(path, kind, chosen, rejected, [path[-1]["id"]], when))
+    for a, b, verdict, when in decided:
         if not a or not b or verdict not in "ab" or {a[-1]["status"], b[-1]["status"]} - {*USABLE}: continue
         better, worse = (a, b) if verdict == "a" else (b, a)
         sides = [(path[-1]["content"], path[-1]["model"]) for path in (better, worse)]
-        rows.append(_row(better, "comparison", *sides, [better[-1]["id"], worse[-1]["id"]], owner, when))
+        rows.append(_row(better, "comparison", *sides, [better[-1]["id"], worse[-1]["id"]], when))
     return rows
 
 # %% ../nbs/workshop/feedback.ipynb #21c9694e

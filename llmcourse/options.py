@@ -37,7 +37,9 @@ def _add(options: argparse.ArgumentParser, parameter: inspect.Parameter, kind: t
         options.add_argument(name, metavar=f"{{{','.join(choices)}}}", help=text, **optional)
     elif is_word(parameter): options.add_argument(name, type=kind, help=text, **optional)
     elif kind is bool: options.add_argument(option(name), action="store_true", help=text)
-    elif kind == list[str]: options.add_argument(option(name), action="append", metavar="NAME=FOLDER", help=text)
+    elif kind == list[str]:
+        metavar = "NAME=FOLDER" if name == "adapter" else "NAME"
+        options.add_argument(option(name), action="append", metavar=metavar, help=text)
     else: options.add_argument(option(name), type=kind, default=default, metavar=kind.__name__.upper(), help=text)
 
 # %% ../nbs/workshop/options.ipynb #b39beb8c

@@ -4,7 +4,7 @@
 
 # %% ../nbs/workshop/passwords.ipynb #1751f717
 from __future__ import annotations
-import asyncio, hashlib, hmac, os, re, secrets, time
+import asyncio, hashlib, hmac, os, re, secrets, sys, time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -114,6 +114,9 @@ def login(
     pace, nobody = Pace(tries), hashed(secrets.token_hex(16))
     async def may_enter(name: str, password: str) -> bool:
         if pace.wait(name): return False
-        kept = people().get(name, nobody)
+        try: kept = people().get(name, nobody)
+        except UserError as e:     # the file was spoilt while the page is open
+            print(e, file=sys.stderr)
+            kept = nobody
         return await asyncio.to_thread(is_password, password, kept) and kept is not nobody
     return may_enter

@@ -11,9 +11,9 @@ from .duels import chosen_side, duel_of
 from .earlier import branches
 
 # %% auto #0
-__all__ = ['FLAG', 'ENDINGS', 'TUTOR_CAN', 'MODEL_CAN', 'THUMBS', 'BLIND', 'TUTOR_QUESTIONS', 'QUESTIONS', 'LOST', 'OUT', 'FORM',
-           'view', 'welcome', 'only', 'pace_of', 'as_chatbot', 'side_by_side', 'changes', 'unsaved', 'or_say_why',
-           'looks', 'thumb', 'correct', 'edited', 'after_verdict']
+__all__ = ['FLAG', 'ENDINGS', 'LIT', 'TUTOR_CAN', 'MODEL_CAN', 'THUMBS', 'BLIND', 'TUTOR_QUESTIONS', 'QUESTIONS', 'LOST', 'OUT',
+           'FORM', 'view', 'welcome', 'only', 'pace_of', 'as_chatbot', 'lit', 'side_by_side', 'changes', 'unsaved',
+           'or_say_why', 'looks', 'thumb', 'correct', 'edited', 'after_verdict']
 
 # %% ../nbs/workshop/views.ipynb #94337b0a
 FLAG = "⚑"
@@ -27,13 +27,19 @@ def _notes(message: dict) -> Iterator[str]:
     if text: yield text
     if message.get("correction"): yield "corrected by you; the model said something else"
 
+LIT = {1: "Like", -1: "Dislike"}   # Gradio's words for the thumbs
+
+def _facts(m: dict) -> dict:
+    "What comes back from the page with a message; without a title, Gradio shows none of it."
+    return ({"id": m["id"]} if "id" in m else {}) | ({"log": LIT[m["vote"]]} if m.get("vote") else {})
+
 def view(
     messages: list[dict],   # a path
-) -> list[dict]:            # for `gr.Chatbot`: role, content, metadata with the id
+) -> list[dict]:            # for `gr.Chatbot`: role, content, metadata with the id and the thumb
     "A path as the page shows it: without the system prompt, with what happened to each reply."
     return [{"role": m["role"],
              "content": (m.get("correction") or m["content"]) + "".join(f"\n\n*{FLAG} {note}*" for note in _notes(m)),
-             "metadata": {"id": m["id"]} if "id" in m else {}}
+             "metadata": _facts(m)}
             for m in messages if m["role"] != "system"]
 
 # %% ../nbs/workshop/views.ipynb #d291d46a
@@ -76,8 +82,18 @@ def pace_of(reply: dict) -> str:   # a saved message
 def as_chatbot(path: list[dict], more: tuple = ()):   # a saved path, and messages to show after it
     "A saved path as a `gr.Chatbot`, with its thumbs."
     import gradio as gr
-    thumbs = [{1: "Like", -1: "Dislike"}.get(m["vote"]) for m in path if m["role"] == "assistant"]
-    return gr.Chatbot(value=view(path) + [*more], feedback_value=thumbs)
+    messages = view(path) + [*more]
+    return gr.Chatbot(value=messages, feedback_value=lit(messages))
+
+def lit(
+    shown: list[dict],                # the messages on the page
+    pressed: int | None = None,       # the place of one whose thumb was just pressed
+    liked: bool | str | None = None,  # as for `thumb`
+) -> list[str | None]:                # for `gr.Chatbot`: one for each reply
+    "Which thumbs are lit: those that are saved, and the one that the browser lit without asking."
+    now = [(m.get("metadata") or {}).get("log") for m in shown]
+    if pressed is not None and pressed < len(now): now[pressed] = {True: "Like", False: "Dislike"}.get(liked)
+    return [mark for mark, m in zip(now, shown) if m["role"] == "assistant"]
 
 def side_by_side(both: list[dict], choose: bool) -> dict:   # A and B; can somebody choose now?
     "What two replies change on the page."
@@ -180,7 +196,7 @@ def thumb(
     said = {1: "Saved. Thank you!", -1: "Saved. What should it have said?", None: "Your thumb is taken back."}[vote]
     if reply["correction"]:
         said += {1: " Your correction is withdrawn.", -1: "", None: " Your correction stays."}[vote]
-    shown = as_chatbot(path_to(desk.db, leaf)) if reply["correction"] else gr.skip()
+    shown = as_chatbot(path_to(desk.db, leaf))
     return [message, gr.Group(visible=vote == -1), reply["correction"] or reply["content"], shown, said]
 
 # %% ../nbs/workshop/views.ipynb #71c2bb2f

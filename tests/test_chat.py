@@ -581,7 +581,7 @@ def test_view_shows_what_happened_and_carries_ids():
 
 def test_open_hosts_bad_passwords_and_ports_in_use(fake, db):
     for host in ("0.0.0.0", "::", "192.168.0.7", "example.org"):
-        with pytest.raises(UserError, match="auth"):
+        with pytest.raises(UserError, match="--people FILE .*--host 127.0.0.1"):
             launch(fake.url, db, host=host)
     for auth in (("me", ""), ("", "x"), [("me", "x"), ("you", "")]):
         with pytest.raises(UserError, match="empty"):
@@ -831,7 +831,7 @@ def test_browser_stops_after_a_reload(page, fake, db):
     page.reload()
     page.locator("button.stop-button").click(timeout=30_000)
     page.get_by_text(f"{FLAG} stopped").wait_for(timeout=10_000)
-    assert sql(db, "SELECT status FROM messages WHERE role = 'assistant'") == [("stopped",)]
+    until(lambda: sql(db, "SELECT status FROM messages WHERE role = 'assistant'") == [("stopped",)])
 
 
 def test_browser_finds_an_answer_that_came_while_it_was_away(page, fake, db):
@@ -864,7 +864,7 @@ def test_browser_stops_and_reads_on(page, fake, db):
     page.get_by_text("47+38: ones").wait_for(timeout=30_000)
     page.locator("button.stop-button").click()
     page.get_by_text(f"{FLAG} stopped").wait_for(timeout=10_000)
-    assert sql(db, "SELECT status FROM messages WHERE role = 'assistant'") == [("stopped",)]
+    until(lambda: sql(db, "SELECT status FROM messages WHERE role = 'assistant'") == [("stopped",)])
     fake.delay = 0
     page.get_by_label("Retry", exact=True).click()
     page.get_by_text("Answer: 85").wait_for(timeout=30_000)
@@ -977,6 +977,68 @@ def test_browser_downloads_and_deletes_a_conversation(page, fake, db, tmp_path):
     until(lambda: sql(db, "SELECT count(*) FROM messages") == [(2,)])
 
 
+def test_browser_takes_along_and_deletes_all_of_its_own(page, fake, db, tmp_path):
+    theirs = save_turn(db, [{"role": "user", "content": "of somebody else"}], "browser:another")
+    nobodys = save_turn(db, [{"role": "user", "content": "of nobody"}])
+    for text in ("What is 47 + 38?", "And 30 + 41?"):
+        say(page, text)
+        settled(page, "Answer: 85")
+        page.get_by_role("button", name="New chat", exact=True).click()
+        page.get_by_role("heading", name="Hello!").wait_for(timeout=10_000)
+    page.get_by_role("button", name="Earlier chats").click()
+    page.get_by_role("radio", name="And 30 + 41?").wait_for(timeout=20_000)
+    page.get_by_text("Your data").click()
+    with page.expect_download(timeout=30_000) as download:
+        page.get_by_role("button", name="Download all my conversations").click()
+    download.value.save_as(tmp_path / "mine.jsonl")
+    said = [r["content"] for r in read_jsonl(tmp_path / "mine.jsonl")]
+    assert said == ["What is 47 + 38?", REPLY, "And 30 + 41?", REPLY]
+    answers, asked = iter(["dismiss", "accept"]), []
+    page.on("dialog", lambda dialog: (asked.append(dialog.message), getattr(dialog, next(answers))()))
+    delete = page.get_by_role("button", name="Delete all my conversations")
+    delete.click()
+    page.wait_for_timeout(500)
+    assert "all your conversations" in asked[0] and sql(db, "SELECT count(*) FROM messages") == [(6,)]
+    delete.click()
+    page.get_by_text("Deleted: 2 conversations.").wait_for(timeout=10_000)
+    page.get_by_role("radio", name="And 30 + 41?").wait_for(state="detached", timeout=10_000)
+    left = [path[0]["id"] for path in (theirs, nobodys)]
+    assert sql(db, "SELECT id FROM messages ORDER BY id") == [(id,) for id in left]
+
+
+def lit(page):
+    "The thumbs that are lit in the page."
+    return [name for name in ("Liked", "Disliked") for _ in range(page.get_by_label(name, exact=True).count())]
+
+
+def test_browser_puts_a_thumb_out_that_the_database_refused(page, fake, db, monkeypatch):
+    monkeypatch.setattr("llmcourse.database.WAIT", 0.3)
+    for answer in ("First: 85", "Second: 71"):
+        fake.reply = answer
+        say(page, "What is 47 + 38?")
+        settled(page, answer)
+    page.get_by_label("Dislike", exact=True).first.click()
+    until(lambda: [v["vote"] for v in votes(db)] == [-1])
+    page.get_by_text("What should it have said?").first.wait_for(timeout=10_000)
+    lock = sqlite3.connect(db, isolation_level=None)
+    lock.execute("BEGIN IMMEDIATE")
+    try:
+        page.get_by_label("Like", exact=True).last.click()  # a new one
+        page.get_by_text("locked by somebody else").wait_for(timeout=20_000)
+        until(lambda: lit(page) == ["Disliked"])
+        page.get_by_label("Like", exact=True).first.click()  # another than the one that is saved
+        until(lambda: lit(page) == ["Disliked"])
+        page.get_by_label("Disliked", exact=True).click()  # taken back
+        until(lambda: lit(page) == ["Disliked"])
+    finally:
+        lock.execute("ROLLBACK")
+        lock.close()
+    assert [(v["reply"], v["vote"]) for v in votes(db)] == [("First: 85", -1)]
+    page.get_by_label("Like", exact=True).last.click()
+    page.get_by_text("Saved. Thank you!").wait_for(timeout=10_000)
+    assert sorted(lit(page)) == ["Disliked", "Liked"] and len(votes(db)) == 2
+
+
 def test_browser_votes_for_a_turn_that_was_deleted_elsewhere(page, fake, db):
     say(page, "What is 47 + 38?")
     settled(page, "Answer: 85")
@@ -985,6 +1047,7 @@ def test_browser_votes_for_a_turn_that_was_deleted_elsewhere(page, fake, db):
             con.exec_driver_sql(f"DELETE FROM {table}")
     page.get_by_label("Like", exact=True).click()
     page.get_by_text("This answer was deleted.").wait_for(timeout=10_000)
+    until(lambda: lit(page) == [])
 
 
 def test_browser_says_so_when_the_database_goes_away_and_goes_on_when_it_is_back(fake, postgres):

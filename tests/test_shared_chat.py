@@ -103,7 +103,7 @@ def test_an_open_host_needs_people_before_anything_is_loaded(capsys, monkeypatch
     monkeypatch.setattr("llmcourse.shipping.served", lambda *words, **more: pytest.fail("a model was loaded"))
     assert main(["chat", "--host", "0.0.0.0", "--port", "0"]) == 2
     err = capsys.readouterr().err
-    assert "--people" in err and "llmcourse passwd" in err and err.count("\n") == 1
+    assert "--people" in err and "llmcourse passwd" in err and "auth=" not in err and err.count("\n") == 1
 
 
 def test_pace_counts_by_name_and_forgets():
@@ -120,8 +120,9 @@ class Visitor:
     "Somebody with cookies."
 
     def __init__(self, page):
-        jar = urllib.request.HTTPCookieProcessor(http.cookiejar.CookieJar())
-        self.page, self.open = page, urllib.request.build_opener(urllib.request.ProxyHandler({}), jar)
+        self.page, self.jar = page, http.cookiejar.CookieJar()
+        cookies = urllib.request.HTTPCookieProcessor(self.jar)
+        self.open = urllib.request.build_opener(urllib.request.ProxyHandler({}), cookies)
 
     def status(self, path, body=None, **headers):
         request = urllib.request.Request(self.page + path, data=body, headers=headers)
@@ -165,6 +166,36 @@ def test_a_page_takes_no_files_and_no_giants(fake, people, tmp_path):
         assert ada.status("gradio_api/upload", b"x", **kind) == 403
         assert ada.status("gradio_api/queue/join", b" " * (Small.most + 1), **kind) == 413
         assert ada.status("gradio_api/queue/join", b"{}", **kind) == 422, "the door lets small ones through"
+    finally:
+        app.close()
+        app.desk.close()
+
+
+def test_a_file_of_people_that_is_spoilt_while_the_page_is_open_lets_nobody_in(fake, people, tmp_path, capfd):
+    app = launch(fake.url, tmp_path / "chat.db", port=0, people=people, block=False)
+    try:
+        page, right = app.local_url, people.read_text()
+        people.write_text("ada:typed by hand\n")
+        assert Visitor(page).login("ada", SECRET) == 400, "no crash"
+        people.write_text(right)
+        assert Visitor(page).login("ada", SECRET) == 200
+    finally:
+        app.close()
+        app.desk.close()
+    said = capfd.readouterr().err
+    assert "line 1: not name:hash" in said and "by hand" not in said and "Traceback" not in said
+
+
+def test_who_logs_out_is_out_and_so_is_whoever_kept_the_cookie(fake, people, tmp_path):
+    app = launch(fake.url, tmp_path / "chat.db", port=0, people=people, block=False)
+    try:
+        ada = Visitor(app.local_url)
+        ada.login("ada", SECRET)
+        kept = Visitor(app.local_url)
+        for cookie in ada.jar:
+            kept.jar.set_cookie(cookie)
+        assert kept.status("config") == 200 and ada.status("logout") == 200
+        assert ada.status("config") == kept.status("config") == 401
     finally:
         app.close()
         app.desk.close()
@@ -219,8 +250,20 @@ def test_a_folder_of_runs_stands_for_those_in_it(tmp_path):
             chat_models(names)
 
 
+def test_models_are_named_with_commas_or_one_option_each(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("llmcourse.page.launch", lambda there, *words, **options: seen.append(there))
+    monkeypatch.setattr("llmcourse.shipping.served", lambda *words, **more: contextlib.nullcontext(fake_server))
+    fake_server = type("Served", (), {"url": "http://127.0.0.1:1/v1"})
+    words = ["chat", "--port", "0", "--database", str(tmp_path / "chat.db")]
+    for models in (["tutor/sft,tutor/rl"], ["tutor/sft", "tutor/rl"], ["tutor/sft", "tutor/rl,tutor/sft"], []):
+        assert main([*words, *(word for model in models for word in ("--model", model))]) == 0
+    assert [list(there) for there in seen[:3]] == [["tutor/sft", "tutor/rl"]] * 3 and seen[3] == fake_server.url
+
+
 @pytest.mark.parametrize("words, why", [
     (["--model", "tutor/sft,tutor/rl", "--against", "tutor/grpo"], "one model with one other"),
+    (["--model", "tutor/sft", "--model", "tutor/rl", "--against", "tutor/grpo"], "one model with one other"),
     (["--against", "tutor/sft"], "the same model twice"),
     (["--per-minute", "0"], "at least 1"),
     (["--max-chars", "0"], "at least 1"),
@@ -382,13 +425,126 @@ def test_browser_settings_are_sent_and_an_edited_reply_is_a_correction(fake, tmp
     other.stop()
 
 
+MARKED_UP = """One: $$7^2$$ and `code`, [a link](https://example.org), *so*.
+
+```python
+@cache
+class Sum:  # of two
+    def __str__(self, width: int) -> str:
+        return f"{self.a + 3.5:{width}}" if width > 4 and True else "the same, in a line that is too long for a phone"
+```
+
+| a | b |
+|---|---|
+| 1 | 2 |
+
+> Answer: 85"""
+# What axe-core calls serious or critical in Gradio's own parts, with no option and no style that would mend it
+GRADIOS = {
+    ("aria-required-children", ".examples"),  # the examples on an empty page: buttons in a list, without list items
+    ("document-title", "html"),  # the page that asks for a password has no title until somebody is in
+}
+
+
+def serious(page, axe):
+    "What axe-core finds on the page as it is now: (rule, place) of whatever is serious or critical."
+    page.wait_for_timeout(200)  # until nothing fades in any more
+    found = axe.run(page, options={"resultTypes": ["violations"]}).response
+    assert len(found["passes"]) > 10, "it looked at nothing"
+    bad = [rule for rule in found["violations"] if rule["impact"] in ("serious", "critical")]
+    return {(rule["id"], " ".join(map(str, node["target"]))) for rule in bad for node in rule["nodes"]}
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_browser_axe_finds_nothing_serious_that_we_could_mend(people, tmp_path, scheme):
+    "At three widths: the empty page, one with a conversation and all of it open, one with two models; and the door."
+    name = "axe_playwright_python.sync_playwright"
+    axe = (importlib.import_module(name) if os.environ.get("CI") else pytest.importorskip(name)).Axe()
+    good, bad, found = Fake(MARKED_UP), Fake("Answer: 75"), {}
+
+    def look(page, where, widths=(390, 820, 1280)):
+        for width in widths:
+            page.set_viewport_size({"width": width, "height": 900})
+            found[where, width] = serious(page, axe)
+
+    with browser_on() as browser:
+        context = browser.new_context(color_scheme=scheme)
+        with page_of(context, {"good": good.url, "bad": bad.url}, tmp_path / "one.db", people=people) as (page, app):
+            page.get_by_label("username").wait_for(timeout=60_000)
+            look(page, "door", [390])
+            enter(page, "ada", SECRET)
+            page.get_by_role("button", name="Log out ada").wait_for(timeout=60_000)
+            page.get_by_role("heading", name="Hello!").wait_for(timeout=10_000)
+            look(page, "empty")
+            say(page, "What is 47 + 38?")
+            settled(page, "Answer: 85")
+            page.get_by_label("Dislike", exact=True).click()
+            page.get_by_label("What should it have said?").wait_for(timeout=10_000)
+            for word in ("Earlier chats", "Settings", "Your data"):
+                page.get_by_role("button", name=word).first.click()
+            page.get_by_role("button", name="Delete all my conversations").wait_for()
+            look(page, "full")
+            page.evaluate("document.querySelector('#said').innerHTML = '<button></button><img src=\"data:,\">'")
+            assert {rule for rule, _ in serious(page, axe)} >= {"button-name", "image-alt"}, "it finds what is wrong"
+        with page_of(context, good.url, tmp_path / "two.db", against={"bad": bad.url}) as (page, app):
+            ready(page)
+            say(page, "What is 47 + 38?")
+            page.get_by_role("button", name="A is better").wait_for(timeout=30_000)
+            look(page, "two models")
+    good.stop(), bad.stop()
+    assert {place: left for place, now in found.items() if (left := now - GRADIOS)} == {} and len(found) == 10
+
+
+def enter(page, name, password):
+    page.get_by_label("username").fill(name, timeout=60_000)
+    page.get_by_label("password").fill(password)
+    page.get_by_role("button", name="Login").click()
+
+
+def test_browser_logs_out_by_keyboard_and_the_next_person_sees_nothing(fake, people, tmp_path):
+    "Not after going back, not in the list of earlier chats, and not in the memory of the browser."
+    add_person(people, "eve", "eves own password")
+    mine = "What is Ada's secret?"
+    db = tmp_path / "chat.db"
+    with browser_on() as browser, page_of(browser.new_context(), fake.url, db, people=people) as (page, app):
+        enter(page, "ada", SECRET)
+        ready(page)
+        say(page, mine)
+        settled(page, "Answer: 85")
+        page.get_by_role("button", name="Log out ada", exact=True).wait_for(timeout=10_000)
+        page.get_by_placeholder("Ask, and press Enter").focus()
+        for _ in range(15):
+            page.keyboard.press("Tab")
+            if page.evaluate("document.activeElement.innerText") == "Log out ada":
+                break
+        page.keyboard.press("Enter")
+        page.get_by_label("username").wait_for(timeout=20_000)
+        assert "wait for the next one" in page.inner_text("body")
+        page.go_back()
+        page.go_forward()
+        page.get_by_label("username").wait_for(timeout=20_000)
+        assert mine not in page.content()
+        enter(page, "eve", "eves own password")
+        ready(page)
+        page.get_by_role("button", name="Log out eve", exact=True).wait_for(timeout=10_000)
+        page.get_by_role("heading", name="Hello!").wait_for(timeout=10_000)
+        page.get_by_role("button", name="Earlier chats").click()
+        page.wait_for_timeout(500)
+        assert page.get_by_role("radio").count() == 0 and mine not in page.content()
+
+
+def test_browser_shows_no_way_out_where_nobody_came_in_by_name(fake, tmp_path):
+    with browser_on() as browser, page_of(browser, fake.url, tmp_path / "chat.db") as (page, app):
+        ready(page)
+        page.get_by_role("heading", name="Hello!").wait_for(timeout=10_000)
+        assert page.get_by_role("button", name="Log out").count() == 0
+
+
 def test_browser_asks_for_a_password_and_slows_down_the_hasty(fake, people, tmp_path, long_minutes):
     db = tmp_path / "chat.db"
     with browser_on() as browser, page_of(browser, fake.url, db, people=people, per_minute=1) as (page, app):
         for password in ("wrong", SECRET):
-            page.get_by_label("username").fill("ada", timeout=60_000)
-            page.get_by_label("password").fill(password)
-            page.get_by_role("button", name="Login").click()
+            enter(page, "ada", password)
             if password == "wrong":
                 page.get_by_text("Incorrect").wait_for(timeout=20_000)
         ready(page)
