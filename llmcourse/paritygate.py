@@ -66,10 +66,10 @@ def unlike(
     "What is wrong with a file or a server."
     said, (nats, share) = otherwise(model.exact, found.exact) if model and found.exact else [], allowed(found.kind)
     wrong = sum(one is False for one in found.prompts)
-    if wrong: said.append(f"reads {wrong} of {len(found.prompts)} prompts otherwise: {found.template}")
+    if wrong: said.append(f"reads {wrong} of {len(found.prompts)} prompts differently: {found.template}")
     if found.ends: said.append(f"a reply {found.ends}")
     mean = sum(found.kl) / max(1, len(found.kl))
-    if mean > nats: said.append(f"{mean:.3g} nats from the model, {nats:g} are usual for {found.kind} at most")
+    if mean > nats: said.append(f"{mean:.3g} nats from the model; for {found.kind} at most {nats:g} is usual")
     agree = sum(found.top1)
     if found.top1 and wilson(agree, len(found.top1))[1] < share:
         said.append(f"another likeliest token in {1 - agree / len(found.top1):.0%} of {len(found.top1)} places")

@@ -113,7 +113,7 @@ TWISTS = [("<|end_header_id|>\n\n", "<|end_header_id|>\n"), ("m['content'] | tri
 def test_another_template(old, new, known, tmp_path):
     other = altered(tmp_path / "other", chat_template_jinja=(old, new))
     said = said_of(to_gguf(other, tmp_path / "a.gguf", "f16"), known)
-    assert len(said) >= 1 and "prompts otherwise" in said[0]
+    assert len(said) >= 1 and "prompts differently" in said[0]
 
 
 def test_an_end_token_that_the_engine_does_not_know(known, tmp_path):
@@ -162,7 +162,7 @@ def test_a_server_is_compared_by_what_it_says(known, tmp_path):
         with serve(file) as server:
             found = measure_url(server.url, known.tokenizer, known.cases, known.rows[:8])
         assert bool(unlike(found, known._replace(results=known.results[:8]))) == bool(faults) and len(found.kl) > 5
-    assert "prompts otherwise" in unlike(found)[0] and found.template.startswith("token ")
+    assert "prompts differently" in unlike(found)[0] and found.template.startswith("token ")
 
 
 def test_a_server_that_shows_no_prompt_is_judged_by_its_length(known, monkeypatch):
