@@ -12,7 +12,8 @@ from .redact import redact
 from .rows import Fault, same_text, walk
 
 # %% auto #0
-__all__ = ['MAKES', 'as_opinion', 'read_feedback', 'about', 'says', 'chats_of', 'thumbs_of', 'pairs_of']
+__all__ = ['MAKES', 'as_opinion', 'read_feedback', 'about', 'says', 'chats_of', 'thumbs_of', 'pairs_of', 'uncleaned',
+           'check_method']
 
 # %% ../nbs/workshop/opinions.ipynb #a37d7aae
 def _asked(row: dict, place: str) -> list[dict]:
@@ -120,3 +121,15 @@ def pairs_of(rows: list[dict]) -> list[dict]:
     return fixed + chosen + pairs_from_thumbs(thumbs_of([row for row in rows if not row.get("correction")]))
 
 MAKES = {"sft": chats_of, "dpo": pairs_of, "kto": thumbs_of}   # method → its rows
+
+def uncleaned(opinions: list[dict]) -> list[dict]:
+    "Every opinion as a row of its own."
+    vote = lambda o: {"vote": says(o)} if "reply" in o else {}
+    return [o | {"raters": [o["rater"]], "from": [o["from"]]} | vote(o) for o in opinions]
+
+def check_method(opinions: list[dict], method: str) -> None:
+    "Raise `UserError` if a method has nothing to learn from such feedback, with those that have."
+    able = [name for name, make in MAKES.items() if make(uncleaned(opinions))]
+    if method not in able:
+        way = f"Take --method {' or '.join(able)}" if able else "It needs a thumb, a correction, or a better reply of two"
+        raise UserError(f"{method} learns nothing from feedback of this kind. {way}")

@@ -15,7 +15,7 @@ from .core import Scratch, UserError, choose, is_run, once, read_jsonl, same_set
 from .evals import evaluate, wilson
 from .exam import exam_grader, exam_rows
 from .export import to_gguf
-from .opinions import MAKES, read_feedback, says
+from .opinions import MAKES, check_method, read_feedback, uncleaned
 from .flywheel import cleaned, may_serve
 from .following import Following
 from .live import follows, live_model, read_live, rollback, swap
@@ -88,11 +88,6 @@ def judged(
     return may_serve(gate(first, best, new), faults, slower_than(old, gguf, few), longer) | {"parity": compared}
 
 # %% ../nbs/workshop/turning.ipynb #8d3b6c10
-def _uncleaned(opinions: list[dict]) -> list[dict]:
-    "Every opinion as a row of its own."
-    vote = lambda o: {"vote": says(o)} if "reply" in o else {}
-    return [o | {"raters": [o["rater"]], "from": [o["from"]]} | vote(o) for o in opinions]
-
 def _carried(folder: Path, i: int) -> list[dict]:
     "The rows of this round, and of earlier ones that spoiled nothing."
     left, rows = read_live(folder).get("left", []), []
@@ -140,7 +135,7 @@ def turn(
     run, gguf, done = place / "run", place / f"round{i}.gguf", place / "done.jsonl"
     if done.is_file(): return read_jsonl(done)[0]
     opinions = once(place / "opinions.jsonl", listen)
-    rows = once(place / "rows.jsonl", lambda: cleaned(opinions, seed=seed)[0] if clean else _uncleaned(opinions))
+    rows = once(place / "rows.jsonl", lambda: cleaned(opinions, seed=seed)[0] if clean else uncleaned(opinions))
     pool = _carried(folder, i)
     if not is_run(run): learn(pool, method, model, run, seed + i, replay, **options)
     if not gguf.is_file(): to_gguf(run, gguf, gguf_name_of(run, quant)[1])
@@ -259,6 +254,7 @@ def _heard_from(folder: Path, source, database: bool, way: tuple, exam: tuple, r
     "One round with what real people said; `way` is model, method, type of the file and seed."
     opinions, hidden = read_feedback(source, database)
     opinions = unseen(opinions, exam)
+    check_method(opinions, way[1])
     if hidden: tell("hidden in the feedback: " + ", ".join(f"{n} {kind}" for kind, n in sorted(hidden.items())))
     before = replay_of(replay, way[0], way[3])
     same_settings(folder, **dict(zip(("model", "method", "quant", "seed"), way)), exam=len(exam[0]))

@@ -339,6 +339,8 @@ def test_killed_between_training_and_swap(tmp_path):
         (["run", "--data", "bad.jsonl"], 'bad.jsonl:2: "vote" is 7'),
         (["run", "--data", "chats.jsonl"], "not feedback"),
         (["run", "--data", "empty.jsonl"], "no feedback"),
+        (["run", "--data", "pairs.jsonl"], "sft learns nothing from feedback of this kind. Take --method dpo"),
+        (["run", "--data", "pairs.jsonl", "--method", "kto"], "Take --method dpo"),
         (["run", "--data", "votes.jsonl", "--model", "runs/mine"], "--exam"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
@@ -349,6 +351,7 @@ def test_bad_input_is_one_line(words, says, tmp_path, monkeypatch, capsys):
     (tmp_path / "votes.jsonl").write_text(good)
     (tmp_path / "bad.jsonl").write_text(good + "\n" + json.dumps(vote("a", up=7)))
     (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": [*QUESTION, {"role": "assistant", "content": "85"}]}))
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({"prompt": "2+2?", "chosen": "4", "rejected": "5"}))
     (tmp_path / "empty.jsonl").write_text("")
     before = sorted(tmp_path.rglob("*"))
     assert main(["flywheel", *words]) == 2
