@@ -131,5 +131,5 @@ def check_method(opinions: list[dict], method: str) -> None:
     "Raise `UserError` if a method has nothing to learn from such feedback, with those that have."
     able = [name for name, make in MAKES.items() if make(uncleaned(opinions))]
     if method not in able:
-        way = f"Take --method {' or '.join(able)}" if able else "It needs a thumb, a correction, or a better reply of two"
+        way = f"Take --method {' or '.join(able)}" if able else "It takes thumbs, corrections, or better replies"
         raise UserError(f"{method} learns nothing from feedback of this kind. {way}")
