@@ -116,7 +116,7 @@ class Found:
     tokens: int = 0             # written …
     seconds: float = 0.0        # … in so much time, prompts read
     results: list = field(default_factory=list)   # from `evaluate`
-    exact: Exact | None = None  # what a file says that has to be the same at any number of bits
+    exact: object = None        # an `Exact`: what has to be the same at any number of bits
 
     def place(self, expected, theirs: dict[int, float]) -> None:
         "Note one place."
