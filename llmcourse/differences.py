@@ -226,7 +226,7 @@ _REPLIES = (
     Feature("json_object", makes_an_object, "ensures the message the model generates is valid JSON",
             CHAT, "check the reply and ask again, or another engine (chapter 12b)"),
     Feature("tools required", CHECKS["calls_tools"], "`required` means the model must call one or more tools",
-            CHAT, "read the call out of the text (`llmcourse.calls`), or another engine (chapter 12b)"),
+            CHAT, "a model that was taught tools; or read the call out of the text (`llmcourse.calls`)"),
     Feature("tools by name", calls_the_one, "forces the model to call that tool",
             CHAT, "offer that tool alone, as required; or read the call out of the text (`llmcourse.calls`)"),
     Feature("tool results", CHECKS["takes_results"], "Tool call that this message is responding to.",
