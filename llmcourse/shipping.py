@@ -154,6 +154,7 @@ def _ready(model: str | Path, engine: str, auto: bool, quant: str, adapters: dic
         words, taken, engine = {}, (model, {}), "transformers"
     return {"model": taken[0], "adapters": taken[1], "engine": engine} | words
 
+# %% ../nbs/workshop/shipping.ipynb #3bba2876
 @contextlib.contextmanager
 def served(
     model: str | Path = "tutor/sft",  # a .gguf, a checkpoint, a folder, a Hub name, or the folder of a flywheel
