@@ -2222,6 +2222,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'llmcourse.shapes.widths': ('workshop/shapes.html#widths', 'llmcourse/shapes.py')},
             'llmcourse.shipping': { 'llmcourse.shipping._fit': ('workshop/shipping.html#_fit', 'llmcourse/shipping.py'),
                                     'llmcourse.shipping._fit_adapters': ('workshop/shipping.html#_fit_adapters', 'llmcourse/shipping.py'),
+                                    'llmcourse.shipping._fit_draft': ('workshop/shipping.html#_fit_draft', 'llmcourse/shipping.py'),
                                     'llmcourse.shipping._free': ('workshop/shipping.html#_free', 'llmcourse/shipping.py'),
                                     'llmcourse.shipping._no_folder': ('workshop/shipping.html#_no_folder', 'llmcourse/shipping.py'),
                                     'llmcourse.shipping._one_model': ('workshop/shipping.html#_one_model', 'llmcourse/shipping.py'),

@@ -131,6 +131,7 @@ def serve(
     engine: str = "auto",      # llama.cpp, transformers, vllm, ollama or tgi; auto: the best that is installed
     quant: str = "Q8_0",       # with llama.cpp or Ollama, and a model that is not a GGUF yet
     adapter: list[str] = None, # a LoRA over the model, by the name that requests give; may be repeated
+    draft: str = None,         # a smaller model whose guesses it checks (llama.cpp), such as tutor/draft
     timeout: float = 600,      # seconds that the model may take to load
 ):
     """Serve a model, or one base with several adapters, behind an OpenAI-compatible URL until Ctrl-C.
@@ -142,7 +143,7 @@ def serve(
     if base and model: raise UserError(f"{base} or {model}? Name one model")
     model, secret = base or model or "tutor/sft", key or os.environ.get("LLMCOURSE_API_KEY")
     adapters = dict(named_folder(words) for words in adapter or [])
-    with served(model, port, host, secret, engine, quant, adapters=adapters, timeout=timeout) as server:
+    with served(model, port, host, secret, engine, quant, adapters=adapters, timeout=timeout, draft=draft) as server:
         print(how_to_ask(server, "$LLMCOURSE_API_KEY" if not key else key), "Ctrl-C stops it", sep="\n", flush=True)
         try: server.wait()
         except KeyboardInterrupt: print("stopped")
