@@ -154,7 +154,7 @@ def contract(
     model: str = None,      # which of its models; by default the first that it lists
     key: str = None,        # the server's API key; better in $LLMCOURSE_API_KEY, where nobody sees it
     only: str = None,       # names of checks, separated by commas; by default all
-    differences: bool = False,  # where this server differs from OpenAI, and the way out; no failure: exit code 0
+    differences: bool = False,  # where this server differs from OpenAI, and the way out; exit code 0 even if it does
     json: bool = False,     # print JSON: a list of {name, state, why, about}, or of {feature, state, how, way_out, …}
 ):
     """Ask a server for all that an OpenAI application uses: stream, usage, stop, seed, JSON, tools, errors, 64 clients.
