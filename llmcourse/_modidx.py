@@ -494,6 +494,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                               'llmcourse/decoder.py'),
                                    'llmcourse.decoder.turned': ('workshop/decoder.html#turned', 'llmcourse/decoder.py')},
             'llmcourse.delivery': { 'llmcourse.delivery._differences': ('workshop/delivery.html#_differences', 'llmcourse/delivery.py'),
+                                    'llmcourse.delivery._in_all': ('workshop/delivery.html#_in_all', 'llmcourse/delivery.py'),
                                     'llmcourse.delivery._shipped': ('workshop/delivery.html#_shipped', 'llmcourse/delivery.py'),
                                     'llmcourse.delivery.bench': ('workshop/delivery.html#bench', 'llmcourse/delivery.py'),
                                     'llmcourse.delivery.contract': ('workshop/delivery.html#contract', 'llmcourse/delivery.py'),
