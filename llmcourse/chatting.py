@@ -83,7 +83,7 @@ def passwd(
     name: str,                  # of the person, without spaces and colons
     file: str = "people.txt",   # where to write it; made if it is not there
 ):
-    """Let somebody into a shared chat, or give them another password; it is typed twice, or read from a pipe.
+    """Add a user to a shared chat, or change a password (typed twice, or from a pipe). To remove one, delete the line.
 
     llmcourse passwd ada people.txt
     """
@@ -94,7 +94,7 @@ def passwd(
         if getpass("once more: ") != password: raise UserError("the two are not the same. Try again")
     else: password = sys.stdin.readline().rstrip("\n")
     new = add_person(file, name, password)
-    what = "may come in now" if new else "has another password"
+    what = "can log in now" if new else "has a new password"
     print(f"{file}: {name} {what}. llmcourse chat --people {file} --host 0.0.0.0")
 
 # %% ../nbs/workshop/chatting.ipynb #9140074f

@@ -261,7 +261,7 @@ def eval(
 # %% ../nbs/workshop/cli.ipynb #4c6dfb5b
 def checkpoints(
     output: str = None,  # where to build; the package's own folder by default
-    names: str = None,   # which, separated by commas: base, sft, grpo, rl, tools
+    names: str = None,   # which, separated by commas: base, sft, grpo, rl, tools, draft
 ):
     """Rebuild the tutor's checkpoints from nothing and compare them with the shipped ones.
 

@@ -98,7 +98,8 @@ def gives_logprobs(asked: Asked) -> None:
 
 def draws_several(asked: Asked) -> None:
     "Several draws in one request."
-    holds(len(asked.chat(temperature=1, n=2).choices) == 2, "asked for two replies")
+    came = len(asked.chat(temperature=1, n=2).choices)
+    holds(came == 2, f"asked for two replies, and {came} came")
 
 # %% ../nbs/workshop/contract.ipynb #65476ea2
 SCHEMA = {"type": "object", "properties": {"city": {"enum": ["Rome", "Oslo"]}, "days": {"type": "integer"}},

@@ -5,6 +5,7 @@
 # %% ../nbs/workshop/delivery.ipynb #b53475a6
 from __future__ import annotations
 import os
+from collections import Counter
 from json import dumps
 from pathlib import Path
 from .core import UserError
@@ -130,6 +131,7 @@ def serve(
     engine: str = "auto",      # llama.cpp, transformers, vllm, ollama or tgi; auto: the best that is installed
     quant: str = "Q8_0",       # with llama.cpp or Ollama, and a model that is not a GGUF yet
     adapter: list[str] = None, # a LoRA over the model, by the name that requests give; may be repeated
+    draft: str = None,         # a smaller model whose guesses it checks (llama.cpp), such as tutor/draft
     timeout: float = 600,      # seconds that the model may take to load
 ):
     """Serve a model, or one base with several adapters, behind an OpenAI-compatible URL until Ctrl-C.
@@ -141,7 +143,7 @@ def serve(
     if base and model: raise UserError(f"{base} or {model}? Name one model")
     model, secret = base or model or "tutor/sft", key or os.environ.get("LLMCOURSE_API_KEY")
     adapters = dict(named_folder(words) for words in adapter or [])
-    with served(model, port, host, secret, engine, quant, adapters=adapters, timeout=timeout) as server:
+    with served(model, port, host, secret, engine, quant, adapters=adapters, timeout=timeout, draft=draft) as server:
         print(how_to_ask(server, "$LLMCOURSE_API_KEY" if not key else key), "Ctrl-C stops it", sep="\n", flush=True)
         try: server.wait()
         except KeyboardInterrupt: print("stopped")
@@ -152,12 +154,13 @@ def contract(
     model: str = None,      # which of its models; by default the first that it lists
     key: str = None,        # the server's API key; better in $LLMCOURSE_API_KEY, where nobody sees it
     only: str = None,       # names of checks, separated by commas; by default all
-    differences: bool = False,  # what OpenAI does otherwise, feature by feature, and the way out
+    differences: bool = False,  # where this server differs from OpenAI, and the way out; exit code 0 even if it does
     json: bool = False,     # print JSON: a list of {name, state, why, about}, or of {feature, state, how, way_out, …}
 ):
     """Ask a server for all that an OpenAI application uses: stream, usage, stop, seed, JSON, tools, errors, 64 clients.
 
     llmcourse contract http://127.0.0.1:8080/v1
+    llmcourse contract http://127.0.0.1:8080/v1 --differences
     """
     from llmcourse.contract import asked_everything
     asked = (server, model, key or os.environ.get("LLMCOURSE_API_KEY"), (only or "").split(","))
@@ -169,14 +172,21 @@ def contract(
     if json: print(dumps([one._asdict() for one in found]))
     return int(any(one.state == "wrong" for one in found))
 
+def _in_all(states: Counter) -> str:
+    "`23 the same, 7 differ, 7 are missing`, and what was not asked."
+    differ = "differs" if states["differs"] == 1 else "differ"
+    are = "is" if states["missing"] == 1 else "are"
+    left = f", {states['not asked']} not asked" if states["not asked"] else ""
+    return f"{states['same']} the same, {states['differs']} {differ}, {states['missing']} {are} missing{left}"
+
 def _differences(asked: tuple, json: bool) -> None:
     from llmcourse.differences import differs_from_openai
     found = []
     for one in differs_from_openai(*asked):
         found.append(one)
         way_out = f" → {one.way_out}" if one.way_out else ""
-        if not json: print(f"{one.state:<8} {one.feature:<22} {one.how}{way_out}".rstrip(), flush=True)
-    if json: print(dumps([one._asdict() for one in found]))
+        if not json: print(f"{one.state:<9} {one.feature:<22} {one.how}{way_out}".rstrip(), flush=True)
+    print(dumps([one._asdict() for one in found]) if json else _in_all(Counter(one.state for one in found)))
 
 # %% ../nbs/workshop/delivery.ipynb #ad9f09bd
 def bench(

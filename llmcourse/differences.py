@@ -126,11 +126,11 @@ def says_too_long(asked: Asked) -> None:
     "A prompt that is too long is refused with the code context_length_exceeded."
     import openai
     room = room_of(asked)
-    if not room: raise NotSaid("the server does not say how long a prompt may be, so none was sent")
-    try: asked.chat([{"role": "user", "content": "7 + " * room}], max_tokens=1)
+    try: reply = asked.chat([{"role": "user", "content": "7 + " * (room or 1000)}], max_tokens=1)
     except openai.BadRequestError as e:
         return holds(e.code == "context_length_exceeded", f"400, code {e.code!r}, type {e.type!r}")
-    raise AssertionError("taken, and not refused")
+    unsaid = "" if room else ", and the server does not say how many fit: does the model have room?"
+    raise AssertionError(f"{reply.usage.prompt_tokens:,} tokens taken{unsaid}")
 
 def says_what_is_left(asked: Asked) -> None:
     "Headers say how many requests are left."
@@ -190,19 +190,19 @@ _REQUESTS = (
     Feature("unknown fields", refuses_an_unknown_field,
             "Unrecognized request argument supplied: num_keep",
             "https://github.com/open-webui/open-webui/issues/14520",
-            "a typo does nothing here: compare what you send with this table"),
+            "check your fields' names before sending, and catch 422 as well as 400"),
     Feature("wrong types", refuses_a_wrong_type, "status_code: Literal[400] = 400",
-            "_exceptions.py", "a 500 is tried again by the client, twice: check types before sending"),
+            "_exceptions.py", "check types before sending: the client repeats after a 500, twice"),
     Feature("account fields", takes_the_account_fields,
             "A stable identifier used to help detect users of your application",
             CHAT,
-            "nothing is done with them: leave them out"),
+            "leave them out"),
     Feature("max_tokens", CHECKS["cuts_and_says_so"], "that can be generated in the chat completion.",
             CHAT, "read the reply as a stream, and hang up"),
     Feature("max_completion_tokens", cuts_by_the_newer_name,
             "An upper bound for the number of tokens that can be generated for a completion",
             CHAT,
-            "send max_tokens, the older name, too"),
+            "send max_tokens, the older name, instead"),
     Feature("n > 1", CHECKS["draws_several"], "How many chat completion choices to generate for each input message.",
             CHAT, "send the request n times, at once"),
     Feature("seed", CHECKS["repeats_a_seed"], "our system will make a best effort to sample deterministically",
@@ -216,19 +216,19 @@ _REPLIES = (
     Feature("logprobs", CHECKS["gives_logprobs"],
             "returns the log probabilities of each output token returned in the `content` of `message`",
             CHAT,
-            "llama.cpp; or score with the model loaded (chapter 01)"),
+            "score with the model loaded (chapter 01), or another engine (chapter 12b compares two)"),
     Feature("logit_bias", biases_tokens,
             "values like -100 or 100 should result in a ban or exclusive selection of the relevant token",
             CHAT,
-            "token ids are another tokenizer's: look them up anew for your model"),
+            "leave it out: OpenAI's token ids are another tokenizer's anyway"),
     Feature("json_schema", CHECKS["keeps_to_a_schema"], "which ensures the model will match your supplied JSON schema",
-            CHAT, "llama.cpp; or check the reply and ask again"),
+            CHAT, "check the reply and ask again, or another engine (chapter 12b)"),
     Feature("json_object", makes_an_object, "ensures the message the model generates is valid JSON",
-            CHAT, "llama.cpp; or check the reply and ask again"),
+            CHAT, "check the reply and ask again, or another engine (chapter 12b)"),
     Feature("tools required", CHECKS["calls_tools"], "`required` means the model must call one or more tools",
-            CHAT, "llama.cpp; or read the call out of the text (`llmcourse.calls`)"),
+            CHAT, "a model that was taught tools; or read the call out of the text (`llmcourse.calls`)"),
     Feature("tools by name", calls_the_one, "forces the model to call that tool",
-            CHAT, "offer that one tool only, and ask for required"),
+            CHAT, "offer that tool alone, as required; or read the call out of the text (`llmcourse.calls`)"),
     Feature("tool results", CHECKS["takes_results"], "Tool call that this message is responding to.",
             "types/chat/chat_completion_tool_message_param.py", "write the result into a message of the user"),
 )
@@ -254,7 +254,7 @@ _MESSAGES = (
     Feature("token counts", CHECKS["counts_tokens"],
             "Total number of tokens used in the request (prompt + completion).",
             "types/completion_usage.py",
-            "counts are another tokenizer's: budgets in tokens change"),
+            "count with the model's own tokenizer"),
 )
 
 # %% ../nbs/workshop/differences.ipynb #46a3204e
@@ -272,7 +272,7 @@ _ANSWERS = (
     Feature("prompt too long", says_too_long,
             "'type': 'invalid_request_error', 'param': 'messages', 'code': 'context_length_exceeded'",
             "https://github.com/crewAIInc/crewAI-examples/issues/121",
-            "test the status and the words, not the code; count the tokens before"),
+            "count the tokens before sending; in a refusal test the status and the words, not the code"),
     Feature("wrong key", CHECKS["refuses_a_wrong_key"], "status_code: Literal[401] = 401",
             "_exceptions.py", "a proxy in front that asks for the key"),
     Feature("rate-limit headers", says_what_is_left,
@@ -308,7 +308,7 @@ STATES = {"ok": "same", "wrong": "differs", "not there": "missing"}
 class Difference(NamedTuple):
     "What becomes of a feature."
     feature: str
-    state: str     # "same", "differs" or "missing"
+    state: str     # "same", "differs" or "missing"; "not asked": a wrong key, where no key was given
     how: str       # one line; empty if it is the same
     way_out: str   # empty if it is the same
     says: str      # OpenAI's words
@@ -326,9 +326,11 @@ def differs_from_openai(
     asked = server_of(url, model, key, timeout)
     for name in names:
         one = FEATURES[name]
-        if name == "wrong key" and not key: continue     # an open server has no wrong key
+        if name == "wrong key" and not key:
+            yield Difference(name, "not asked", "no key given, so none is wrong", "", one.says, one.source)
+            continue
         found = put(asked, one.check)
         same = found.state == "ok"
         if not same: answers(asked)    # a failed request may cost the connection: not the next question's
-        how = re.sub(r"^(\d+): Error code: \d+(?: - )?", r" ", found.why).strip()
+        how = re.sub(r"^(\d+): Error code: \d+(?: - )?", r"\1: ", found.why).rstrip(": ")
         yield Difference(name, STATES[found.state], how, "" if same else one.way_out, one.says, one.source)

@@ -84,6 +84,8 @@ def harvest(
             except (UserError, LookupError, TypeError, AttributeError): why = "not usable as a row"
         if why: gone[why] += 1
     kept, repeated = longest(rows)
+    if n and gone["not readable"] == n:
+        raise UserError(f"{log}: no line is a turn of `llmcourse collect`. Are these rows? `llmcourse data check`")
     if not kept: raise UserError(f"{log}: of {n:,} turns none can be a row{_whys(gone)}. Collect some more")
     write_jsonl(output, kept)
     return {"turns": n} | {why: k for why, k in (gone + repeated).items() if k} | {"rows": len(kept)}

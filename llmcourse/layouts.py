@@ -43,7 +43,7 @@ def lmstudio_folder(
     gguf = Path(output).joinpath(*published_as(model), file)
     check_file(gguf)
     convert(model, gguf, dtype, verify=True, threads=os.cpu_count(), prove=prove)
-    tell("LM Studio shows what lies in its models folder, such as ~/.lmstudio/models: let that be the --output")
+    tell("LM Studio lists only what is in its models folder, such as ~/.lmstudio/models: pass that as --output")
     return [gguf]
 
 # %% ../nbs/workshop/layouts.ipynb #c3c97d6c
@@ -89,7 +89,7 @@ def gpt4all_folder(
     with write_aside(words, begins(b'{"system_prompt"')) as aside:
         aside.write_text(dumps(gpt4all_session(tokenizer), ensure_ascii=False) + "\n", encoding="utf-8")
         convert(model, gguf, dtype, verify=True, threads=os.cpu_count(), prove=prove)
-    tell(f"GPT4All lists what lies in the download path of its settings; in Python, {words.name} is for chat_session")
+    tell(f"GPT4All lists only what is in its download path (settings); in Python, {words.name} is for chat_session")
     return [gguf, words]
 
 # %% ../nbs/workshop/layouts.ipynb #4d33baad
@@ -112,10 +112,10 @@ MLX_README = '''---
 library_name: mlx
 ---
 
-`llmcourse export --program mlx` made this folder of {model}. With `pip install mlx-lm`:
+`llmcourse export --program mlx` made this folder of {model}. In it, after `pip install mlx-lm`:
 
-    mlx_lm.chat --model {folder}
-    mlx_lm.convert --hf-path {folder} -q --mlx-path {folder}-4bit
+    mlx_lm.chat --model .
+    mlx_lm.convert --hf-path . -q --mlx-path ../{folder}-4bit
 '''
 
 def mlx_type(
@@ -190,6 +190,7 @@ def mlx_folder(
             save_tensors(aside, index, kind)
             write_words(aside, tokenizer, mlx_config(config, MLX_TYPES[kind], stop_ids(tokenizer)))
             (aside / "README.md").write_text(MLX_README.format(model=model, folder=output.name), encoding="utf-8")
+    tell(f"next: mlx_lm.chat --model {output} (the weights are copied, not compared: ask it what you ask the model)")
     return sorted(output.iterdir())
 
 # %% ../nbs/workshop/layouts.ipynb #c4b69bca

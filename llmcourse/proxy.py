@@ -13,6 +13,7 @@ from .children import Child
 from .core import UserError, choose
 from .exits import disk_line
 from .gateway import Passing, asked_path, listener, request_body, say_error
+from .progress import tell
 from .redact import Mask
 from .servers import check_address, is_loopback
 from .turnlog import TurnLog
@@ -133,7 +134,8 @@ def check_collector(url: str, host: str, port: int, key: str | None, consent: st
     "The port to listen on. Raises `UserError` for what cannot be."
     parts = urlsplit(url or "")
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UserError(f"--url {url or ''}: give the server behind, such as https://api.openai.com/v1")
+        raise UserError(f"--url{url and ' ' + url or ''}: give the server behind, such as https://api.openai.com/v1")
+    if not parts.path.strip("/"): tell(f"{url}: no path. Most servers answer under {url.rstrip('/')}/v1")
     choose(consent, CONSENTS, "consent")
     if not 0 < sample <= 1: raise UserError(f"--sample {sample:g}: the share of turns to record, above 0, at most 1")
     if is_loopback(parts.hostname) and parts.port == port and port:

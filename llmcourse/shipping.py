@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib, os, shutil, sys
 from collections.abc import Callable
 from pathlib import Path
-from .core import Scratch, UserError, begins, check_free, choose, write_aside
+from .core import Scratch, UserError, begins, check_free, choose, model_path, write_aside
 from .following import Following
 from .gguf_file import NO_TEMPLATE, has_template
 from .live import follows
@@ -85,7 +85,7 @@ def export_beside(
 # %% ../nbs/workshop/shipping.ipynb #701db594
 def _no_folder(model: str | Path) -> None:
     "Raise `UserError` if the name is one of a folder, and no such folder is there."
-    name, place = str(model), Path(model)
+    name, place = str(model), Path(model_path(model))   # which knows the checkpoints
     if place.exists() or name.startswith("tutor/") or name.endswith(".gguf"): return
     if name.startswith(("runs/", ".", "/", "~")) or "/" in name and place.parent.is_dir():
         raise UserError(f"{name}: no such folder. `llmcourse export --output {name}` makes one with a GGUF, "
@@ -125,6 +125,13 @@ def _fit_adapters(adapters: dict, engine: str, folder: Path) -> dict:
     return {name: path if str(path).endswith(".gguf") else lora_to_gguf(path, folder / f"{i}-adapter.gguf")
             for i, (name, path) in enumerate(adapters.items())}
 
+def _fit_draft(draft: str | Path, engine: str, quant: str, folder: Path) -> dict:
+    "A draft as llama.cpp takes it, as an option of the engine. Raises `UserError` for another engine."
+    if engine != "llama.cpp":
+        raise UserError(f"--draft {draft}: {engine} does not take one here, llama.cpp does. Leave it out")
+    (folder / "draft").mkdir()
+    return {"draft": str(_fit(draft, engine, quant, folder / "draft"))}
+
 def _words_of(adapters: dict) -> dict:
     "The chat template that adapters were trained in, as an engine's option. Raises `UserError` for several."
     from llmcourse.models import load_tokenizer
@@ -147,6 +154,7 @@ def _ready(model: str | Path, engine: str, auto: bool, quant: str, adapters: dic
         words, taken, engine = {}, (model, {}), "transformers"
     return {"model": taken[0], "adapters": taken[1], "engine": engine} | words
 
+# %% ../nbs/workshop/shipping.ipynb #3bba2876
 @contextlib.contextmanager
 def served(
     model: str | Path = "tutor/sft",  # a .gguf, a checkpoint, a folder, a Hub name, or the folder of a flywheel
@@ -158,6 +166,7 @@ def served(
     n_parallel: int = 4,              # conversations at once (llama.cpp)
     adapters: dict | None = None,     # name → folder of a LoRA adapter over `model`
     timeout: float = 600,             # seconds to wait for the model to load
+    draft: str | Path | None = None,  # a smaller model that guesses tokens (llama.cpp)
 ):
     "Serve any model, exporting it first where the engine needs that. Yields the server. `UserError` for a bad address."
     from llmcourse.serve import check_address, serve
@@ -166,10 +175,12 @@ def served(
     choose(engine, ["auto", *ENGINES], "engine")
     options = dict(port=port, host=host, key=key, n_parallel=n_parallel)
     if follows(model):
+        if draft: raise UserError(f"--draft {draft}: not with the folder of a flywheel. Leave it out")
         with Following(model, **options) as server: yield server
         return
     model, chosen = _one_model(model), best_engine(model) if engine == "auto" else engine
     check_engine(chosen, adapters or {})
     with Scratch() as folder:
         ready = _ready(model, chosen, engine == "auto", quant, adapters or {}, folder)
+        if draft: ready |= _fit_draft(draft, ready["engine"], quant, folder)
         with serve(ready.pop("model"), timeout=timeout, **options, **ready) as server: yield server

@@ -114,7 +114,7 @@ def refusal(body: dict, server) -> tuple[int, str] | None:
         return 400, "unknown"
     if not isinstance(body.get("temperature", 0), (int, float)):
         return (500, "crash") if "types" in server.broken else (400, "type")
-    if length(body["messages"]) > 90:
+    if length(body["messages"]) > 90 and "room" not in server.broken:
         return 400, "too_long" if "code" in server.broken else "context_length_exceeded"
     return None
 
@@ -133,7 +133,7 @@ class OpenAIs(BaseHTTPRequestHandler):
         self.wfile.write(text.encode())
 
     def refused(self) -> bool:
-        if self.headers["Authorization"] == "Bearer right" or "door" in self.server.broken:
+        if self.headers["Authorization"] == "Bearer right" or self.server.broken & {"door", "open"}:
             return False
         self.send(401, {"error": {"message": "no", "code": "invalid_api_key"}})
         return True
@@ -141,6 +141,8 @@ class OpenAIs(BaseHTTPRequestHandler):
     def do_GET(self):
         gone = {PAGES[name] for name in PAGES if name in self.server.broken}
         model = {"id": "m", "object": "model", "created": 0, "owned_by": "us", "max_model_len": 100}
+        if "unsaid" in self.server.broken:
+            del model["max_model_len"]
         if self.refused():
             return
         if self.path.split("?")[0] in gone:
@@ -229,6 +231,7 @@ def test_a_field_that_is_taken_and_not_used(theirs, field, noticed):
         ("fields", "unknown fields", "differs"),
         ("types", "wrong types", "differs"),
         ("code", "prompt too long", "differs"),
+        ("room", "prompt too long", "differs"),
         ("door", "wrong key", "differs"),
         ("x-request-id", "request id", "missing"),
         ("x-ratelimit-remaining-requests", "rate-limit headers", "missing"),
@@ -245,6 +248,28 @@ def test_a_planted_difference_is_the_one_that_is_found(theirs, broken, noticed, 
     found = {one.feature: one for one in differs_from_openai(theirs.url, key="right")}
     assert {name for name, one in found.items() if one.state != "same"} == {noticed}
     assert found[noticed].state == state and found[noticed].how and found[noticed].way_out
+
+
+def difference(url: str, name: str):
+    return next(differs_from_openai(url, key="right", only=[name]))
+
+
+def test_the_status_of_a_refusal_is_told(theirs):
+    theirs.broken = {"/v1/embeddings", "files"}
+    assert {difference(theirs.url, name).how for name in ("/v1/embeddings", "/v1/files")} == {"404: no such page"}
+
+
+def test_a_long_prompt_is_sent_where_no_limit_is_said(theirs):
+    theirs.broken = {"unsaid"}
+    assert difference(theirs.url, "prompt too long").state == "same"
+    theirs.broken = {"unsaid", "room"}
+    found = difference(theirs.url, "prompt too long")
+    assert found.state == "differs" and re.match(r"2,\d{3} tokens taken, and the server does not say", found.how)
+
+
+def test_how_many_replies_came(theirs):
+    theirs.ignores = ("n",)
+    assert difference(theirs.url, "n > 1").how == "asked for two replies, and 1 came"
 
 
 def without(what):
@@ -319,12 +344,25 @@ def test_the_command(llama, capsys, monkeypatch):
     monkeypatch.setenv("LLMCOURSE_API_KEY", "s3cret")
     asked = ["contract", llama.url, "--differences", "--only", "seed,/v1/files"]
     assert main(asked) == 0
-    same, missing = capsys.readouterr().out.splitlines()
-    assert same.split() == ["same", "seed"] and missing.startswith("missing  /v1/files") and "→ a folder" in missing
+    same, missing, last = capsys.readouterr().out.splitlines()
+    assert last == "1 the same, 0 differ, 1 is missing"
+    assert same.split() == ["same", "seed"] and missing.startswith("missing   /v1/files") and "→ a folder" in missing
     assert main([*asked, "--json"]) == 0
     assert [one["state"] for one in json.loads(capsys.readouterr().out)] == ["same", "missing"]
     assert main([*asked[:-1], "sead"]) == 2
     assert "did you mean 'seed'" in capsys.readouterr().err
+
+
+def test_what_is_not_asked_is_said(theirs, capsys, monkeypatch):
+    monkeypatch.delenv("LLMCOURSE_API_KEY", raising=False)
+    theirs.broken = {"open", "fields", "page", "files"}
+    asked = ["contract", theirs.url, "--differences"]
+    assert main([*asked, "--only", "unknown fields,wrong key,/v1/files,/v1/models/NAME"]) == 0
+    differs, unasked, *_, last = capsys.readouterr().out.splitlines()
+    assert differs.startswith("differs   unknown fields") and unasked.startswith("not asked wrong key")
+    assert last == "0 the same, 1 differs, 2 are missing, 1 not asked"
+    assert main([*asked, "--json", "--only", "wrong key"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["state"] == "not asked"
 
 
 def test_nothing_there():

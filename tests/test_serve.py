@@ -607,6 +607,27 @@ def test_adapters_that_cannot_be(engine, given, why, monkeypatch):
         module.check_adapters(engine, "tutor", given)
 
 
+def test_a_draft_guesses_and_changes_nothing():
+    with served("tutor/sft", draft="tutor/draft") as server:
+        asked = {"temperature": 0, "messages": [{"role": "user", "content": "What is 47 + 38?"}]}
+        said = json.loads(server.get("/v1/chat/completions", asked))
+    assert said["choices"][0]["message"]["content"].endswith("so 85.\nAnswer: 85")
+    assert said["timings"]["draft_n"] >= said["timings"]["draft_n_accepted"] > 0
+
+
+@pytest.mark.parametrize(
+    ("how", "why"),
+    [
+        (dict(draft="tutor/drft"), "did you mean 'tutor/draft'"),
+        (dict(draft="tutor/draft", engine="transformers"), "llama.cpp does"),
+        (dict(model="tutor/nothing", engine="auto"), "^unknown checkpoint 'tutor/nothing'"),
+    ],
+)
+def test_a_draft_or_a_model_that_cannot_be(how, why):
+    with pytest.raises(UserError, match=why), served(**how):
+        pass
+
+
 def test_adapters_of_two_templates_are_refused():
     both = {"sums": "tutor/sft", "tools": "tutor/tools"}
     with pytest.raises(UserError, match="adapters sums, tools: trained with different chat templates"):

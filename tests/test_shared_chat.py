@@ -57,7 +57,7 @@ def long_minutes(monkeypatch):
 
 def test_the_command_writes_hashes_for_its_owner_alone(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for password, words in ((SECRET, "may come in now"), ("another one", "another password")):
+    for password, words in ((SECRET, "can log in now"), ("another one", "a new password")):
         monkeypatch.setattr(sys, "stdin", io.StringIO(password + "\n"))
         assert main(["passwd", "ada", "people.txt"]) == 0
         assert words in capsys.readouterr().out

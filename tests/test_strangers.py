@@ -228,7 +228,8 @@ def test_the_command_that_lists_all_lists_all(command, row, tmp_path, capsys):
 
 # --- hints name options that there are ---
 
-ELSEWHERE = {"--version", "--query-gpu", "--format", "--reinstall", "--torch-backend", "--help"}
+ELSEWHERE = {
+    "--version", "--query-gpu", "--format", "--reinstall", "--torch-backend", "--help", "--hf-path", "--mlx-path"}
 
 
 def options_of(name: str) -> set[str]:
