@@ -4,12 +4,12 @@
 
 # %% ../nbs/workshop/exits.ipynb #53206839
 from __future__ import annotations
-import errno, os, sys
+import _thread, contextlib, errno, os, signal, sys, threading, time
 from collections.abc import Callable
 from .core import UserError
 
 # %% auto #0
-__all__ = ['WAYS', 'disk_line', 'full_disk', 'in_one_line']
+__all__ = ['WAYS', 'disk_line', 'full_disk', 'keep_interrupts', 'in_one_line']
 
 # %% ../nbs/workshop/exits.ipynb #cea735bc
 WAYS = {
@@ -37,6 +37,22 @@ def full_disk(e: BaseException) -> bool:
     said = str(e)
     return "PytorchStreamWriter" in said or "unexpected pos" in said or "No space left" in said or "os error 28" in said
 
+# %% ../nbs/workshop/exits.ipynb #97ad1c8e
+@contextlib.contextmanager
+def keep_interrupts():
+    "While the block runs, a Ctrl-C that falls into a finalizer, where Python drops it, is sent again."
+    old = sys.unraisablehook
+    def again():
+        time.sleep(.05)     # not at once, or it falls into the same one
+        if sys.platform == "win32": _thread.interrupt_main()
+        else: signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)     # wakes it, should it wait
+    def hook(lost):
+        if issubclass(lost.exc_type, KeyboardInterrupt): _thread.start_new_thread(again, ())
+        else: old(lost)
+    sys.unraisablehook = hook
+    try: yield
+    finally: sys.unraisablehook = old
+
 # %% ../nbs/workshop/exits.ipynb #244932f3
 def _nowhere() -> None:
     "Send output that nobody reads any more to nowhere, or the interpreter complains at its end."
@@ -48,7 +64,8 @@ def in_one_line(
 ) -> int:
     "Call it. Errors that somebody can mend become one line on stderr and an exit code."
     try:
-        try: return call() or 0
+        try:
+            with keep_interrupts(): return call() or 0
         finally: sys.stdout.flush()   # also on the way out of `--help`
     except UserError as e: said = str(e)
     except BrokenPipeError:   # `| head` has seen enough

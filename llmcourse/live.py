@@ -4,12 +4,13 @@
 
 # %% ../nbs/workshop/live.ipynb #c7cb3a8a
 from __future__ import annotations
-import json
+import contextlib, json, shutil
 from pathlib import Path
+from filelock import FileLock, Timeout
 from .core import UserError, begins, write_aside
 
 # %% auto #0
-__all__ = ['LIVE', 'MARK_OF_LIVE', 'follows', 'read_live', 'live_model', 'swap', 'rollback']
+__all__ = ['LIVE', 'MARK_OF_LIVE', 'follows', 'read_live', 'live_model', 'swap', 'rollback', 'alone']
 
 # %% ../nbs/workshop/live.ipynb #73ef09ea
 LIVE, MARK_OF_LIVE = "live.json", b'{"live":'
@@ -72,3 +73,22 @@ def rollback(
         raise UserError(f"{Path(folder) / back}: not there any more, so there is no way back")
     left = [*now.get("left", []), now["live"]]
     return _point(Path(folder), {"live": back, "why": f"rolled back from {now['live']}", "before": older, "left": left})
+
+# %% ../nbs/workshop/live.ipynb #56563419
+@contextlib.contextmanager
+def alone(folder: Path):
+    "Nobody else turns this wheel meanwhile. What ends before anything is live leaves nothing."
+    new = [place for place in (folder, *folder.parents) if not place.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    fresh = not any(folder.iterdir())
+    lock = FileLock(folder / ".turning", timeout=0)
+    try: lock.acquire()
+    except Timeout:
+        raise UserError(f"{folder}: another process is turning it. Wait, or give another --output") from None
+    try: yield
+    finally:
+        for left in list(folder.iterdir()) if fresh and not follows(folder) else [folder / ".turning"]:
+            with contextlib.suppress(OSError): shutil.rmtree(left) if left.is_dir() else left.unlink()
+        lock.release()
+        for place in new:
+            with contextlib.suppress(OSError): place.rmdir()     # unless something is in it

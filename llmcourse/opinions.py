@@ -6,14 +6,16 @@
 from __future__ import annotations
 from collections import Counter
 from pathlib import Path
+from .asking import conversation
 from .core import UserError, check_messages, json_lines
 from .pairs import pairs_from_thumbs
+from .progress import tell
 from .redact import redact
 from .rows import Fault, same_text, walk
 
 # %% auto #0
-__all__ = ['MAKES', 'as_opinion', 'read_feedback', 'about', 'says', 'chats_of', 'thumbs_of', 'pairs_of', 'uncleaned',
-           'check_method']
+__all__ = ['FEEDBACK', 'MAKES', 'as_opinion', 'read_feedback', 'about', 'says', 'chats_of', 'thumbs_of', 'pairs_of', 'uncleaned',
+           'check_method', 'unseen']
 
 # %% ../nbs/workshop/opinions.ipynb #a37d7aae
 def _asked(row: dict, place: str) -> list[dict]:
@@ -36,6 +38,10 @@ def _vote(row: dict, place: str) -> dict:
 # %% ../nbs/workshop/opinions.ipynb #614d3a71
 def _text(turns: list[dict]) -> str: return turns[-1]["content"]
 
+FEEDBACK = ("prompt, reply and vote (1 or -1) or correction; or messages, or prompt and response, with vote, "
+            "thumb (up or down) or label (true or false); or prompt, chosen and rejected. "
+            "All of them: workshop/opinions")
+
 def _canonical(data: dict, form: str, place: str) -> dict:
     "A comparison, or a reply with a thumb. Raises `UserError`."
     two = ("chosen", "rejected")
@@ -43,9 +49,23 @@ def _canonical(data: dict, form: str, place: str) -> dict:
     if "label" in data:
         vote = 1 if data["label"] else -1
         return {"prompt": data["prompt"], "reply": _text(data["completion"]), "vote": vote, "correction": None}
-    raise UserError(f"{place}: a row of the form {form}, and not feedback. Give prompt, reply and vote; or prompt, "
-                    "chosen and rejected")
+    raise UserError(f"{place}: a row of the form {form}, and not feedback. Give {FEEDBACK}")
 
+# %% ../nbs/workshop/opinions.ipynb #8d94b8da
+def _with_vote(row: dict) -> dict:
+    "A chat, or a prompt and its answer, that has a vote or a thumb, as a vote on a reply; any other row as it is."
+    thumb = {"up": 1, "down": -1}.get(str(row.get("thumb")).casefold())
+    vote = row.get("vote", thumb)
+    if vote is None or "chosen" in row or "label" in row: return row
+    who = {name: row[name] for name in ("rater", "correction") if name in row} | {"vote": vote}
+    reply = next((row[name] for name in ("reply", "response", "completion") if name in row), None)
+    if isinstance(reply, str) and "prompt" in row: return {"prompt": row["prompt"], "reply": reply} | who
+    chat = row.get("messages")
+    if not isinstance(chat, list) or not all(isinstance(turn, dict) for turn in chat[-1:]): return row
+    if not chat or chat[-1].get("role") != "assistant": return row
+    return {"prompt": chat[:-1], "reply": chat[-1].get("content")} | who
+
+# %% ../nbs/workshop/opinions.ipynb #2a18974c
 def _as_vote(row: dict) -> dict:
     "A row of `feedback.feedback` that is about one reply."
     good, bad = (row[side] and _text(row[side]) for side in ("chosen", "rejected"))
@@ -59,9 +79,10 @@ def as_opinion(
     "One opinion. Raises `UserError` for a row that is none."
     who = {"rater": str(row.get("rater") or place), "from": place}     # nobody knows who: one of many
     if row.get("kind") in ("thumb", "correction"): row = _as_vote(row)
+    row = _with_vote(row)
     if "reply" in row: return _vote(row, place) | who
     found = next(walk([row]))
-    if isinstance(found, Fault): raise UserError(f"{place}: {found.what}")
+    if isinstance(found, Fault): raise UserError(f"{place}: {found.what}. Feedback is {FEEDBACK}")
     return _canonical(found.data, found.form, place) | who
 
 # %% ../nbs/workshop/opinions.ipynb #67375664
@@ -116,7 +137,8 @@ def _pair(row: dict, good: str, bad: str) -> dict:
 
 def pairs_of(rows: list[dict]) -> list[dict]:
     "Pairs for DPO: the correction above the reply, the chosen above the rejected, the liked above the disliked."
-    fixed = [_pair(row, row["correction"], row["reply"]) for row in rows if row.get("correction")]
+    fixed = [_pair(row, row["correction"], row["reply"]) for row in rows
+             if row.get("correction") not in (None, row.get("reply"))]
     chosen = [_pair(row, row["chosen"], row["rejected"]) for row in rows if row.get("chosen") != row.get("rejected")]
     return fixed + chosen + pairs_from_thumbs(thumbs_of([row for row in rows if not row.get("correction")]))
 
@@ -127,9 +149,29 @@ def uncleaned(opinions: list[dict]) -> list[dict]:
     vote = lambda o: {"vote": says(o)} if "reply" in o else {}
     return [o | {"raters": [o["rater"]], "from": [o["from"]]} | vote(o) for o in opinions]
 
-def check_method(opinions: list[dict], method: str) -> None:
-    "Raise `UserError` if a method has nothing to learn from such feedback, with those that have."
+# %% ../nbs/workshop/opinions.ipynb #e8c080cd
+def check_method(
+    opinions: list[dict],
+    method: str,        # of `MAKES`
+    rows: list[dict],   # what cleaning has left of them
+) -> None:
+    "Raise `UserError` if a method has nothing to learn from such feedback, with those that have; or from those rows."
     able = [name for name, make in MAKES.items() if make(uncleaned(opinions))]
     if method not in able:
         way = f"Take --method {' or '.join(able)}" if able else "It takes thumbs, corrections, or better replies"
         raise UserError(f"{method} learns nothing from feedback of this kind. {way}")
+    if not MAKES[method](rows):
+        raise UserError(f"{method} learns nothing from these {len(opinions):,} opinions: the rows that cleaning left, "
+                        f"{len(rows):,}, are none for it. Give opinions that do not contradict each other")
+
+# %% ../nbs/workshop/opinions.ipynb #9c792cf0
+def unseen(
+    opinions: list[dict],
+    exam: tuple,           # rows, and how to grade a reply
+) -> list[dict]:           # those about other questions
+    "What may be learned without learning the exam. Raises `UserError` if nothing is left."
+    asked = {same_text(conversation(row, "exam")[-1:]) for row in exam[0]}
+    left = [opinion for opinion in opinions if same_text(opinion["prompt"][-1:]) not in asked]
+    if n := len(opinions) - len(left): tell(f"opinions left out, because they are about questions of the exam: {n:,}")
+    if not left: raise UserError("all opinions are about questions of the exam. Give --exam rows that nobody asked")
+    return left

@@ -67,7 +67,7 @@ def gate(
     of = lambda results, name: [row for row in results if row["task"] == name]
     strict = 1 - (1 - level) / len(names)           # so many kinds, so many chances of a false alarm
     kinds = [{"kind": name, **compare(of(first, name), of(new, name), strict)} for name in names]
-    why = "better" if whole["low"] > 0 else "worse" if whole["high"] < 0 else "no better that the test can see"
+    why = "better" if whole["low"] > 0 else "worse" if whole["high"] < 0 else "not measurably better"
     if worse := [row["kind"] for row in kinds if row["high"] < 0]: why = f"worse: {', '.join(worse)}"
     return {"passed": why == "better", "why": why, **{k: whole[k] for k in ("before", "after", "gain", "low", "high")},
             "kinds": kinds}

@@ -4,26 +4,26 @@
 
 # %% ../nbs/workshop/turning.ipynb #056a12ad
 from __future__ import annotations
-import contextlib, shutil, statistics, time
+import statistics, time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
-from filelock import FileLock, Timeout
 from .asking import conversation
 from .checkpoints import sft_rows
 from .core import Scratch, UserError, choose, is_run, once, read_jsonl, same_settings, write_jsonl
-from .evals import evaluate, wilson
-from .exam import exam_grader, exam_rows
+from .evals import compare, evaluate, wilson
+from .exam import exam_rows
 from .export import to_gguf
-from .opinions import MAKES, check_method, read_feedback, uncleaned
+from .opinions import MAKES, check_method, read_feedback, uncleaned, unseen
 from .flywheel import cleaned, may_serve
 from .following import Following
-from .live import follows, live_model, read_live, rollback, swap
+from .graders import grader_for
+from .live import alone, follows, live_model, read_live, rollback, swap
 from .paritygate import export_parity
 from .preference import prefer
 from .progress import tell
 from .rounds import gate
-from .rows import prompt, read, same_text
+from .rows import prompt, read
 from .serve import remote
 from .servers import serve
 from .sft import sft
@@ -33,8 +33,8 @@ from .users import pleases, rated, user_questions
 
 # %% auto #0
 __all__ = ['WHEEL', 'exam_of', 'asked_at', 'asked_of', 'slower_than', 'judged', 'learn', 'replay_of', 'best_answers', 'begin',
-           'turn', 'heard', 'turn_rounds', 'history_of', 'said', 'plot_rounds', 'alone', 'unseen', 'first_model',
-           'tell_round', 'flywheel']
+           'turn', 'heard', 'turn_rounds', 'history_of', 'least_gain', 'said', 'plot_rounds', 'first_model',
+           'print_round', 'check_exam', 'flywheel']
 
 # %% ../nbs/workshop/turning.ipynb #4be2b645
 def exam_of(
@@ -46,7 +46,9 @@ def exam_of(
     "The frozen questions. Raises `UserError` for a model without any."
     if rows:
         found = exam_rows(rows, model)
-        return found, exam_grader(found, None, rows)
+        used, why = grader_for([(row["place"], row) for row in found])
+        tell(f"{rows}: {why}")
+        return found, used
     if not str(model).startswith("tutor/"):
         raise UserError(f"{model}: the gate needs questions with the expected replies. Give --exam test.jsonl")
     return user_questions(n, 9000 + seed, "test"), pleases
@@ -106,6 +108,11 @@ def learn(rows: list[dict], method: str, model: str, output: Path, seed: int, re
     usual = {"num_train_epochs": 2} if len(made) + len(replay) > 200 else {}
     return sft([{"messages": row["messages"]} for row in made] + replay, output, model, seed=seed, **usual | options)
 
+def _mixed(rows: list[dict], pool: list[dict], method: str, replay: list[dict]) -> dict:
+    "How many rows the method makes of this round, of those before, and of earlier chats."
+    used, all_used = (len(MAKES[method](some)) for some in (rows, pool))
+    return {"used": used, "of earlier rounds": all_used - used, "earlier chats": len(replay) * (method == "sft")}
+
 def replay_of(file: str | None, model: str, seed: int) -> list[dict]:
     "Rows that the model was trained on before."
     if file: return [{"messages": prompt(row) + row.data["messages"][-1:]} for row in read(file, "train", "replay")]
@@ -145,7 +152,8 @@ def turn(
     best = read_jsonl(old.parent / "answers.jsonl")
     verdict = once(place / "verdict.jsonl", lambda: [judged(first, best, new, run, old, gguf, exam)])[0]
     if verdict["passed"]: swap(folder, gguf, verdict["why"])
-    line = {"round": i, "opinions": len(opinions), "kept": len(rows), "trained on": len(pool), **verdict}
+    line = {"round": i, "opinions": len(opinions), "kept": len(rows), "trained on": len(pool),
+            **_mixed(rows, pool, method, replay), **verdict}
     write_jsonl(done, [line])
     return line
 
@@ -193,12 +201,27 @@ def history_of(folder: str | Path) -> list[dict]:
     found = sorted(Path(folder).glob("round*/done.jsonl"), key=lambda p: int(p.parent.name.removeprefix("round")))
     return [read_jsonl(path)[0] for path in found]
 
+def least_gain(n: int) -> float:   # a share; more than 1: none
+    "The smallest gain that a gate of n questions can see, where no answer gets worse."
+    asked = lambda right: [{"question": i, "right": i < right} for i in range(n)]
+    return next((k / n for k in range(1, n + 1) if compare(asked(0), asked(k))["low"] > 0), 2.0)
+
+def _seen(line: dict, n: int) -> str:
+    "What a gate of so few questions could have seen."
+    least = least_gain(n)
+    if line["passed"] or line["after"] - line["before"] >= least: return ""
+    if line["before"] + least > 1: return f" (with {n} questions nothing could pass: give more)"
+    return f" (with {n} questions only a gain of {100 * least:.0f} points or more can be seen)"
+
 def said(line: dict) -> str:
     "A round in one line."
+    n = sum(row["n"] for row in line["kinds"])
+    more = [f"{line[name]:,} {name}" for name in ("of earlier rounds", "earlier chats") if line.get(name)]
+    rows = f"{line.get('used', line['kept']):,} rows to learn from" + "".join(f" + {part}" for part in more)
     gain = f"{line['before']:.0%} → {line['after']:.0%} ({100 * line['low']:+.0f} to {100 * line['high']:+.0f} points)"
-    what = f"live: {line['why']}" if line["passed"] else f"stopped by the gate: {line['why']}"
-    compared = f"; its file: {line['parity']}" if line.get("parity") and not line["faults"] else ""
-    return f"round {line['round']}: {line['opinions']:,} opinions, {line['kept']:,} rows, {gain}, {what}{compared}"
+    what = f"live: {line['why']}" if line["passed"] else f"stopped by the gate: {line['why']}{_seen(line, n)}"
+    file = f"; its file against its model: {line['parity']}" if line.get("parity") and not line["faults"] else ""
+    return f"round {line['round']}: {line['opinions']:,} opinions, {rows}; exam of {n:,}: {gain}, {what}{file}"
 
 # %% ../nbs/workshop/turning.ipynb #1f6add30
 def plot_rounds(history: list[dict], ax=None):   # → the axes
@@ -218,43 +241,12 @@ def plot_rounds(history: list[dict], ax=None):   # → the axes
     ax.legend(fontsize=8, loc="lower right")
     return ax
 
-# %% ../nbs/workshop/turning.ipynb #25d4e187
-@contextlib.contextmanager
-def alone(folder: Path):
-    "Nobody else turns this wheel meanwhile. What ends before anything is live leaves nothing."
-    new = [place for place in (folder, *folder.parents) if not place.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    fresh = not any(folder.iterdir())
-    lock = FileLock(folder / ".turning", timeout=0)
-    try: lock.acquire()
-    except Timeout:
-        raise UserError(f"{folder}: another process is turning it. Wait, or give another --output") from None
-    try: yield
-    finally:
-        for left in list(folder.iterdir()) if fresh and not follows(folder) else [folder / ".turning"]:
-            with contextlib.suppress(OSError): shutil.rmtree(left) if left.is_dir() else left.unlink()
-        lock.release()
-        for place in new:
-            with contextlib.suppress(OSError): place.rmdir()     # unless something is in it
-
-# %% ../nbs/workshop/turning.ipynb #7699d10e
-def unseen(
-    opinions: list[dict],
-    exam: tuple,           # from `exam_of`
-) -> list[dict]:           # those about other questions
-    "What may be learned without learning the exam. Raises `UserError` if nothing is left."
-    asked = {same_text(conversation(row, "exam")[-1:]) for row in exam[0]}
-    left = [opinion for opinion in opinions if same_text(opinion["prompt"][-1:]) not in asked]
-    if n := len(opinions) - len(left): tell(f"opinions left out, because they are about questions of the exam: {n:,}")
-    if not left: raise UserError("all opinions are about questions of the exam. Give --exam rows that nobody asked")
-    return left
-
 # %% ../nbs/workshop/turning.ipynb #8fa81d24
 def _heard_from(folder: Path, source, database: bool, way: tuple, exam: tuple, replay: str | None) -> None:
     "One round with what real people said; `way` is model, method, type of the file and seed."
     opinions, hidden = read_feedback(source, database)
     opinions = unseen(opinions, exam)
-    check_method(opinions, way[1])
+    check_method(opinions, way[1], cleaned(opinions, seed=way[3])[0])
     if hidden: tell("hidden in the feedback: " + ", ".join(f"{n} {kind}" for kind, n in sorted(hidden.items())))
     before = replay_of(replay, way[0], way[3])
     same_settings(folder, **dict(zip(("model", "method", "quant", "seed"), way)), exam=len(exam[0]))
@@ -262,7 +254,7 @@ def _heard_from(folder: Path, source, database: bool, way: tuple, exam: tuple, r
     i = 1
     while (there := folder / f"round{i}/opinions.jsonl").is_file() and read_jsonl(there) != opinions: i += 1
     if (folder / f"round{i}/done.jsonl").is_file(): tell(f"round {i} was turned with these opinions already")
-    tell_round(turn(folder, i, lambda: opinions, exam, *way, before))
+    print_round(turn(folder, i, lambda: opinions, exam, *way, before))
 
 def _judge(folder: Path, model: str, exam: tuple, quant: str) -> int:
     "The verdict on any model, against what is live; nothing is swapped."
@@ -278,10 +270,10 @@ def _judge(folder: Path, model: str, exam: tuple, quant: str) -> int:
     print(f"{model}: {'may go live' if verdict['passed'] else 'stopped'}: {verdict['why']}")
     return int(not verdict["passed"])
 
-def _status(folder: Path) -> None:
-    "What is live, what led there, and the picture."
+def _status(folder: Path, told: bool = False) -> None:
+    "What is live, what led there unless that was told, and the picture."
     now, history = read_live(folder), history_of(folder)
-    for line in history: print(said(line))
+    for line in [] if told else history: print(said(line))
     print(f"live: {folder / now['live']} ({now['why']})")
     if not history: return
     plot_rounds(history).figure.savefig(folder / "rounds.svg", bbox_inches="tight")
@@ -290,8 +282,9 @@ def _status(folder: Path) -> None:
 # %% ../nbs/workshop/turning.ipynb #e9189b3c
 WHEEL = ("run", "gate", "rollback", "status")
 
-def _check(action: str, method: str, hostile: float, n: int, quant: str) -> None:
+def _check(action: str, method: str, hostile: float, n: int, quant: str, both: bool = False) -> None:
     choose(action, WHEEL, "action")
+    if both: raise UserError("--data and --database: two sources. Give one of them")
     choose(method, MAKES, "method")
     if hostile > 1: raise UserError(f"--hostile {hostile}: give a share from 0 to 1")
     if n > 100: raise UserError(f"--n {n}: there are 100 different questions of a kind. Give fewer")
@@ -302,19 +295,27 @@ def first_model(folder: Path) -> str:
     read_live(folder)     # says so if it never turned
     return read_jsonl(folder / "settings.jsonl")[0]["model"]
 
-def tell_round(line: dict) -> None: tell(said(line))
+def print_round(line: dict) -> None: print(said(line), flush=True)
+
+def check_exam(folder: Path, exam: tuple, given: bool) -> None:
+    "Raise `UserError` for other questions than those that the wheel was started with."
+    at = folder / "round0/answers.jsonl"
+    asked = [conversation(row, "exam")[-1]["content"] for row in exam[0]]
+    if not at.is_file() or [row["question"] for row in read_jsonl(at)] == asked: return
+    way = "Leave --exam out, or give the one of its start" if given else "Give --exam, --n and --seed as at its start"
+    raise UserError(f"{folder}: this wheel was started with another exam. {way}")
 
 # %% ../nbs/workshop/turning.ipynb #4444e200
 def flywheel(
     action: Literal[WHEEL],         # run: from feedback to a live model; gate: would --model pass; rollback; status
     output: str = "runs/flywheel",  # folder of the wheel; llmcourse chat --model runs/flywheel follows what is live
-    data: str = None,               # votes, thumbs or pairs as JSONL, for one round; without any, simulated users
+    data: str = None,               # JSONL for a round: prompt, reply, vote; prompt, chosen, rejected; messages, label
     database: str = None,           # … or a chat's: a file, or a PostgreSQL URL
     model: str = "tutor/sft",       # where the wheel starts; for gate: the model to judge
     method: str = "sft",            # how it learns: sft, dpo or kto
     exam: str = None,               # rows with expected replies that the gate asks; default: the tutor's own
     replay: str = None,             # chats that it was trained on before, mixed in; default: the tutor's own
-    rounds: int = 3,                # with simulated users
+    rounds: int = 3,                # with simulated users, who speak if there is neither --data nor --database
     n: int = 60,                    # questions of each kind, of simulated users and of the gate
     hostile: float = 0.0,           # share of simulated users who want to spoil it
     quant: str = "Q8_0",            # of the file that goes live
@@ -324,13 +325,14 @@ def flywheel(
 
     llmcourse flywheel run --data runs/votes.jsonl
     """
-    _check(action, method, hostile, n, quant)
+    _check(action, method, hostile, n, quant, bool(data and database))
     folder, way = Path(output), (model, method, quant, seed)
     if action == "rollback": return print(f"live again: {rollback(folder)['live']}")
     if action == "status": return _status(folder)
     questions = exam_of(exam, model if action == "run" else first_model(folder), n, seed)
     with alone(folder):
+        check_exam(folder, questions, bool(exam))
         if action == "gate": return _judge(folder, model, questions, quant)
         if data or database: _heard_from(folder, data or database, not data, way, questions, replay)
-        else: turn_rounds(folder, rounds, model, method, n, seed, quant, True, {"hostile": hostile}, replay, tell_round)
-    _status(folder)
+        else: turn_rounds(folder, rounds, *way[:2], n, seed, quant, True, {"hostile": hostile}, replay, print_round)
+    _status(folder, told=True)

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ import pytest
 
 from llmcourse.chatdb import export_votes, save_turn, save_vote
 from llmcourse.cli import main
-from llmcourse.core import UserError, is_run, read_jsonl, weights
+from llmcourse.core import UserError, is_run, read_jsonl, weights, write_jsonl
 from llmcourse.export import to_gguf
 from llmcourse.opinions import chats_of, pairs_of, read_feedback, thumbs_of
 from llmcourse.feedback import export_feedback
@@ -122,7 +123,72 @@ def test_what_a_chat_has_kept(tmp_path):
         ]
 
 
+TALK = [*QUESTION, {"role": "assistant", "content": "85"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "up"),
+    [
+        ({"messages": TALK, "vote": 1}, 1),
+        ({"messages": TALK, "vote": -1}, -1),
+        ({"messages": TALK, "thumb": "Down"}, -1),
+        ({"messages": TALK, "label": True}, 1),
+        ({"prompt": QUESTION[0]["content"], "response": "85", "thumb": "up"}, 1),
+        ({"prompt": QUESTION, "completion": "85", "vote": -1}, -1),
+        ({"prompt": QUESTION, "reply": "85", "thumb": "up"}, 1),
+    ],
+)
+def test_a_vote_in_other_words(row, up):
+    (found,) = opinions(row | {"rater": "ada"})
+    assert (found["prompt"], found["reply"], found["vote"], found["rater"]) == (QUESTION, "85", up, "ada")
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"messages": TALK, "vote": 0}, '"vote" is 0'),     # a thumb down, or none
+        ({"messages": QUESTION, "vote": 1}, "not feedback. Give prompt, reply and vote"),
+        ({"messages": [*QUESTION, {"role": "assistant", "content": None}], "vote": 1}, '"reply" is no text'),
+        ({"messages": "85", "vote": 1}, "Feedback is prompt, reply and vote"),
+        ({"said": "85", "good": 1}, "Feedback is prompt, reply and vote"),
+    ],
+)
+def test_what_is_no_feedback_is_told_what_is(row, says):
+    with pytest.raises(UserError) as e:
+        opinions(row)
+    assert says in str(e.value) and "\n" not in str(e.value)
+
+
+def test_a_correction_that_corrects_nothing_is_no_pair():
+    assert pairs_of(majority(opinions(vote("a", up=-1, correction="Answer: 85")))) == []
+
+
 # The gate
+
+
+@pytest.mark.parametrize(("n", "least"), [(2, 2.0), (4, 1.0), (15, 4 / 15), (60, 5 / 60)])
+def test_the_least_gain_that_a_gate_sees(n, least):
+    "Checked against the gate itself: that gain passes, and one answer less does not."
+    from llmcourse.turning import least_gain
+
+    assert least_gain(n) == pytest.approx(least)
+    sees = lambda k: gate(*[[{"task": "a", "question": i, "right": i < r} for i in range(n)] for r in (0, 0, k)])
+    assert all(sees(k)["passed"] == (k >= round(least * n)) for k in range(n + 1))
+
+
+def test_a_round_says_what_it_learned_from_and_what_its_exam_could_see():
+    from llmcourse.turning import said
+
+    line = {"round": 2, "opinions": 16, "kept": 16, "used": 8, "of earlier rounds": 3, "earlier chats": 500}
+    line |= {"kinds": [{"n": 8}], "before": 0.75, "after": 0.75, "low": -0.2, "high": 0.2, "faults": []}
+    line |= {"passed": False, "why": "not measurably better"}
+    text = said(line)
+    assert "16 opinions, 8 rows to learn from + 3 of earlier rounds + 500 earlier chats; exam of 8: 75% → 75%" in text
+    assert "with 8 questions nothing could pass" in text
+    assert "of 50 points or more" in said(line | {"before": 0.25, "after": 0.25})
+    assert "questions" not in said(line | {"passed": True, "why": "better"})
+    del line["used"], line["of earlier rounds"], line["earlier chats"]
+    assert "16 opinions, 16 rows to learn from; exam of 8" in said(line), "a line of an earlier version"
 
 
 def results(shares, rng, n=60):
@@ -174,7 +240,7 @@ def test_a_broken_export_stops_the_round(fault, tmp_path, monkeypatch):
         assert "the export: " in line["why"] and "nats from the model" in line["why"]
         assert "the export: " in turning.said(line)
     else:
-        assert "its file: the same model: " in turning.said(line)
+        assert "its file against its model: the same model: " in turning.said(line)
 
 
 # The swap
@@ -342,6 +408,10 @@ def test_killed_between_training_and_swap(tmp_path):
         (["run", "--data", "pairs.jsonl"], "sft learns nothing from feedback of this kind. Take --method dpo"),
         (["run", "--data", "pairs.jsonl", "--method", "kto"], "Take --method dpo"),
         (["run", "--data", "votes.jsonl", "--model", "runs/mine"], "--exam"),
+        (["run", "--data", "votes.jsonl", "--database", "chat.db"], "Give one of them"),
+        (["run", "--data", "same.jsonl", "--method", "dpo"], "dpo learns nothing"),
+        (["run", "--data", "tie.jsonl"], "sft learns nothing from these 2 opinions"),
+        (["run", "--data", "zero.jsonl"], "All of them: workshop/opinions"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
 )
@@ -353,6 +423,9 @@ def test_bad_input_is_one_line(words, says, tmp_path, monkeypatch, capsys):
     (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": [*QUESTION, {"role": "assistant", "content": "85"}]}))
     (tmp_path / "pairs.jsonl").write_text(json.dumps({"prompt": "2+2?", "chosen": "4", "rejected": "5"}))
     (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "same.jsonl").write_text(json.dumps({"prompt": "2+2?", "chosen": "4", "rejected": "4"}))
+    (tmp_path / "tie.jsonl").write_text(good + "\n" + json.dumps(vote("b", up=-1)))
+    (tmp_path / "zero.jsonl").write_text(json.dumps({"prompt": "2+2?", "response": "4", "thumb": "sideways"}))
     before = sorted(tmp_path.rglob("*"))
     assert main(["flywheel", *words]) == 2
     err = capsys.readouterr().err
@@ -361,7 +434,7 @@ def test_bad_input_is_one_line(words, says, tmp_path, monkeypatch, capsys):
 
 
 def test_the_exam_is_not_learned(capsys):
-    from llmcourse.turning import unseen
+    from llmcourse.opinions import unseen
 
     said = opinions(vote("a"), vote("b") | {"prompt": "Only a hint,  please. 2+2?"})
     exam = ([{"messages": [{"role": "user", "content": "only a hint, please. 2+2?"}]}], None)
@@ -371,14 +444,14 @@ def test_the_exam_is_not_learned(capsys):
 
 
 def test_two_do_not_turn_the_same_wheel(tmp_path):
-    from llmcourse.turning import alone
+    from llmcourse.live import alone
 
     with alone(tmp_path), pytest.raises(UserError, match="another process"), alone(tmp_path):
         pass
 
 
 def test_a_wheel_that_was_stopped_keeps_what_is_live_and_nobody_elses_files(tmp_path):
-    from llmcourse.turning import alone
+    from llmcourse.live import alone
 
     for place in (tmp_path / "a/wheel", tmp_path / "b"):
         with pytest.raises(UserError), alone(place):
@@ -395,6 +468,71 @@ def test_a_wheel_that_was_stopped_keeps_what_is_live_and_nobody_elses_files(tmp_
     with alone(tmp_path / "c"):
         pass
     assert [p.name for p in (tmp_path / "c").iterdir()] == ["mine.txt"] and (tmp_path / "b" / LIVE).is_file()
+
+
+def test_new_feedback_is_not_learned_as_the_old_one_again(tmp_path, monkeypatch, capsys):
+    "The pool has rows of earlier rounds, so what matters is whether there are any in the new file."
+    from llmcourse import turning
+
+    monkeypatch.setattr(turning, "begin", lambda *_: pytest.fail("something was written"))
+    write_jsonl(tmp_path / "round1/opinions.jsonl", opinions(vote("a")))
+    write_jsonl(tmp_path / "round1/rows.jsonl", cleaned(opinions(vote("a")))[0])
+    down = [vote(str(i), reply=f"Answer: {i}", up=-1) for i in range(16)]
+    write_jsonl(tmp_path / "new.jsonl", [*down, vote("x"), vote("y", up=-1)])
+    before = sorted(tmp_path.rglob("*"))
+    words = ["run", "--data", str(tmp_path / "new.jsonl"), "--output", str(tmp_path), "--n", "4"]
+    assert main(["flywheel", *words]) == 2
+    assert "sft learns nothing from these 18 opinions" in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_rows_of_this_round_are_counted_apart(tmp_path, monkeypatch):
+    from llmcourse import turning
+
+    write_jsonl(tmp_path / "round0/answers.jsonl", [{"right": True}])
+    swap(tmp_path, tmp_path / "round0/answers.jsonl")
+    old, new = opinions(vote("a")), opinions(vote("b", reply="85"), vote("c", reply="7", up=-1))
+    write_jsonl(tmp_path / "round1/rows.jsonl", cleaned(old)[0])
+    verdict = {"passed": False, "why": "worse"}
+    for name, value in (("learn", None), ("to_gguf", None), ("asked_of", [{"right": True}]), ("judged", verdict)):
+        monkeypatch.setattr(turning, name, lambda *_, value=value, **__: value)
+    line = turning.turn(tmp_path, 2, lambda: new, None, "tutor/sft", "sft", "Q8_0", 42, [{}] * 5)
+    assert [line[k] for k in ("kept", "used", "of earlier rounds", "earlier chats")] == [2, 1, 1, 5]
+
+
+@pytest.mark.parametrize("action", ["gate", "run"])
+def test_another_exam_is_named(action, tmp_path, capsys):
+    "Before anything is asked, and without a word about --grade, which flywheel does not have."
+    rows = [{"messages": [{"role": "user", "content": f"{i}+1?"}], "answer": str(i + 1)} for i in range(15)]
+    write_jsonl(tmp_path / "other.jsonl", rows)
+    write_jsonl(tmp_path / "votes.jsonl", [vote("a")])
+    wheel = tmp_path / "wheel"
+    asked = user_questions(4, 9042, "test")
+    write_jsonl(wheel / "round0/answers.jsonl", [{"question": row["messages"][-1]["content"]} for row in asked])
+    swap(wheel, wheel / "round0/answers.jsonl")
+    write_jsonl(wheel / "settings.jsonl", [{"model": "tutor/sft", "exam": len(asked)}])
+    more = ["--data", str(tmp_path / "votes.jsonl")] if action == "run" else ["--model", "tutor/rl"]
+    words = ["flywheel", action, "--output", str(wheel), *more]
+    assert main([*words, "--exam", str(tmp_path / "other.jsonl")]) == 2
+    err = capsys.readouterr().err
+    assert "started with another exam. Leave --exam out" in err and "--grade" not in err
+    assert main([*words, "--n", "5"]) == 2
+    assert "started with another exam. Give --exam, --n and --seed as at its start" in capsys.readouterr().err
+
+
+def test_an_interrupt_that_a_finalizer_swallows_is_sent_again():
+    code = """
+        import signal, time
+        from llmcourse.exits import in_one_line
+        class Held:
+            def __del__(self): signal.raise_signal(signal.SIGINT)
+        def call():
+            Held()
+            time.sleep(100)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        raise SystemExit(in_one_line(call))"""
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=90)
+    assert (done.returncode, done.stderr.strip()) == (130, "llmcourse: interrupted")
 
 
 def test_a_damaged_pointer_is_named(tmp_path):

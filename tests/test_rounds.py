@@ -97,7 +97,7 @@ def test_the_gate():
     start = whole(half, [1] * 60)
     assert gate(start, start, whole(more, [1] * 60))["why"] == "better"
     same = gate(start, start, start)
-    assert not same["passed"] and same["why"] == "no better that the test can see" and same["gain"] == 0
+    assert not same["passed"] and same["why"] == "not measurably better" and same["gain"] == 0
     back = gate(start, whole(more, [1] * 60), start)  # as at the start, and worse than the best so far
     assert not back["passed"] and back["why"] == "worse" and back["high"] < 0
     lost = gate(start, start, whole(more, [1] * 45 + [0] * 15))
