@@ -85,7 +85,8 @@ def export_beside(
 # %% ../nbs/workshop/shipping.ipynb #701db594
 def _no_folder(model: str | Path) -> None:
     "Raise `UserError` if the name is one of a folder, and no such folder is there."
-    name, place = str(model), Path(model_path(model))   # which knows the checkpoints
+    name, place = str(model), Path(model)
+    if name.startswith("tutor/"): model_path(model)   # says so if there is no such checkpoint
     if place.exists() or name.startswith("tutor/") or name.endswith(".gguf"): return
     if name.startswith(("runs/", ".", "/", "~")) or "/" in name and place.parent.is_dir():
         raise UserError(f"{name}: no such folder. `llmcourse export --output {name}` makes one with a GGUF, "
