@@ -1,6 +1,5 @@
 """`make setup`: the right torch for this machine, pip's settings for uv, and extras that resolve."""
 
-import ctypes
 import os
 import re
 import shutil
@@ -299,9 +298,11 @@ with serve("sft.gguf") as server:
 @pytest.mark.skipif(sys.platform != "linux", reason="hides a library as Linux can")
 def test_a_machine_without_openmp(tmp_path):
     "A slim image has no libgomp.so.1, which llama.cpp wants; the one inside torch will do."
-    ctypes.CDLL("libgomp.so.1")
-    where = next(line.split()[-1] for line in open("/proc/self/maps") if "/libgomp.so.1" in line)
-    if "site-packages" in where:
+    # in a process of its own, where torch has not brought its copy
+    find = "import ctypes; ctypes.CDLL('libgomp.so.1'); print(open('/proc/self/maps').read())"
+    maps = subprocess.run([sys.executable, "-c", find], capture_output=True, text=True).stdout
+    where = next((line.split()[-1] for line in maps.splitlines() if "/libgomp.so.1" in line), None)
+    if not where:
         pytest.skip("this machine has none")
 
     def hidden(code):
