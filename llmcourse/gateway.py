@@ -8,7 +8,7 @@ import asyncio, contextlib, hmac, json
 from collections.abc import Callable
 
 # %% auto #0
-__all__ = ['HOP', 'ANEW', 'say_json', 'say_error', 'guard', 'by_name', 'passed', 'asked_path', 'request_body', 'pass_on',
+__all__ = ['HOP', 'REPLACED', 'say_json', 'say_error', 'guard', 'by_name', 'passed', 'asked_path', 'request_body', 'pass_on',
            'connections', 'Passing', 'forward', 'listener']
 
 # %% ../nbs/workshop/gateway.ipynb #d728e550
@@ -61,7 +61,7 @@ def by_name(
 # %% ../nbs/workshop/gateway.ipynb #c8f89d5b
 HOP = {b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection", b"te",
        b"trailer", b"transfer-encoding", b"upgrade"}
-ANEW = HOP | {b"host", b"expect", b"content-length"}    # what our own request to the server behind says for itself
+REPLACED = HOP | {b"host", b"expect", b"content-length"}    # what our own request to the server behind says for itself
 
 def passed(
     headers: list[tuple[bytes, bytes]],
@@ -101,7 +101,7 @@ async def pass_on(
     "Ask a server, and send what it says as it says it."
     import aiohttp
     from yarl import URL
-    headers = [(k.decode(), v.decode(errors="replace")) for k, v in passed(scope["headers"], ANEW)]
+    headers = [(k.decode(), v.decode(errors="replace")) for k, v in passed(scope["headers"], REPLACED)]
     ask = dict(data=body or None, headers=headers, allow_redirects=False)
     try: answer = await session.request(scope["method"], URL(root + path, encoded=True), **ask)
     except (aiohttp.ClientError, OSError, ValueError) as e:
